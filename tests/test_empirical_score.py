@@ -1,0 +1,328 @@
+"""The empirical score against what it must be: float64 direct differences, autograd of log p_t, exact probabilities."""
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import empirical_score as es
+from empirical_score import EmpiricalScore, score_from_x, velocity_from_x
+
+TIMES = [1e-3, 1e-2, 0.05, 0.3, 0.7, 0.95, 0.999, 1.0]
+
+
+def clusters(N=600, d=48, seed=0):
+    """Points in ten classes, exact duplicates and near-duplicates among them. -> x (N, 3, 4, 4) float32, y (N,)."""
+    g = torch.Generator().manual_seed(seed)
+    y = torch.arange(N) % 10
+    x = 2 * torch.randn(10, d, generator=g)[y] + torch.randn(N, d, generator=g)
+    x[10], x[20] = x[0], x[0] + 1e-4 * torch.randn(d, generator=g)          # same class: 0, 10 (identical), 20 (nearly)
+    x[31] = x[21] + 1e-3 * torch.randn(d, generator=g)
+    y[-1] = 77                                                              # a class with one member
+    return x.view(N, 3, 4, 4), y
+
+
+def exponents(x, z, t):
+    """Direct differences in float64: (B, N)."""
+    x, z = x.double().flatten(1), z.double().flatten(1)
+    t = torch.as_tensor(t, dtype=torch.float64).expand(len(z))[:, None]
+    return torch.stack([-((zi - (1 - ti) * x)**2).sum(1) / (2 * ti**2) for zi, ti in zip(z, t, strict=True)])
+
+
+def reference(x, z, t):
+    return (torch.softmax(exponents(x, z, t), 1) @ x.double().flatten(1)).view(z.shape)
+
+
+def queries(x, t, B=24, seed=1, extrapolate=True):
+    """Half of them noised data points, half of them between two data points, where the softmax hesitates."""
+    g = torch.Generator().manual_seed(seed)
+    i, j = torch.randint(len(x), (2, B), generator=g)
+    i[0], j[0] = 0, 10
+    i[1], j[1] = 0, 20                                                      # between near-duplicates
+    base = x[i].clone()
+    base[1::2] = (x[i][1::2] + x[j][1::2]) / 2
+    return (1 - t) * base + t * torch.randn(base.shape, generator=g)
+
+
+def relative(a, b):
+    """Largest error of a row of a, relative to the largest entry of that row of b."""
+    a, b = a.double().flatten(1), b.double().flatten(1)
+    return ((a - b).abs().amax(1) / b.abs().amax(1).clamp_min(1e-30)).max().item()
+
+
+@pytest.mark.parametrize("t", TIMES)
+@pytest.mark.parametrize("offset", [0.0, 1e4], ids=["centred", "far from the origin"])
+def test_posterior_mean_equals_float64_direct_differences(t, offset):
+    x, y = clusters()
+    x = x + offset
+    z = queries(x, t)
+    E = EmpiricalScore(x, y)
+    ref = reference(x, z, t)
+    # what is asked of x_* itself; relative to the spread of the data, not to an offset that hides errors
+    assert relative(E.posterior_mean(z, t) - offset, ref - offset) < (1e-5 if offset == 0 else 1e-3)
+    assert relative(E.posterior_mean(z, t), ref) < 1e-5
+    z = z.double()                                                   # float64 in, float64 out: no rounding hides errors
+    ref = reference(x, z, t)
+    assert relative(E.posterior_mean(z, t) - offset, ref - offset) < 1e-7
+    assert relative(E.score(z, t), score_from_x(ref, z, t)) < 1e-7
+    assert relative(E.velocity(z, t), velocity_from_x(ref, z, t)) < 1e-7
+
+
+@pytest.mark.parametrize("t", TIMES)
+def test_score_is_the_gradient_of_log_density(t):
+    x, _ = clusters(N=200)
+    z = queries(x, t).double().requires_grad_()
+    log_p = torch.logsumexp(-((z.flatten(1)[:, None] - (1 - t) * x.double().flatten(1))**2).sum(2) / (2 * t**2), 1)
+    grad, = torch.autograd.grad(log_p.sum(), z)
+    assert relative(EmpiricalScore(x).score(z.detach(), t), grad) < 1e-7
+
+
+def test_every_t_in_one_batch_and_extreme_chunks():
+    x, y = clusters()
+    t = torch.tensor(TIMES).repeat(3)
+    z = torch.cat([queries(x, ti.item(), B=2, seed=k) for k, ti in enumerate(t)])
+    t = t.repeat_interleave(2)
+    ref = reference(x, z, t)
+    for chunk in (1, 7, 599, 600, 10_000):
+        assert relative(EmpiricalScore(x, y, chunk=chunk).posterior_mean(z, t), ref) < 1e-5
+
+
+def test_class_conditional_is_the_score_of_the_class_alone():
+    x, y = clusters()
+    for t in (0.01, 0.5, 1.0):
+        z = queries(x, t, B=30)
+        label = torch.cat([torch.arange(10).repeat(3)[:29], torch.tensor([77])])
+        got = EmpiricalScore(x, y, chunk=13).posterior_mean(z, t, label)
+        for i in range(30):
+            assert relative(got[i:i + 1], reference(x[y == label[i]], z[i:i + 1], t)) < 1e-5
+        assert torch.equal(got[-1], x[-1])                                  # one member: the mean is that point
+
+
+def test_weights_sum_to_one_and_nothing_is_nan():
+    x, y = clusters()
+    ones = torch.cat([x.flatten(1), torch.ones(len(x), 1)], 1)            # sum_i w_i rides along as one more coordinate
+    for t in TIMES:
+        for scale in (1.0, 1e3):                                            # also very far outside of every shell
+            z = torch.cat([scale * queries(x, t).flatten(1), torch.zeros(24, 1)], 1)
+            for label in (None, torch.full((24,), 3)):
+                out = EmpiricalScore(ones, y).posterior_mean(z, t, label)
+                assert out.isfinite().all() and (out[:, -1] - 1).abs().max() < 1e-6
+
+
+def test_memmap_and_half_precision_storage(tmp_path):
+    x, y = clusters()
+    np.save(tmp_path / "x.npy", x.half().numpy())
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    z = queries(x, 0.4)
+    E = EmpiricalScore(mapped, y.numpy(), chunk=50)
+    assert isinstance(E.x.base, np.memmap) or isinstance(E.x, np.memmap)    # a view of the file, not a copy
+    assert relative(E.posterior_mean(z, 0.4), reference(x.half(), z, 0.4)) < 1e-5
+    assert relative(E.posterior_mean(z, 0.4, y[:24]), EmpiricalScore(x.half(), y).posterior_mean(z, 0.4, y[:24])) < 1e-6
+
+
+def test_dtype_device_and_single_point():
+    x, _ = clusters()
+    z = queries(x, 0.5)
+    assert EmpiricalScore(x).score(z, 0.5).dtype == torch.float32
+    one = EmpiricalScore(x[:1])
+    assert torch.equal(one.posterior_mean(z, 0.5), x[:1].expand_as(z))
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    for device in [d for d, is_there in there.items() if is_there]:
+        got = EmpiricalScore(x.to(device)).posterior_mean(z.to(device), 0.5)
+        assert got.device.type == device and relative(got.cpu(), reference(x, z, 0.5)) < 1e-5
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest tensor that any operation returned."""
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for o in out if isinstance(out, (tuple, list)) else [out]:
+            if torch.is_tensor(o) and o.untyped_storage().nbytes() and not o._is_view():
+                self.numel = max(self.numel, o.numel())
+        return out
+
+
+def test_memory_is_bounded_by_the_chunk_not_by_n():
+    N, d, B, chunk = 20_000, 16, 32, 100
+    x = np.random.default_rng(0).standard_normal((N, d)).astype(np.float32)
+    y, z = np.arange(N) % 4, torch.randn(B, d)
+    E = EmpiricalScore(x, y, chunk=chunk)
+    label = torch.arange(B) % 4
+    for ask in (lambda: E.score(z, 0.9), lambda: E.score(z, 0.9, label), lambda: E.sample_posterior(z, 0.9),
+                lambda: E.r_star(z, 0.9), lambda: E.nearest(z, 5), lambda: E.effective_size(z, 0.9)):
+        with LargestTensor() as seen:
+            ask()
+        assert seen.numel <= (chunk + 5) * max(B, d), seen.numel         # far below N * d = 320,000 and B * N = 640,000
+
+
+def test_effective_size():
+    x, y = clusters()
+    E = EmpiricalScore(x, y)
+    for t in (0.05, 0.8, 1.0):
+        z = queries(x, t)
+        w = torch.softmax(exponents(x, z, t), 1)
+        assert torch.allclose(E.effective_size(z, t).double(), 1 / w.square().sum(1), rtol=1e-5)
+    assert torch.allclose(E.effective_size(z, 1.0), torch.tensor(600.0))
+
+
+def chi_square(index, p):
+    """-> (statistic - dof) / sqrt(2 dof), about standard normal if p is right; over bins of at least 5 expected."""
+    n = len(index)
+    order = p.argsort(descending=True)
+    expected, observed = n * p[order], torch.bincount(index, minlength=len(p))[order].double()
+    k = int((expected >= 5).sum())
+    e = torch.cat([expected[:k], expected[k:].sum()[None]])
+    o = torch.cat([observed[:k], observed[k:].sum()[None]])
+    e, o = (e, o) if e[-1] >= 5 else (e[:-1], o[:-1])
+    dof = len(e) - 1
+    return (((o - e)**2 / e).sum().item() - dof) / (2 * dof)**0.5 if dof else 0.0
+
+
+@pytest.mark.parametrize("label", [None, 3])
+def test_draws_follow_the_exact_softmax(label):
+    x, y = clusters()
+    E = EmpiricalScore(x, y, chunk=64)
+    members = torch.arange(len(x)) if label is None else (y == label).nonzero()[:, 0]
+    for t in (0.75, 0.97):
+        z = queries(x, t)[5:6]
+        p = torch.softmax(exponents(x[members], z, t)[0], 0)
+        n = 20_000
+        draws = E.sample_posterior(z.expand(n, -1, -1, -1), t, None if label is None else torch.full((n,), label),
+                                   generator=torch.Generator().manual_seed(0))
+        where = torch.full((len(x),), -1)
+        where[members] = torch.arange(len(members))
+        assert (where[draws] >= 0).all()                                    # none outside of the class
+        assert 1 / p.square().sum() > 1.5                                   # a test with one outcome would test nothing
+        assert abs(chi_square(where[draws], p)) < 4
+        assert abs(chi_square(where[draws], p.roll(1))) > 4                 # the test can tell a wrong p
+    other = EmpiricalScore(x, y, chunk=7).sample_posterior(z.expand(100, -1, -1, -1), t, None,
+                                                           generator=torch.Generator().manual_seed(3))
+    same = E.sample_posterior(z.expand(100, -1, -1, -1), t, None, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(other, same)                                         # the chunk does not change the draw
+
+
+@pytest.mark.parametrize("t", TIMES)
+def test_r_star_is_the_argmin_over_all_points(t):
+    x, _ = clusters()
+    z = queries(x, t)
+    r = (-2 * exponents(x, z, t)).sqrt() / 48**0.5                          # |z - alpha x| / (sigma sqrt d)
+    want, i = (r - 1).abs().min(1)
+    got, j = EmpiricalScore(x, chunk=70).r_star(z, t)
+    assert ((got.double() - 1).abs() - want).abs().max() < 1e-6 * r.max()
+    assert torch.allclose(got.double(), r.gather(1, j[:, None])[:, 0], rtol=1e-5)
+
+
+def test_r_star_is_not_the_nearest_neighbour():
+    x = torch.tensor([[0.0], [1.0]])
+    z = torch.tensor([[0.05]])                                      # nearest: 0.  |z - .5 * 1| / .5 = .9 is closer to 1
+    assert EmpiricalScore(x).r_star(z, 0.5)[1].item() == 1
+    assert EmpiricalScore(x).nearest(z, 1)[1].item() == 0
+
+
+def test_nearest():
+    x, _ = clusters()
+    for offset in (0.0, 1e3):
+        xo = x + offset
+        q = torch.cat([xo[:5], queries(x, 0.3) + offset])
+        d2 = ((q.double().flatten(1)[:, None] - xo.double().flatten(1))**2).sum(2)
+        got, i = EmpiricalScore(xo, chunk=50).nearest(q, 20)
+        want = d2.sort(1).values[:, :20]
+        assert torch.allclose(got.double(), want, rtol=1e-5, atol=1e-30)
+        assert torch.allclose(d2.gather(1, i), want, rtol=1e-6)
+    assert got[0, 0] == 0 and got[0, 1] == 0                                # the point itself and its exact duplicate
+
+
+def test_log_overlap():
+    x, y = clusters()
+    flat = x.double().flatten(1)
+    E = EmpiricalScore(x, y, chunk=37)
+    for label in (None, 0, 4):
+        m = torch.arange(600) if label is None else (y == label).nonzero()[:, 0]
+        d2 = ((flat[m][:, None] - flat[m])**2).sum(2)
+        upper = torch.triu(torch.ones_like(d2), 1).bool()
+        t = torch.tensor([0.1, 0.5, 1.0])
+        got = E.log_overlap(t, label)
+        smallest = d2[upper & (d2 > 0)].min()
+        assert torch.allclose(got.log_c, -((1 - t) / t).double()**2 * smallest / 8, rtol=1e-6)
+        assert got.duplicates == int((upper & (d2 == 0)).sum()) == (0 if label == 4 else 1)
+        i, j = got.pair
+        assert torch.isclose((flat[i] - flat[j]).norm(), torch.tensor(got.distance, dtype=torch.float64))
+    assert E.log_overlap(0.5, 77).log_c == -torch.inf and E.log_overlap(0.5, 77).pair is None
+
+
+def test_overlap_is_the_bhattacharyya_coefficient():
+    """B.2 by quadrature, in one dimension: the integral of sqrt(p q), two Gaussians of variance sigma^2 (not sigma)."""
+    t, z = 0.4, torch.linspace(-20, 20, 200_001, dtype=torch.float64)
+    p, q = (torch.distributions.Normal((1 - t) * c, t).log_prob(z).exp() for c in (-0.7, 0.9))
+    want = torch.trapezoid((p * q).sqrt(), z).log()
+    got = EmpiricalScore(torch.tensor([[-0.7], [0.9]], dtype=torch.float64)).log_overlap(t).log_c
+    assert torch.isclose(want, got, rtol=1e-6)
+
+
+def test_conversions_invert_each_other():
+    z, x, t = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64), torch.rand(5) * 0.9 + 0.05
+    for there, back in ((score_from_x, es.x_from_score), (velocity_from_x, es.x_from_velocity),
+                        (es.noise_from_x, es.x_from_noise)):
+        assert (back(there(x, z, t), z, t) - x).abs().max() < 1e-10
+    eps = es.noise_from_x(x, z, t)
+    assert torch.allclose(velocity_from_x(x, z, t), eps - x)                # v = dz/dt
+    assert torch.allclose(score_from_x(x, z, t), -eps / t[:, None].double())
+
+
+@pytest.mark.parametrize("ask, message", [
+    (lambda E, z: E.score(z, 0.0), "t must lie in (0, 1]"),
+    (lambda E, z: E.score(z, 1.5), "t must lie in (0, 1]"),
+    (lambda E, z: E.score(z, float("nan")), "t must lie in (0, 1]"),
+    (lambda E, z: E.score(z * torch.nan, 0.5), "nan or inf"),
+    (lambda E, z: E.r_star(z / 0, 0.5), "nan or inf"),
+    (lambda E, z: E.score(z, 0.5, torch.full((len(z),), 99)), "no data point has label 99"),
+    (lambda E, z: E.log_overlap(0.5, 99), "no data point has label 99"),
+    (lambda E, z: E.score(z[:, :1], 0.5), "queries must have shape (B, 3, 4, 4)"),
+    (lambda E, z: E.nearest(z, 601), "k must lie between 1"),
+    (lambda E, z: EmpiricalScore(E.x).score(E.x[:3], 0.5, 1), "without labels"),
+    (lambda E, z: EmpiricalScore(E.x, [1, 2]), "600 points need 600 labels"),
+    (lambda E, z: EmpiricalScore(E.x * torch.nan), "data hold nan"),
+    (lambda E, z: EmpiricalScore(E.x[:0]), "empty"),
+    (lambda E, z: EmpiricalScore(E.x, chunk=0), "chunk must be at least 1"),
+])
+def test_errors_name_what_was_wrong(ask, message):
+    x, y = clusters()
+    with pytest.raises(ValueError) as e:
+        ask(EmpiricalScore(x, y), queries(x, 0.5))
+    assert message in str(e.value) and "\n" not in str(e.value)
+
+
+def two_ranks(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    x, y = clusters()
+    E = EmpiricalScore(x, y, chunk=50, process_group=dist.group.WORLD)
+    z, g = queries(x, 0.8), torch.Generator().manual_seed(rank + 5)        # generators differ: rank 0's must be used
+    label = torch.cat([y[:23], torch.tensor([77])])
+    out = dict(mean=E.posterior_mean(z, 0.8), cond=E.posterior_mean(z, 0.8, label), size=E.effective_size(z, 0.8),
+               draw=E.sample_posterior(z, 0.8, generator=g), cdraw=E.sample_posterior(z, 0.8, label, generator=g),
+               r=E.r_star(z, 0.8), near=E.nearest(z, 7), overlap=E.log_overlap(0.5), cover=E.log_overlap(0.5, 3))
+    torch.save(out, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_agree_with_one(tmp_path):
+    mp.spawn(two_ranks, (str(tmp_path),), nprocs=2)
+    a, b = (torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in (0, 1))
+    x, y = clusters()
+    E, z, g = EmpiricalScore(x, y), queries(x, 0.8), torch.Generator().manual_seed(5)
+    label = torch.cat([y[:23], torch.tensor([77])])
+    for got in (a, b):
+        assert relative(got["mean"], E.posterior_mean(z, 0.8)) < 1e-6
+        assert relative(got["cond"], E.posterior_mean(z, 0.8, label)) < 1e-6
+        assert torch.allclose(got["size"], E.effective_size(z, 0.8))
+        assert torch.allclose(got["r"][0], E.r_star(z, 0.8)[0]) and torch.equal(got["r"][1], E.r_star(z, 0.8)[1])
+        assert torch.allclose(got["near"][0], E.nearest(z, 7)[0]) and torch.equal(got["near"][1], E.nearest(z, 7)[1])
+        for key, want in (("overlap", E.log_overlap(0.5)), ("cover", E.log_overlap(0.5, 3))):
+            assert got[key].pair == want.pair and got[key].duplicates == want.duplicates
+    g = torch.Generator().manual_seed(5)
+    assert torch.equal(a["draw"], E.sample_posterior(z, 0.8, generator=g)) and torch.equal(a["draw"], b["draw"])
+    assert torch.equal(a["cdraw"], E.sample_posterior(z, 0.8, label, generator=g))
+    assert torch.equal(a["cdraw"], b["cdraw"])

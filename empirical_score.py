@@ -106,7 +106,7 @@ class EmpiricalScore:
                             or [self.centre[:0]])                                       # |x_i - centre|^2, of the shard
         self.members, self._closest = None, {}
         if y is not None:
-            y = torch.as_tensor(np.asarray(y) if not torch.is_tensor(y) else y).cpu()
+            y = y.cpu() if torch.is_tensor(y) else torch.from_numpy(np.array(y))
             if y.shape != (self.N,):
                 raise ValueError(f"{self.N} points need {self.N} labels, not {tuple(y.shape)}")
             order = y.argsort(stable=True)

@@ -36,7 +36,7 @@ def sinusoid(t, dim):
 
 
 class TimeEmbedding(nn.Module):
-    """t (B,) -> (B, width). `scale` is 1 in SiT, which takes t as it is, and 1000 in ADM, which counted steps."""
+    """t (B,) -> (B, width). `scale` is 1000 in ADM, which counted steps, and 1 in the official SiT."""
     def __init__(self, freq_dim, width, scale=1.0):
         super().__init__()
         self.freq_dim, self.scale = freq_dim, scale
@@ -158,17 +158,19 @@ class FinalLayer(nn.Module):
 class SiT(Denoiser):
     """Scalable Interpolant Transformer. Module names follow the official code, so that its weights load by name.
 
+    `time_scale` multiplies t before it is embedded. The official SiT takes t as it is, which makes a slow start: all
+    frequencies are below 1, so the embedding hardly changes over t in [0, 1].
     `learn_sigma` doubles the output channels as the official checkpoints do; the second half is never used, so it is
     off by default and load_sit_checkpoint drops it.
     """
     def __init__(self, depth, width, heads, patch, input_size, in_channels, num_classes, prediction="v",
-                 learn_sigma=False):
+                 time_scale=1.0, learn_sigma=False):
         super().__init__(input_size, in_channels, num_classes, prediction)
         if input_size % patch:
             raise ValueError(f"patch size {patch} does not divide the image size {input_size}")
         self.patch, self.out_channels = patch, in_channels * (2 if learn_sigma else 1)
         self.x_embedder = PatchEmbedding(patch, in_channels, width)
-        self.t_embedder = TimeEmbedding(256, width)
+        self.t_embedder = TimeEmbedding(256, width, time_scale)
         self.y_embedder = LabelEmbedding(num_classes, width)
         # fixed, but counted among the parameters by the official code, whose checkpoints hold it
         self.pos_embed = nn.Parameter(sincos_2d(width, input_size // patch), requires_grad=False)
@@ -298,7 +300,7 @@ class UNet(Denoiser):
 
 SIT_SIZES = {  # depth, width, heads
     "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16),           # the paper's
-    "nano": (2, 32, 2), "micro": (3, 64, 4), "tiny": (4, 96, 6),                                # for a laptop
+    "nano": (2, 32, 2), "micro": (3, 64, 4), "tiny": (3, 96, 6),                                # for a laptop
 }
 UNET_SIZES = {  # channels; the small ones cannot be split in 32 groups, and attend only where the image is small
     "XS": dict(channels=64), "S": dict(channels=128), "B": dict(channels=192), "L": dict(channels=320),
@@ -315,7 +317,7 @@ def build_model(name, input_size, in_channels, num_classes, prediction="v"):
     """
     shape = (input_size, in_channels, num_classes, prediction)
     if (m := re.fullmatch(r"SiT-(\w+)/([1-9]\d*)", name)) and m[1] in SIT_SIZES:
-        return SiT(*SIT_SIZES[m[1]], int(m[2]), *shape)
+        return SiT(*SIT_SIZES[m[1]], int(m[2]), *shape, time_scale=1.0 if m[1] in ("S", "B", "L", "XL") else 1000.0)
     if (m := re.fullmatch(r"UNet-(\w+?)(-conv)?", name)) and m[1] in UNET_SIZES:
         return UNet(**UNET_SIZES[m[1]] | (dict(attention_at=()) if m[2] else {}) | dict(zip(
             ("input_size", "in_channels", "num_classes", "prediction"), shape, strict=True)))

@@ -26,6 +26,8 @@ from model import build_model
 # ----------------------------------------------------------------------------------------------------------------------
 # The ODE
 
+T_MIN = 1e-3                                                 # where x-prediction stops dividing by t
+
 def velocity(model, z, t, y, w=1.0):
     """v_theta(z, t) with guidance: v_c + (w - 1)(v_c - v_u), on all channels; w = 1 is none. The score's guidance
     (Example 3.1) is the same thing, since v is linear in s. y (B,) or None for the unconditional v_u. -> like z."""
@@ -34,9 +36,7 @@ def velocity(model, z, t, y, w=1.0):
         v_c, v_u = velocity(model, torch.cat([z, z]), t, torch.cat([y, null])).chunk(2)
         return v_c + (w - 1) * (v_c - v_u)
     out = model(z, t, y)
-    # x-prediction: v = (z - x)/t is 0/0 at t = 0, the last point of the path. Below t = .001 it is damped instead: the
-    # solver moves z by less than .001 there.
-    return out if model.prediction == "v" else (z - out) / max(float(t), 1e-3)
+    return out if model.prediction == "v" else (z - out) / t
 
 
 @torch.no_grad()
@@ -49,18 +49,27 @@ def sample(model, z1, y, *, t_grid=None, w=1.0, solver="dopri5", steps=50, atol=
     y        (B,) labels, or None for the unconditional model.        w   guidance; 1 is none.
     solver   "dopri5" (adaptive, atol, rtol), "heun" or "euler" (fixed: `steps` equal steps, and the grid's own times).
     stats    a dict to be filled with nfe, the number of function evaluations, and solver.
-    Raises ValueError for a solver or a grid that is none.
+    With x-prediction, v = (z - x)/t is 0/0 at t = 0: the solver stops at t = .001, and one Euler step, which lands on
+    the predicted x itself, does the rest. Raises ValueError for a solver or a grid that is none.
     """
     t_grid = torch.as_tensor([1.0, 0.0] if t_grid is None else t_grid, dtype=torch.float32, device=z1.device)
     if len(t_grid) < 2 or (t_grid.diff() >= 0).any() or t_grid[0] > 1 or t_grid[-1] < 0:
         raise ValueError("t_grid must hold at least two times that descend within [0, 1]")
     if solver not in ("dopri5", "heun", "euler"):
         raise ValueError(f"unknown solver {solver!r}: expected dopri5, heun or euler")
-    uniform = torch.linspace(t_grid[0], t_grid[-1], steps + 1, device=z1.device)
-    options = dict(method="dopri5", atol=atol, rtol=rtol) if solver == "dopri5" else dict(
-        method={"heun": "heun2", "euler": "euler"}[solver],
-        options=dict(grid_constructor=lambda f, z, t: torch.cat([t, uniform]).unique().flip(0)))
-    nfe, start, span = 0, t_grid[0].item(), (t_grid[0] - t_grid[-1]).item()
+    last, grid = t_grid[-1].item(), t_grid
+    if model.prediction == "x" and last < T_MIN:
+        grid = torch.cat([t_grid[:-1], t_grid.new_tensor([T_MIN])])
+        if t_grid[-2] <= T_MIN:
+            raise ValueError(f"with x-prediction, t_grid may hold one time below {T_MIN}, the last")
+    uniform = torch.linspace(grid[0].item(), grid[-1].item(), steps + 1, device=z1.device)
+    if solver == "dopri5":                                   # without step_t it steps past the end, to t < 0, and back
+        clock = torch.float32 if z1.device.type == "mps" else torch.float64
+        options = dict(method="dopri5", atol=atol, rtol=rtol, options=dict(step_t=grid[-1:], dtype=clock))
+    else:
+        options = dict(method={"heun": "heun2", "euler": "euler"}[solver], options=dict(
+            grid_constructor=lambda f, z, t: torch.cat([t, uniform]).unique().flip(0)))
+    nfe, start, span = 0, grid[0].item(), (grid[0] - grid[-1]).item()
     with tqdm(total=100, desc="sampling", unit="%", disable=not (progress and sys.stderr.isatty()), leave=False,
               bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}") as bar:
 
@@ -71,7 +80,9 @@ def sample(model, z1, y, *, t_grid=None, w=1.0, solver="dopri5", steps=50, atol=
             bar.update(max(0.0, 100 * (start - float(t)) / span - bar.n))
             return velocity(model, z, t, y, w)
 
-        trajectory = odeint(f, z1, t_grid, **options)
+        trajectory = odeint(f, z1, grid, **options)
+        if grid is not t_grid:
+            trajectory[-1] -= (T_MIN - last) * f(grid[-1], trajectory[-1])
     if stats is not None:
         stats.update(nfe=nfe * (2 if w != 1 and y is not None else 1), solver=solver)
     return trajectory

@@ -48,17 +48,18 @@ class Config:
     data: str = "mnist5k"  # a data set under data/, or a folder of the same layout
     model: str = "SiT-tiny/4"  # SiT-<size>/<patch>, UNet-<size>, UNet-<size>-conv: see model.py
     prediction: Literal["v", "x"] = "v"  # the network predicts the velocity eps - x, or the clean image x
-    steps: int = 1200  # training iterations
-    batch: int = 128  # images a step, over all processes together
+    steps: int = 2500  # training iterations
+    batch: int = 64  # images a step, over all processes together
     accum: int = 1  # gradient accumulation: split each process's part of the batch so many times
-    lr: float = 1e-3  # constant, as in the paper; AdamW without weight decay, betas .9, .999
+    lr: float = 3e-3  # AdamW without weight decay, betas .9, .999
+    warmup: int = 100  # steps over which the learning rate rises to lr, where it stays; the paper's has no warmup
     ema: float = 0.999  # decay of the averaged weights, reached gradually
     label_dropout: float = 0.1  # fraction of labels replaced by the null label, for the unconditional score
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on CUDA, fp32 on CPUs, where it is faster
     compile: bool = False  # torch.compile, worth its minute on GPUs
     seed: int = 0  # of the weights, the batches and the noise
     log_every: int = 100  # steps between log lines
-    save_every: int = 600  # steps between checkpoints, held-out losses and sample grids
+    save_every: int = 500  # steps between checkpoints, held-out losses and sample grids
     device: str = "auto"  # auto, cpu, cuda, mps
     out: str = ""  # folder of the run; default out/<preset>_<data>_<model>_<what differs from the preset>
 
@@ -69,8 +70,8 @@ PRESETS = {
     "gpu": Config("gpu", "mnist", "SiT-S/2", steps=20_000, batch=256, lr=3e-4, ema=0.9995, compile=True, log_every=200,
                   save_every=5_000),
     # C.1 of the paper: SiT-XL/2 on SD-VAE latents of ImageNet 256, 400K iterations on 4 H100
-    "paper": Config("paper", "imagenet", "SiT-XL/2", steps=400_000, batch=256, lr=1e-4, ema=0.9999, compile=True,
-                    log_every=500, save_every=50_000),
+    "paper": Config("paper", "imagenet", "SiT-XL/2", steps=400_000, batch=256, lr=1e-4, warmup=0, ema=0.9999,
+                    compile=True, log_every=500, save_every=50_000),
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -189,7 +190,8 @@ def run_folder(cfg):
     if cfg.out:
         return Path(cfg.out)
     names = [f.name for f in dataclasses.fields(cfg) if f.name not in ("data", "model", *HARMLESS)]
-    differs = [f"{n}={getattr(cfg, n)}" for n in ("steps", *names) if getattr(cfg, n) != getattr(PRESETS[cfg.preset], n)]
+    default = PRESETS[cfg.preset]
+    differs = [f"{n}={getattr(cfg, n)}" for n in ("steps", *names) if getattr(cfg, n) != getattr(default, n)]
     return ROOT / "out" / "_".join([cfg.preset, Path(cfg.data).name, cfg.model.replace("/", "-"), *differs])
 
 
@@ -272,6 +274,8 @@ def train(cfg):
                 loss.backward()                              # across processes, DDP averages the gradients here
             running += loss.detach()
         grad_norm = torch.stack(torch._foreach_norm([p.grad for p in weights])).norm()
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # a short memory at first, or the average would still hold a part of the random initial weights
@@ -283,7 +287,7 @@ def train(cfg):
             if world > 1:
                 dist.all_reduce(running)
             seconds, mean = time.time() - started, running.item() / world / (step - last)
-            record = dict(step=step, loss=mean, grad_norm=grad_norm.item(), lr=cfg.lr,
+            record = dict(step=step, loss=mean, grad_norm=grad_norm.item(), lr=group["lr"],
                           images_per_second=(step - last) * cfg.batch / seconds, seconds=seconds)
             if not np.isfinite(mean):
                 raise ValueError(f"the loss is {mean} at step {step} (lr {cfg.lr}): the last good checkpoint is kept")
@@ -324,10 +328,21 @@ def wilson(hits, n):
 
 
 def claim(text, paper, ours, ci95, low=-np.inf, high=np.inf):
-    """One row of the table. The claim is that the true value lies in [low, high]; the verdict follows from the interval."""
+    """One row of the table. Claimed is that the true value lies in [low, high]; the verdict follows from the interval.
+    """
     inside, outside = low <= ci95[0] and ci95[1] <= high, ci95[1] < low or ci95[0] > high
     return dict(claim=text, paper=paper, ours=float(ours), ci95=[float(c) for c in ci95],
                 verdict="holds" if inside else "contradicted" if outside else "not resolved")
+
+
+def phases():
+    """phase = phases(); ...; phase("sampling") prints what took how long since the phase before it."""
+    def phase(name):
+        now = time.time()
+        print(f"{name}: {now - phase.last:.1f} s", flush=True)
+        phase.last = now
+    phase.started = phase.last = time.time()
+    return phase
 
 
 def save_results(script, cfg, device, started, arrays, claims):

@@ -1,0 +1,273 @@
+"""
+Figures 1b and 4: training only ever looks at thin shells around the data, and sampling leaves them at once (C1, C2).
+
+A noisy training point z_t = alpha_t x + sigma_t eps lies at distance sigma_t |eps|, about sigma_t sqrt(d), from
+alpha_t x: on a thin shell (Prop. 3.2). Equation (4) asks how far any z is from the nearest such shell:
+
+    r_i = |z_t - alpha_t x_i| / (sigma_t sqrt d),        r_* = the r_i closest to 1 over all training points i
+
+    python exp_shells.py               # trains the default model if need be (4 minutes), then 2 minutes, on 2 CPU cores
+
+What you should see. Left, Fig 1b: r_* stays at 1 for training points (blue) and climbs to 3 and more along sampling
+trajectories (red). The dashed line is the control that the paper leaves out: real images that no model was trained on,
+noised afresh. They lie outside of the shells just as far, so leaving the shells is what *any* new image does; r_* shows
+that sampling does not replay the training set, not that a trajectory is anywhere a real image would not be.
+Right, Fig 4: from a noisy training image the model finds its way back to that image until t of about .6, roughly as
+long as the shells of a class do not overlap (C(t), Appendix B.2).
+"""
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import train
+from empirical_score import EmpiricalScore
+from sample import cli, load_run, noise, pick_device, sample, to_uint8
+from train import Config as Training
+
+SHOWN = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0)                       # the times of Fig 4 left
+
+
+@dataclass
+class Config:
+    preset: Literal["laptop", "gpu", "paper"] = "laptop"  # where the defaults of all other fields come from
+    train: Training = field(default_factory=Training)  # the model: trained by train.py, or found in out/
+    n_points: int = 1000  # training points, and at most as many held-out ones, behind the medians of r_*
+    n_trajectories: int = 200  # sampling trajectories
+    n_lines: int = 100  # how many of each are drawn
+    n_times: int = 100  # times t = 1/n, 2/n .. 1
+    n_images: int = 200  # training images that are noised and denoised again, at 21 times
+    image: int = 0  # which of them is shown
+    overlap_class: int = 3  # the class whose shells are compared pair by pair
+    delta: float = 0.01  # a noisy training point lies in the shell with probability 1 - delta
+    batch: int = 200  # images per ODE solve; dopri5 shares its steps among them
+    seed: int = 0  # of the points, the noise and the trajectories
+    device: str = "auto"  # auto, cpu, cuda, mps
+    redraw: bool = False  # draw the figure again from results.json, and measure nothing
+
+
+PRESETS = {
+    "laptop": Config(),
+    "gpu": Config("gpu", train.PRESETS["gpu"]),
+    "paper": Config("paper", train.PRESETS["paper"], n_points=100, n_trajectories=100, overlap_class=387),
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The maths
+
+def shell_width(d, delta):
+    """Half-widths, in units of r, of the shell that holds a fraction 1 - delta of the noise: Prop. 3.2's, a sharp one.
+
+    The proposition's sqrt(d log 1/delta) is larger than the radius itself. |eps| is a 1-Lipschitz function of a
+    Gaussian: it lies within sqrt(2 log(2/delta)) of its mean, and the mean within 1/(2 sqrt d) of sqrt d.
+    """
+    paper = np.sqrt(d * np.log(1 / delta))
+    sharp = np.sqrt(2 * np.log(2 / delta)) + 1 / (2 * np.sqrt(d))  # differs from the paper: its bound is vacuous
+    return paper / np.sqrt(d), sharp / np.sqrt(d)
+
+
+def noised(x, eps, t):                                       # z_t on the supervision region, x and eps (B, C, H, W)
+    return (1 - t) * x + t * eps
+
+
+def pair_log_overlaps(x):
+    """-|x_i - x_j|^2 / 8 of all pairs (n (n - 1) / 2,): log C(t) of a pair is this times (alpha/sigma)^2 (B.2)."""
+    return -torch.pdist(x.flatten(1).double()).square() / 8
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+def measure(cfg):
+    """Everything that the figure shows, as a dict of arrays, and the claims. -> the path of results.json"""
+    for name in ("n_points", "n_trajectories", "n_lines", "n_times", "n_images", "batch"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(cfg, name)}")
+    device = pick_device(cfg.device)
+    run = train.train(dataclasses.replace(cfg.train, device=cfg.device))
+    phase = train.phases()
+    model, data = load_run(run, device)[0], train.load_data(cfg.train.data)
+    if not 0 <= cfg.overlap_class < model.num_classes:
+        raise ValueError(f"overlap_class must be one of 0 .. {model.num_classes - 1}, not {cfg.overlap_class}")
+    E = EmpiricalScore(data["x"], data["y"], device=device)
+    rng, shape, d = np.random.default_rng(cfg.seed), E.shape, E.D
+
+    def pick(name, n):                                       # n random images with labels
+        i = np.sort(rng.choice(len(data[name]), min(n, len(data[name])), replace=False))
+        y = data[name.replace("x", "y")]
+        return i, torch.from_numpy(data[name][i]).to(device).float(), torch.from_numpy(y[i].astype(np.int64)).to(device)
+
+    # C1, C2: r_* of training points, of held-out images noised in the same way, and along inference (Fig 1b)
+    t = np.linspace(1 / cfg.n_times, 1, cfg.n_times)
+    regions = {"training": pick("x", cfg.n_points)[1]}
+    if "x_heldout" in data:
+        regions["heldout"] = pick("x_heldout", cfg.n_points)[1]
+    eps = {k: noise(range(len(x)), shape, cfg.seed + 1 + j).to(device) for j, (k, x) in enumerate(regions.items())}
+    y = torch.arange(cfg.n_trajectories, device=device) % model.num_classes
+    path, stats = [], {}
+    for i in torch.arange(cfg.n_trajectories).split(cfg.batch):
+        path.append(sample(model, noise(i, shape, cfg.seed).to(device), y[i.to(device)], t_grid=t[::-1].copy(),
+                           progress=True, stats=stats))
+    path = torch.cat(path, dim=1).flip(0)                    # (T, n, C, H, W), t ascending as in t
+    r = {k: [] for k in (*regions, "inference")}
+    for j, tj in enumerate(tqdm(t, desc="r_*", disable=None, leave=False)):
+        for k, x in regions.items():
+            r[k].append(E.r_star(noised(x, eps[k], tj), tj)[0].cpu())
+        r["inference"].append(E.r_star(path[j], tj)[0].cpu())
+    r = {k: torch.stack(v, dim=1).double().numpy() for k, v in r.items()}           # (n, T)
+    phase("r_* of points and trajectories")
+
+    # Fig 4: from z_t back to t = 0; does the nearest training image equal the one we came from?
+    origin, x, labels = pick("x", cfg.n_images)
+    e = noise(range(len(x)), shape, cfg.seed + 9).to(device)
+    t_memo = np.linspace(0, 1, 21)
+    hits, shown = [len(x)], {}
+    for tj in tqdm(t_memo[1:], desc="denoising", disable=None, leave=False):
+        z = noised(x, e, tj)
+        out = torch.cat([sample(model, zb, yb, t_grid=[tj, 0.0])[-1]
+                         for zb, yb in zip(z.split(cfg.batch), labels.split(cfg.batch), strict=True)])
+        hits.append(int((E.nearest(out, 1)[1][:, 0].cpu().numpy() == origin).sum()))
+        if np.isclose(tj, SHOWN).any():
+            shown[f"{tj:.1f}"] = torch.stack([z[cfg.image % len(x)], out[cfg.image % len(x)]])
+    phase("memorization ratio")
+
+    # B.2: how far the shells of one class overlap; the worst pair, and quantiles over all its pairs
+    overlap = E.log_overlap(t, cfg.overlap_class)
+    members = torch.from_numpy(data["x"][np.asarray(data["y"]) == cfg.overlap_class])
+    pairs = np.quantile(pair_log_overlaps(members).numpy(), [0.5, 0.99])
+    phase("overlap of the shells")
+
+    at = lambda v: int(np.abs(t - v).argmin())               # index of the time closest to v
+    widths = shell_width(d, cfg.delta)
+    low, high = train.wilson(np.array(hits), len(x))
+    half = int(np.abs(t_memo - 0.5).argmin())
+    off = lambda v: np.abs(np.median(v, axis=0) - 1).max()   # the median of r_* at the worst t
+    apart = overlap.distance / (overlap.distance + np.sqrt(8 * np.log(100)))        # where C(t) = .01, solved for t
+    claims = [
+        train.claim("C1 training points lie on a shell: worst |median r_* - 1| is below .01", "0",
+                    off(r["training"]), train.bootstrap(r["training"], off), high=0.01),
+        train.claim("C2 sampling leaves the shells: median r_* at t = .3 is above 1.3", "> 1",
+                    np.median(r["inference"][:, at(0.3)]), train.bootstrap(r["inference"][:, at(0.3)]), low=1.3),
+        train.claim("Fig 4 memorization ratio at t = .5 is at least .9", "1.0",
+                    hits[half] / len(x), (low[half], high[half]), low=0.9),
+        train.claim("Fig 4 the closest shells of a class are apart (C < .01) until t = .8", ".8",
+                    apart, (apart, apart), low=0.8),
+    ]
+    if "heldout" in r:
+        pair = lambda v: np.median(v[:, 0]) - np.median(v[:, 1])                    # trajectories minus held-out
+        n = min(len(r["inference"]), len(r["heldout"]))
+        both = np.stack([r["inference"][:n, at(0.3)], r["heldout"][:n, at(0.3)]], axis=1)
+        claims.append(train.claim("control: trajectories lie farther out than new real images, r_* at t = .3",
+                                  "not shown", pair(both), train.bootstrap(both, pair), low=0.0))
+    arrays = dict(
+        t=t, lines={k: v[:cfg.n_lines] for k, v in r.items()}, median={k: np.median(v, axis=0) for k, v in r.items()},
+        n={k: len(v) for k, v in r.items()}, nfe=stats["nfe"], widths=widths, t_memo=t_memo,
+        memorized=np.array(hits) / len(x), memorized_low=low, memorized_high=high, n_images=len(x),
+        images={k: to_uint8(v) for k, v in shown.items()}, image=to_uint8(x[cfg.image % len(x)]),
+        log_overlap={"closest pair": overlap.log_c, "1% closest pairs": ((1 - t) / t)**2 * pairs[1],
+                     "median pair": ((1 - t) / t)**2 * pairs[0]},
+        overlap_class=cfg.overlap_class, duplicates=overlap.duplicates, d=d, N=E.N)
+    return train.save_results("exp_shells", cfg, device, phase.started, arrays, claims)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Drawing
+
+BLUE, RED, GREY = "#0072B2", "#D55E00", "#555555"            # supervision, extrapolation: the same in every figure
+
+
+def plot(path):
+    """results.json -> results.png beside it."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    results = json.loads(Path(path).read_text())
+    a, c = results["arrays"], {row["claim"][:4]: row for row in results["claims"]}
+    t, t_memo = np.array(a["t"]), np.array(a["t_memo"])
+    fig = plt.figure(figsize=(13, 7.6))
+    grid = fig.add_gridspec(3, 2, height_ratios=(2.4, 2.2, 1.9), width_ratios=(1.15, 1), hspace=0.32, wspace=0.2,
+                            left=0.06, right=0.98, top=0.93, bottom=0.15)
+
+    ax = fig.add_subplot(grid[:2, 0])
+    ax.set_title("(a) Distance to the nearest shell (Fig. 1b)")
+    paper, sharp = a["widths"]
+    ax.axhspan(1 - paper, 1 + paper, color=GREY, alpha=0.07, lw=0, label="shell as wide as Prop. 3.2 says")
+    ax.axhspan(1 - sharp, 1 + sharp, color=BLUE, alpha=0.25, lw=0, label="shell, sharp width")
+    for k, colour, label in (("inference", RED, "sampling trajectories"), ("training", BLUE, "noisy training points")):
+        ax.plot(t, np.array(a["lines"][k]).T, color=colour, lw=0.4, alpha=0.35)
+        ax.plot([], [], color=colour, label=label)
+    if "heldout" in a["median"]:
+        ax.plot(t, a["median"]["heldout"], color="black", ls="--", lw=1.8, label="new real images, noised (median)")
+    ax.set(xlabel="t        (0 = data, 1 = noise; sampling runs to the left)", ylabel="$r_*$", xlim=(0, 1),
+           ylim=(0.5, min(6, 1.1 * np.quantile(a["lines"]["inference"], 0.99))))
+    ax.legend(loc="upper right", framealpha=0.9)
+
+    strip = grid[0, 1].subgridspec(2, len(a["images"]) + 1, wspace=0.05, hspace=0.05)
+    pictures = {"image": [a["image"], None]} | a["images"]
+    for col, (tj, rows) in enumerate(pictures.items()):
+        for row, image in enumerate(rows):
+            ax = fig.add_subplot(strip[row, col])
+            ax.set(xticks=[], yticks=[])
+            if image is None:
+                ax.axis("off")
+                continue
+            image = np.array(image, dtype=np.uint8)
+            ax.imshow(image[..., 0] if image.shape[-1] != 3 else image, cmap="gray", vmin=0, vmax=255)
+            if row == 0:
+                ax.set_title("$x$" if tj == "image" else f"t = {tj}", fontsize=9)
+            if col == 1:
+                ax.set_ylabel(("$z_t$", "sampled")[row], fontsize=9)
+    fig.text(0.78, 0.965, "(b) One training image, noised and sampled back (Fig. 4 left)", ha="center", fontsize=12)
+
+    ax = fig.add_subplot(grid[1, 1])
+    ax.set_title("(c) Back to the same image? (Fig. 4 right)")
+    ax.fill_between(t_memo, a["memorized_low"], a["memorized_high"], color=BLUE, alpha=0.25, lw=0)
+    ax.plot(t_memo, a["memorized"], "o-", ms=3.5, color=BLUE, label=f"memorization ratio, n = {a['n_images']}, 95%")
+    ax.plot(t, np.exp(a["log_overlap"]["closest pair"]), color=GREY, label=f"overlap C(t), class {a['overlap_class']}")
+    ax.set(ylim=(-0.03, 1.05), xlim=(0, 1), xticklabels=[], ylabel="ratio, C(t)")
+    ax.legend(loc="center left")
+    below = fig.add_subplot(grid[2, 1], sharex=ax)
+    for (name, line), style in zip(a["log_overlap"].items(), ("-", "--", ":"), strict=True):
+        below.plot(t, np.array(line) / np.log(10), style, color=GREY, label=name)
+    below.axhline(-2, color="black", lw=0.6)
+    below.text(0.01, -1.9, "C = .01", fontsize=8, va="bottom")
+    below.set(ylim=(-12, 0.5), xlabel="t", ylabel="$\\log_{10}$ C(t)")
+    below.legend(loc="lower right", title=f"{a['duplicates']} identical pairs left out", title_fontsize=8, fontsize=8)
+
+    ax = fig.add_subplot(grid[2, 0])
+    ax.axis("off")
+    control, said = c.get("cont"), ""
+    if control:
+        meaning = {"contradicted": "Trajectories are no farther out than new real images: leaving the shells is what\n"
+                                   "any image does that is not in the training set, no sign that sampling goes astray.",
+                   "holds": "Trajectories are farther out than new real images.",
+                   "not resolved": "Whether they are farther out than new real images is not resolved: leaving the\n"
+                                   "shells is what any image does that is not in the training set."}[control["verdict"]]
+        said = (f"Trajectories minus new real images: {control['ours']:+.2f} (95%: {control['ci95'][0]:+.2f} to "
+                f"{control['ci95'][1]:+.2f}).\n{meaning}")
+    model = results["config"]["train"]
+    text = [f"{model['model']} on {a['N']:,} images of {model['data']}, d = {a['d']}.",
+            f"At t = .3 the median r_* is {c['C2 s']['ours']:.2f} along trajectories.", said]
+    ax.text(0, 0.62, "\n".join(text), fontsize=10.5, va="top", transform=ax.transAxes)
+    fig.savefig(Path(path).with_suffix(".png"), dpi=110)
+    plt.close(fig)
+    return Path(path).with_suffix(".png")
+
+
+def main(cfg):
+    path = train.ROOT / "out" / "exp_shells" / cfg.preset / "results.json"
+    if not cfg.redraw:
+        print("exp_shells: r_* of training points, new images and trajectories; memorization; overlap of the shells")
+        path = measure(cfg)
+    figure = plot(path)
+    train.print_claims(json.loads(path.read_text()))
+    print(f"\n{figure}\n{path}")
+
+
+if __name__ == "__main__":
+    cli(main, PRESETS)

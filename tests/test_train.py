@@ -1,0 +1,217 @@
+"""The trainer: the loss, the same update on any number of processes, exact resume, what the experiments rely on."""
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from sample import load_run
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A small data set in the project's layout: 50 images of 8 x 8 in 4 classes."""
+    folder = tmp_path_factory.mktemp("data") / "toy"
+    rng = np.random.default_rng(0)
+    y = np.arange(50) % 4
+    x = np.clip(0.3 * rng.standard_normal((50, 1, 8, 8)) + (y / 2 - 0.75)[:, None, None, None], -1, 1)
+    arrays = dict(x=x.astype(np.float32), y=y, x_heldout=x[:9].astype(np.float32), y_heldout=y[:9])
+    train.save_dataset(folder, arrays, dict(name="toy", num_classes=4))
+    return str(folder)
+
+
+def config(folder, out, **changes):
+    return train.Config(**dict(data=folder, model="SiT-nano/4", steps=6, batch=12, log_every=2, save_every=3,
+                               device="cpu", warmup=0, out=str(out)) | changes)
+
+
+def weights(run, key="ema"):
+    state = torch.load(Path(run) / "ckpt.pt", weights_only=True)[key]
+    return torch.cat([v.flatten().double() for v in state.values()])
+
+
+def torchrun(n, cfg):
+    argv = [f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(cfg).items() if not isinstance(v, bool)]
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--standalone",
+                           ROOT / "train.py", *argv], capture_output=True, text=True, timeout=100)
+
+
+def test_loss_of_a_perfect_and_of_a_zero_model():
+    x, eps, t = torch.randn(400, 1, 8, 8), torch.randn(400, 1, 8, 8), torch.rand(400)
+    x[:] = x[0]                                              # one data point: v = (z - x)/t is known
+    perfect = lambda z, t, y: (z - x) / t[:, None, None, None]
+    assert train.dsm_loss(perfect, x, None, t, eps, "v") < 1e-4
+    assert train.dsm_loss(lambda z, t, y: x, x, None, t, eps, "x") == 0
+    zero = lambda z, t, y: torch.zeros_like(z)
+    assert torch.isclose(train.dsm_loss(zero, x, None, t, eps, "v"), (eps - x).square().mean())
+
+
+def test_each_epoch_sees_every_image_once():
+    seen = np.concatenate([train.step_indices(k, 7, 50, seed=0) for k in range(100)])       # 14 epochs of 50
+    for epoch in seen.reshape(14, 50):
+        assert sorted(epoch) == list(range(50))
+    assert (seen[:50] != seen[50:100]).any()
+    assert len(train.step_indices(0, 120, 50, seed=0)) == 120                               # a batch of several epochs
+
+
+def test_noise_of_a_step_is_a_function_of_seed_and_step():
+    a, b = (train.step_noise(5, (8, 1, 2, 2), seed=1, device=torch.device("cpu")) for _ in range(2))
+    other = train.step_noise(6, (8, 1, 2, 2), seed=1, device=torch.device("cpu"))
+    assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True)) and not torch.equal(a[1], other[1])
+    t, eps, u = train.step_noise(0, (20_000, 1, 1, 1), seed=0, device=torch.device("cpu"))
+    assert abs(t.mean() - 0.5) < 0.01 and abs(eps.std() - 1) < 0.02 and abs((u < 0.1).float().mean() - 0.1) < 0.01
+
+
+def test_training_lowers_the_loss_and_writes_what_it_says(data, tmp_path):
+    run = train.train(config(data, tmp_path / "a", steps=150, lr=3e-3, log_every=30, save_every=150))
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in log] == [30, 60, 90, 120, 150] and log[-1]["loss"] < 0.75 * log[0]["loss"]
+    assert log[-1]["heldout_loss"] > 0 and log[-1]["images_per_second"] > 0 and (run / "samples.png").exists()
+    assert not list(run.glob("*.tmp*"))
+
+
+def test_resume_continues_exactly(data, tmp_path):
+    whole = train.train(config(data, tmp_path / "whole"))
+    part = train.train(config(data, tmp_path / "part", steps=3))
+    train.train(config(data, tmp_path / "part"))
+    for key in ("model", "ema"):
+        assert torch.equal(weights(whole, key), weights(part, key))
+    a, b = ([{k: v for k, v in json.loads(line).items() if k in ("step", "loss", "grad_norm")}
+             for line in (run / "log.jsonl").read_text().splitlines()] for run in (whole, part))
+    assert a[-1] == b[-1]
+    before = (part / "ckpt.pt").stat().st_mtime_ns
+    train.train(config(data, tmp_path / "part"))             # nothing left to do
+    assert (part / "ckpt.pt").stat().st_mtime_ns == before
+
+
+def test_accumulation_gives_the_same_update(data, tmp_path):
+    a = train.train(config(data, tmp_path / "a"))
+    b = train.train(config(data, tmp_path / "b", accum=3))
+    assert (weights(a, "model") - weights(b, "model")).abs().max() < 1e-5
+
+
+def test_two_ranks_give_the_update_of_one(data, tmp_path):
+    one = train.train(config(data, tmp_path / "one", steps=4))
+    done = torchrun(2, config(data, tmp_path / "two", steps=4, accum=2))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (weights(one, "model") - weights(tmp_path / "two", "model")).abs().max() < 1e-5
+    assert (weights(one) - weights(tmp_path / "two")).abs().max() < 1e-5
+    assert "2 processes" in done.stdout and done.stdout.count("training:") == 1
+    log = [[json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+           for run in (one, tmp_path / "two")]
+    assert np.allclose(*log, rtol=1e-4)                      # the logged loss is that of the global batch
+
+
+def test_label_dropout_trains_the_null_label(data, tmp_path):
+    for p, moves in ((0.0, False), (1.0, True)):
+        cfg = config(data, tmp_path / str(p), label_dropout=p)
+        model, _ = load_run(train.train(cfg), ema=False)
+        torch.manual_seed(cfg.seed)
+        fresh = train.build_model("SiT-nano/4", 8, 1, 4).y_embedder.embedding_table.weight
+        table = model.y_embedder.embedding_table.weight
+        assert torch.equal(table[-1], fresh[-1]) != moves and torch.equal(table[:-1], fresh[:-1]) == moves
+
+
+def test_x_prediction_and_unet_and_bf16(data, tmp_path):
+    for k, changes in enumerate([dict(prediction="x"), dict(model="UNet-nano-conv"), dict(dtype="bf16")]):
+        run = train.train(config(data, tmp_path / str(k), steps=2, **changes))
+        assert load_run(run)[0].prediction == changes.get("prediction", "v")
+
+
+def test_folders_of_runs():
+    assert train.run_folder(train.Config()).name == "laptop_mnist5k_SiT-tiny-4"
+    assert train.run_folder(train.Config(lr=0.1, device="cpu")).name == "laptop_mnist5k_SiT-tiny-4_lr=0.1"
+    assert train.run_folder(train.PRESETS["paper"]).name == "paper_imagenet_SiT-XL-2"
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(data="nowhere"), "no data set at"),
+    (dict(batch=10, accum=3), "does not divide"),
+    (dict(steps=0), "steps must be at least 1"),
+    (dict(model="SiT-huge/4"), "unknown model 'SiT-huge/4'"),
+    (dict(model="SiT-nano/3"), "patch size 3"),
+    (dict(device="cuda:9" if not torch.cuda.is_available() else "tpu"), "not available"),
+])
+def test_bad_configs(data, tmp_path, changes, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        train.train(config(data, tmp_path / "bad", **changes))
+    assert not (tmp_path / "bad").exists()
+
+
+def test_another_config_does_not_resume(data, tmp_path):
+    train.train(config(data, tmp_path / "a", steps=2))
+    before = (tmp_path / "a" / "ckpt.pt").read_bytes()
+    for changes, message in ((dict(lr=0.5), "with lr = 0.003, not 0.5"), (dict(steps=1), "past the 1 asked for")):
+        with pytest.raises(ValueError, match=message):
+            train.train(config(data, tmp_path / "a", **changes))
+    assert (tmp_path / "a" / "ckpt.pt").read_bytes() == before
+
+
+def test_diverged_training_keeps_the_last_checkpoint(data, tmp_path):
+    with pytest.raises(ValueError, match="the loss is nan at step|the loss is inf at step"):
+        train.train(config(data, tmp_path / "a", steps=60, lr=1e30, save_every=60))
+    assert not (tmp_path / "a" / "ckpt.pt").exists()
+
+
+def test_data_sets_are_checked(tmp_path):
+    x, y = np.zeros((5, 1, 8, 8), np.float32), np.arange(5)
+    cases = [(dict(x=x, y=y[:4]), "y.npy must be 5 integer labels"), (dict(x=x, y=y + 1), "labels in 0 .. 4"),
+             (dict(x=x[:, 0], y=y), "shape (N, C, H, H)"), (dict(x=x.astype(int), y=y), "must be floating point"),
+             (dict(y=y), "'x'")]
+    for k, (arrays, message) in enumerate(cases):
+        train.save_dataset(tmp_path / str(k), arrays, dict(num_classes=5))
+        with pytest.raises(ValueError) as e:
+            train.load_data(str(tmp_path / str(k)))
+        assert message in str(e.value)
+    train.save_dataset(tmp_path / "p", dict(x=x, y=y), dict(num_classes=5))
+    np.save(tmp_path / "p" / "x.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="(?i)pickle|object"):
+        train.load_data(str(tmp_path / "p"))
+
+
+def test_embedded_sets(monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "DATA", tmp_path)
+    for name, n, held, side in (("mnist5k", 4500, 500, 28), ("digits", 1617, 180, 8)):
+        d = train.load_data(name)
+        assert d["x"].shape == (n, 1, side, side) and d["x_heldout"].shape[0] == held and isinstance(d["x"], np.memmap)
+        assert d["x"].min() == -1 and d["x"].max() == 1 and d["x"].dtype == np.float32
+        counts = np.bincount(d["y_heldout"])
+        assert len(counts) == 10 and counts.max() - counts.min() <= 2
+        flat = {a.tobytes() for a in np.asarray(d["x"])}
+        assert sum(a.tobytes() in flat for a in np.asarray(d["x_heldout"])) <= 1       # held out means held out
+
+
+def test_verdicts_follow_from_the_interval():
+    verdict = lambda ci, **bound: train.claim("c", "p", 0.0, ci, **bound)["verdict"]
+    assert verdict((1.1, 1.5), low=1.0) == "holds" and verdict((0.9, 1.5), low=1.0) == "not resolved"
+    assert verdict((0.1, 0.9), low=1.0) == "contradicted" and verdict((0.1, 0.9), high=1.0) == "holds"
+    assert verdict((1.1, 1.2), high=1.0) == "contradicted"
+
+
+def test_intervals():
+    rng = np.random.default_rng(0)
+    hit = 0
+    for k in range(200):                                     # a 95% interval holds the truth 95 times in 100
+        low, high = train.bootstrap(rng.standard_normal(80), seed=k, n=200)
+        hit += low <= 0 <= high
+    assert 178 <= hit <= 199
+    low, high = train.wilson(np.array([0, 50, 100]), 100)
+    assert np.allclose([low[0], high[0]], [0, 0.0370], atol=1e-3)
+    assert np.allclose([low[1], high[1]], [0.4038, 0.5962], atol=1e-3)
+    assert np.allclose(low + high[::-1], 1)
+
+
+def test_command_line(tmp_path):
+    run = lambda *a: subprocess.run([sys.executable, ROOT / "train.py", *a], capture_output=True, text=True)
+    assert "training iterations" in run("--help").stdout and run("--help").returncode == 0
+    for argv, message in ((["--preset", "huge"], "unknown preset 'huge'"), (["--data", "nowhere"], "no data set at")):
+        done = run(*argv)
+        assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
+    assert run("--stepz", "3").returncode == 1

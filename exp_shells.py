@@ -41,7 +41,8 @@ class Config:
     n_trajectories: int = 200  # sampling trajectories
     n_lines: int = 100  # how many of each are drawn
     n_times: int = 100  # times t = 1/n, 2/n .. 1
-    n_images: int = 200  # training images that are noised and denoised again, at 21 times
+    n_images: int = 200  # training images that are noised and denoised again
+    memo_times: int = 21  # at so many times, from 0 to 1
     image: int = 0  # which of them is shown
     overlap_class: int = 3  # the class whose shells are compared pair by pair
     delta: float = 0.01  # a noisy training point lies in the shell with probability 1 - delta
@@ -49,6 +50,7 @@ class Config:
     seed: int = 0  # of the points, the noise and the trajectories
     device: str = "auto"  # auto, cpu, cuda, mps
     redraw: bool = False  # draw the figure again from results.json, and measure nothing
+    out: str = ""  # folder of the results; default out/exp_shells/<preset>
 
 
 PRESETS = {
@@ -84,10 +86,10 @@ def pair_log_overlaps(x):
 # Measuring
 
 def measure(cfg):
-    """Everything that the figure shows, as a dict of arrays, and the claims. -> the path of results.json"""
-    for name in ("n_points", "n_trajectories", "n_lines", "n_times", "n_images", "batch"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(cfg, name)}")
+    """Everything that the figure shows, as a dict of arrays, and the claims, written to results.json."""
+    for name in ("n_points", "n_trajectories", "n_lines", "n_times", "n_images", "memo_times", "batch"):
+        if getattr(cfg, name) < (least := 2 if name == "memo_times" else 1):
+            raise ValueError(f"{name} must be at least {least}, not {getattr(cfg, name)}")
     device = pick_device(cfg.device)
     run = train.train(dataclasses.replace(cfg.train, device=cfg.device))
     phase = train.phases()
@@ -125,14 +127,14 @@ def measure(cfg):
     # Fig 4: from z_t back to t = 0; does the nearest training image equal the one we came from?
     origin, x, labels = pick("x", cfg.n_images)
     e = noise(range(len(x)), shape, cfg.seed + 9).to(device)
-    t_memo = np.linspace(0, 1, 21)
+    t_memo = np.linspace(0, 1, cfg.memo_times)
     hits, shown = [len(x)], {}
     for tj in tqdm(t_memo[1:], desc="denoising", disable=None, leave=False):
         z = noised(x, e, tj)
         out = torch.cat([sample(model, zb, yb, t_grid=[tj, 0.0])[-1]
                          for zb, yb in zip(z.split(cfg.batch), labels.split(cfg.batch), strict=True)])
         hits.append(int((E.nearest(out, 1)[1][:, 0].cpu().numpy() == origin).sum()))
-        if np.isclose(tj, SHOWN).any():
+        if np.isclose(tj, SHOWN).any() or cfg.memo_times < 21:
             shown[f"{tj:.1f}"] = torch.stack([z[cfg.image % len(x)], out[cfg.image % len(x)]])
     phase("memorization ratio")
 
@@ -158,21 +160,25 @@ def measure(cfg):
         train.claim("Fig 4 the closest shells of a class are apart (C < .01) until t = .8", ".8",
                     apart, (apart, apart), low=0.8),
     ]
-    if "heldout" in r:
+    if "heldout" in r:                                       # what r_* = 1 would have to mean, if it marked real images
+        held = r["heldout"][:, at(0.3)]
+        claims.append(train.claim("control: new real images stay in the shells too: median r_* at t = .3", "not shown",
+                                  np.median(held), train.bootstrap(held), high=1 + widths[1]))
         pair = lambda v: np.median(v[:, 0]) - np.median(v[:, 1])                    # trajectories minus held-out
         n = min(len(r["inference"]), len(r["heldout"]))
         both = np.stack([r["inference"][:n, at(0.3)], r["heldout"][:n, at(0.3)]], axis=1)
-        claims.append(train.claim("control: trajectories lie farther out than new real images, r_* at t = .3",
+        claims.append(train.claim("control: trajectories are farther out than new images: difference at t = .3",
                                   "not shown", pair(both), train.bootstrap(both, pair), low=0.0))
     arrays = dict(
-        t=t, lines={k: v[:cfg.n_lines] for k, v in r.items()}, median={k: np.median(v, axis=0) for k, v in r.items()},
+        t=t, lines={k: r[k][:cfg.n_lines] for k in ("training", "inference")},
+        median={k: np.median(v, axis=0) for k, v in r.items()},
         n={k: len(v) for k, v in r.items()}, nfe=stats["nfe"], widths=widths, t_memo=t_memo,
         memorized=np.array(hits) / len(x), memorized_low=low, memorized_high=high, n_images=len(x),
         images={k: to_uint8(v) for k, v in shown.items()}, image=to_uint8(x[cfg.image % len(x)]),
         log_overlap={"closest pair": overlap.log_c, "1% closest pairs": ((1 - t) / t)**2 * pairs[1],
                      "median pair": ((1 - t) / t)**2 * pairs[0]},
         overlap_class=cfg.overlap_class, duplicates=overlap.duplicates, d=d, N=E.N)
-    return train.save_results("exp_shells", cfg, device, phase.started, arrays, claims)
+    train.save_results("exp_shells", cfg, device, phase.started, arrays, claims)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -181,56 +187,82 @@ def measure(cfg):
 BLUE, RED, GREY = "#0072B2", "#D55E00", "#555555"            # supervision, extrapolation: the same in every figure
 
 
+def mosaic(image, pictures):
+    """x and two rows {t: (noisy, sampled)}, images (H, W, C), as one picture; -> it, and the places of its ticks."""
+    rgb = lambda im: np.broadcast_to(np.array(im, np.uint8)[..., :3], (*np.shape(im)[:2], 3))
+    rows = [[rgb(image)] + [rgb(p[k]) for p in pictures.values()] for k in (0, 1)]
+    H, W, _ = rows[0][0].shape
+    step = W + max(1, W // 10)
+    canvas = np.full((2 * step, step * len(rows[0]), 3), 255, np.uint8)
+    for k, row in enumerate(rows):
+        for j, im in enumerate(row):
+            if (k, j) != (1, 0):                             # x stands in the first row alone
+                canvas[k * step:k * step + H, j * step:j * step + W] = im
+    return canvas, np.arange(len(rows[0])) * step + W / 2, np.array([H / 2, step + H / 2])
+
+
+def caption(results):
+    """What the figure says, in words and numbers that follow from the claims."""
+    a, c, model = results["arrays"], results["claims"], results["config"]["train"]
+    lines = [f"{model['model']} on {a['N']:,} images of {model['data']}, d = {a['d']}. At t = .3 the median of r_* is "
+             f"{c[1]['ours']:.2f} along sampling trajectories (paper: above 1)."]
+    if len(c) > 4:
+        stay, more = c[4], c[5]
+        lines += [f"Control: new real images, noised afresh, are at {stay['ours']:.2f} (95%: {stay['ci95'][0]:.2f} to "
+                  f"{stay['ci95'][1]:.2f}), trajectories {more['ours']:+.2f} from that ({more['ci95'][0]:+.2f} to "
+                  f"{more['ci95'][1]:+.2f}).",
+                  {"contradicted": "So most images that are not in the training set lie outside of the shells, real or "
+                                   "generated: r_* > 1 says that training data are not replayed, no more.",
+                   "holds": "New real images stay in the shells: r_* tells generated images from real ones.",
+                   "not resolved": "Whether new real images stay in the shells is not resolved."}[stay["verdict"]]]
+    return "\n".join(lines)
+
+
 def plot(path):
     """results.json -> results.png beside it."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     results = json.loads(Path(path).read_text())
-    a, c = results["arrays"], {row["claim"][:4]: row for row in results["claims"]}
+    a = results["arrays"]
     t, t_memo = np.array(a["t"]), np.array(a["t_memo"])
-    fig = plt.figure(figsize=(13, 7.6))
-    grid = fig.add_gridspec(3, 2, height_ratios=(2.4, 2.2, 1.9), width_ratios=(1.15, 1), hspace=0.32, wspace=0.2,
-                            left=0.06, right=0.98, top=0.93, bottom=0.15)
+    fig = plt.figure(figsize=(13, 7.2))
+    grid = fig.add_gridspec(3, 2, height_ratios=(1.5, 1.7, 1.5), width_ratios=(1.1, 1), hspace=0.28, wspace=0.16,
+                            left=0.05, right=0.985, top=0.94, bottom=0.17)
 
-    ax = fig.add_subplot(grid[:2, 0])
+    ax = fig.add_subplot(grid[:, 0])
     ax.set_title("(a) Distance to the nearest shell (Fig. 1b)")
     paper, sharp = a["widths"]
-    ax.axhspan(1 - paper, 1 + paper, color=GREY, alpha=0.07, lw=0, label="shell as wide as Prop. 3.2 says")
+    ax.axhspan(1 - paper, 1 + paper, color=GREY, alpha=0.08, lw=0, label="shell as wide as Prop. 3.2 says")
     ax.axhspan(1 - sharp, 1 + sharp, color=BLUE, alpha=0.25, lw=0, label="shell, sharp width")
     for k, colour, label in (("inference", RED, "sampling trajectories"), ("training", BLUE, "noisy training points")):
         ax.plot(t, np.array(a["lines"][k]).T, color=colour, lw=0.4, alpha=0.35)
         ax.plot([], [], color=colour, label=label)
     if "heldout" in a["median"]:
-        ax.plot(t, a["median"]["heldout"], color="black", ls="--", lw=1.8, label="new real images, noised (median)")
-    ax.set(xlabel="t        (0 = data, 1 = noise; sampling runs to the left)", ylabel="$r_*$", xlim=(0, 1),
-           ylim=(0.5, min(6, 1.1 * np.quantile(a["lines"]["inference"], 0.99))))
+        ax.plot(t, a["median"]["heldout"], "--", color="black", lw=1.8, label="control: new real images (median)")
+    ax.set(xlim=(0, 1), ylim=(0.5, 5), xlabel="t        (0 = data, 1 = noise; sampling runs to the left)",
+           ylabel="$r_*$")
     ax.legend(loc="upper right", framealpha=0.9)
 
-    strip = grid[0, 1].subgridspec(2, len(a["images"]) + 1, wspace=0.05, hspace=0.05)
-    pictures = {"image": [a["image"], None]} | a["images"]
-    for col, (tj, rows) in enumerate(pictures.items()):
-        for row, image in enumerate(rows):
-            ax = fig.add_subplot(strip[row, col])
-            ax.set(xticks=[], yticks=[])
-            if image is None:
-                ax.axis("off")
-                continue
-            image = np.array(image, dtype=np.uint8)
-            ax.imshow(image[..., 0] if image.shape[-1] != 3 else image, cmap="gray", vmin=0, vmax=255)
-            if row == 0:
-                ax.set_title("$x$" if tj == "image" else f"t = {tj}", fontsize=9)
-            if col == 1:
-                ax.set_ylabel(("$z_t$", "sampled")[row], fontsize=9)
-    fig.text(0.78, 0.965, "(b) One training image, noised and sampled back (Fig. 4 left)", ha="center", fontsize=12)
+    ax = fig.add_subplot(grid[0, 1])
+    ax.set_title("(b) One training image, noised and sampled back (Fig. 4 left)")
+    canvas, columns, rows = mosaic(a["image"], a["images"])
+    ax.imshow(canvas, aspect="equal")
+    ax.set_xticks(columns, ["x", *(f"t = {tj}" for tj in a["images"])], fontsize=9)
+    ax.set_yticks(rows, ["$z_t$", "sampled"], fontsize=9)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
 
     ax = fig.add_subplot(grid[1, 1])
-    ax.set_title("(c) Back to the same image? (Fig. 4 right)")
+    ax.set_title("(c) Does it find back to the same image? (Fig. 4 right)")
     ax.fill_between(t_memo, a["memorized_low"], a["memorized_high"], color=BLUE, alpha=0.25, lw=0)
-    ax.plot(t_memo, a["memorized"], "o-", ms=3.5, color=BLUE, label=f"memorization ratio, n = {a['n_images']}, 95%")
-    ax.plot(t, np.exp(a["log_overlap"]["closest pair"]), color=GREY, label=f"overlap C(t), class {a['overlap_class']}")
-    ax.set(ylim=(-0.03, 1.05), xlim=(0, 1), xticklabels=[], ylabel="ratio, C(t)")
-    ax.legend(loc="center left")
+    ax.plot(t_memo, a["memorized"], "o-", ms=3.5, color=BLUE,
+            label=f"memorization ratio (n = {a['n_images']}, band: 95%)")
+    ax.plot(t, np.exp(a["log_overlap"]["closest pair"]), color=GREY,
+            label=f"overlap C(t), closest pair of class {a['overlap_class']}")
+    ax.set(ylim=(-0.03, 1.05), xlim=(0, 1), ylabel="ratio, C(t)")
+    ax.tick_params(labelbottom=False)
+    ax.legend(loc="center left", fontsize=9)
     below = fig.add_subplot(grid[2, 1], sharex=ax)
     for (name, line), style in zip(a["log_overlap"].items(), ("-", "--", ":"), strict=True):
         below.plot(t, np.array(line) / np.log(10), style, color=GREY, label=name)
@@ -239,35 +271,10 @@ def plot(path):
     below.set(ylim=(-12, 0.5), xlabel="t", ylabel="$\\log_{10}$ C(t)")
     below.legend(loc="lower right", title=f"{a['duplicates']} identical pairs left out", title_fontsize=8, fontsize=8)
 
-    ax = fig.add_subplot(grid[2, 0])
-    ax.axis("off")
-    control, said = c.get("cont"), ""
-    if control:
-        meaning = {"contradicted": "Trajectories are no farther out than new real images: leaving the shells is what\n"
-                                   "any image does that is not in the training set, no sign that sampling goes astray.",
-                   "holds": "Trajectories are farther out than new real images.",
-                   "not resolved": "Whether they are farther out than new real images is not resolved: leaving the\n"
-                                   "shells is what any image does that is not in the training set."}[control["verdict"]]
-        said = (f"Trajectories minus new real images: {control['ours']:+.2f} (95%: {control['ci95'][0]:+.2f} to "
-                f"{control['ci95'][1]:+.2f}).\n{meaning}")
-    model = results["config"]["train"]
-    text = [f"{model['model']} on {a['N']:,} images of {model['data']}, d = {a['d']}.",
-            f"At t = .3 the median r_* is {c['C2 s']['ours']:.2f} along trajectories.", said]
-    ax.text(0, 0.62, "\n".join(text), fontsize=10.5, va="top", transform=ax.transAxes)
-    fig.savefig(Path(path).with_suffix(".png"), dpi=110)
+    fig.text(0.05, 0.02, caption(results), fontsize=10)
+    fig.savefig(Path(path).with_suffix(".png"), dpi=90)
     plt.close(fig)
-    return Path(path).with_suffix(".png")
-
-
-def main(cfg):
-    path = train.ROOT / "out" / "exp_shells" / cfg.preset / "results.json"
-    if not cfg.redraw:
-        print("exp_shells: r_* of training points, new images and trajectories; memorization; overlap of the shells")
-        path = measure(cfg)
-    figure = plot(path)
-    train.print_claims(json.loads(path.read_text()))
-    print(f"\n{figure}\n{path}")
 
 
 if __name__ == "__main__":
-    cli(main, PRESETS)
+    cli(lambda cfg: train.experiment("exp_shells", cfg, measure, plot), PRESETS)

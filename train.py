@@ -345,33 +345,43 @@ def phases():
     return phase
 
 
+def results_path(script, cfg):
+    return (Path(cfg.out) if cfg.out else ROOT / "out" / script / cfg.preset) / "results.json"
+
+
 def save_results(script, cfg, device, started, arrays, claims):
-    """Write out/<script>/<preset>/results.json, from which alone the figure is drawn. -> its path."""
-    def plain(a):                                            # arrays as lists, rounded to five digits
+    """Write out/<script>/<preset>/results.json, from which alone the figure is drawn."""
+    def plain(a):                                            # arrays as lists, rounded to four digits
         if isinstance(a, dict):
             return {k: plain(v) for k, v in a.items()}
         a = np.asarray(a.cpu() if torch.is_tensor(a) else a)
-        return [plain(row) for row in a] if a.ndim else float(f"{a:.5g}") if a.dtype.kind == "f" else a.item()
+        return [plain(row) for row in a] if a.ndim else float(f"{a:.4g}") if a.dtype.kind == "f" else a.item()
 
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    folder = ROOT / "out" / script / cfg.preset
-    folder.mkdir(parents=True, exist_ok=True)
-    results = dict(script=script, preset=cfg.preset, seed=cfg.seed, seconds=round(time.time() - started, 1),
-                   device=str(device) if device.type == "cpu" else torch.cuda.get_device_name(device)
-                   if device.type == "cuda" else str(device), cores=os.cpu_count(), commit=git.stdout.strip(),
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
+    results = dict(script=script, preset=cfg.preset, seed=cfg.seed, device=name,
+                   seconds=round(time.time() - started, 1), commit=git.stdout.strip(),
                    versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
                    config=dataclasses.asdict(cfg), claims=claims, arrays=plain(arrays))
-    (folder / "results.json.tmp").write_text(json.dumps(results))
-    os.replace(folder / "results.json.tmp", folder / "results.json")
-    return folder / "results.json"
+    path = results_path(script, cfg)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".tmp").write_text(json.dumps(results))
+    os.replace(path.with_suffix(".tmp"), path)
 
 
-def print_claims(results):
-    """The table of claims: the last thing a script prints."""
-    print(f"\n{'claim':74s} {'paper':>14s} {'ours':>9s} {'95% interval':>20s}  verdict")
-    for c in results["claims"]:
-        print(f"{c['claim']:74s} {c['paper']:>14s} {c['ours']:9.3g} {'[{:.3g}, {:.3g}]'.format(*c['ci95']):>20s}  "
+def experiment(script, cfg, measure, plot):
+    """What the command of every experiment does: measure, or not (--redraw); draw from the file; print the claims."""
+    path = results_path(script, cfg)
+    if not cfg.redraw:
+        measure(cfg)
+    elif not path.exists():
+        raise FileNotFoundError(f"nothing to redraw: there is no {path}")
+    plot(path)
+    print(f"\n{'claim':74s} {'paper':>10s} {'ours':>9s} {'95% interval':>18s}  verdict")
+    for c in json.loads(path.read_text())["claims"]:
+        print(f"{c['claim']:74s} {c['paper']:>10s} {c['ours']:9.3g} {'[{:.3g}, {:.3g}]'.format(*c['ci95']):>18s}  "
               f"{c['verdict']}")
+    print(f"\n{path.with_suffix('.png')}\n{path}")
 
 
 if __name__ == "__main__":

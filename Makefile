@@ -1,0 +1,38 @@
+# Two commands, neither of which needs the other first:
+#   make figures    set up, then run every experiment: figures in out/<experiment>/laptop/results.png
+#   make test       set up, then run the tests
+PYTHON ?= python3
+BIN := .venv/bin
+# cheap ones first
+EXPERIMENTS := $(wildcard exp_toy2d.py exp_gaussian.py exp_cfg_paradox.py exp_shells.py exp_freedom.py exp_scaling.py)
+
+.PHONY: figures test lint assets readme bench clean
+
+figures: .venv/ready
+	@for script in $(EXPERIMENTS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+# For maintainers: what the README shows, from the last `make figures`.
+assets:
+	@for script in $(EXPERIMENTS:.py=); do for kind in json png; do \
+	  cp out/$$script/laptop/results.$$kind assets/$$script.$$kind || exit 1; done; done
+	$(MAKE) readme
+
+readme: .venv/ready
+	$(BIN)/python tests/readme.py
+
+bench: .venv/ready
+	$(BIN)/python tests/bench.py
+
+clean:
+	rm -rf .venv out

@@ -1,0 +1,130 @@
+"""Every experiment at a tiny size, the contract of its results, and the claims at a size where they hold."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import exp_cfg_paradox
+import exp_shells
+import train
+from empirical_score import EmpiricalScore
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {
+    "exp_shells": ["--n-points=40", "--n-trajectories=12", "--n-lines=5", "--n-times=10", "--n-images=12", "--batch=12",
+                   "--memo-times=3"],
+    "exp_cfg_paradox": ["--n=12", "--n-times=10", "--batch=12"],
+}
+MODEL = ["--train.data=digits", "--train.model=SiT-nano/4", "--train.steps=30", "--train.batch=16", "--device=cpu"]
+
+
+def command(script, *argv):
+    return subprocess.run([sys.executable, ROOT / f"{script}.py", *argv], capture_output=True, text=True, timeout=200)
+
+
+@pytest.fixture(scope="module", params=TINY)
+def tiny(request, tmp_path_factory):
+    """(script, where its results lie, what it printed) of one tiny run."""
+    run, out = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("out")
+    done = command(request.param, *TINY[request.param], *MODEL, f"--train.out={run}", f"--out={out}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return request.param, out, done.stdout
+
+
+def test_results_follow_the_contract(tiny):
+    script, out, printed = tiny
+    results = json.loads((out / "results.json").read_text())
+    assert results["script"] == script and results["preset"] == "laptop" and results["seconds"] > 0
+    assert {"config", "seed", "versions", "device", "commit", "arrays", "claims"} <= set(results)
+    assert results["config"]["train"]["model"] == "SiT-nano/4"
+    for row in results["claims"]:
+        assert set(row) == {"claim", "paper", "ours", "ci95", "verdict"}
+        assert row["verdict"] in ("holds", "not resolved", "contradicted")
+        assert row["claim"] in printed and len(row["claim"]) <= 74
+        assert all(map(np.isfinite, (row["ours"], *row["ci95"])))
+        assert row["ci95"][0] <= row["ci95"][1]
+    assert str(out / "results.png") in printed and (out / "results.png").stat().st_size > 20_000
+
+
+def test_a_figure_is_drawn_from_its_json_alone(tiny, tmp_path):
+    script, out, _ = tiny
+    (tmp_path / "results.json").write_bytes((out / "results.json").read_bytes())
+    {"exp_shells": exp_shells, "exp_cfg_paradox": exp_cfg_paradox}[script].plot(tmp_path / "results.json")
+    assert (tmp_path / "results.png").read_bytes() == (out / "results.png").read_bytes()
+
+
+@pytest.mark.parametrize("script, argv, message", [
+    ("exp_shells", ["--n-points=0"], "n_points must be at least 1"),
+    ("exp_shells", ["--train.data=nowhere"], "no data set at"),
+    ("exp_shells", ["--redraw", "--out={tmp}"], "nothing to redraw"),
+    ("exp_cfg_paradox", ["--n=0"], "n must be at least 1"),
+    ("exp_cfg_paradox", ["--preset=huge"], "unknown preset 'huge'"),
+    ("exp_cfg_paradox", ["--redraw", "--out={tmp}"], "nothing to redraw"),
+])
+def test_bad_input_is_one_line(script, argv, message, tmp_path):
+    done = command(script, *[a.replace("{tmp}", str(tmp_path)) for a in argv])
+    assert done.returncode == 1 and message in done.stderr, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+# ---- the maths -------------------------------------------------------------------------------------------------------
+
+def test_shell_widths_hold_the_mass_they_promise():
+    for d in (20, 784, 4096):
+        r = torch.randn(20_000, d, generator=torch.Generator().manual_seed(0)).norm(dim=1) / d**0.5
+        paper, sharp = exp_shells.shell_width(d, 0.01)
+        assert ((r - 1).abs() <= sharp).float().mean() > 0.99
+        assert sharp < 3.5 / d**0.5 and paper > 2                            # the paper's covers every r from 0 to 3
+    assert abs(exp_shells.shell_width(4096, 0.01)[0] * 64 - 137) < 1         # the figures of Prop. 3.2 at d = 4096
+    assert abs(exp_shells.shell_width(4096, 0.01)[1] * 64 - 3.3) < 0.1
+
+
+def test_gaps_are_differences_of_scores():
+    """Both gaps against the definition: the norm of a difference of two scores, each formed from its own velocity."""
+    x, y = torch.randn(30, 1, 4, 4, dtype=torch.float64), torch.arange(30) % 3
+    E, t = EmpiricalScore(x, y), 0.7
+    z = torch.randn(8, 1, 4, 4, dtype=torch.float64)
+    s = E.score(z, t, y[:8]) - E.score(z, t)
+    assert torch.allclose(exp_cfg_paradox.empirical_gap(E, z, t, y[:8]), s.flatten(1).norm(dim=1))
+    model = train.build_model("SiT-nano/2", 4, 1, 3)
+    torch.nn.init.normal_(model.final_layer.linear.weight)
+    torch.nn.init.normal_(model.final_layer.adaLN_modulation[1].weight)
+    z = z.float()
+    score = lambda label: -((1 - t) * model(z, t, label) + z) / t
+    want = (score(y[:8]) - score(None)).flatten(1).norm(dim=1)
+    assert want.min() > 0 and torch.allclose(exp_cfg_paradox.learned_gap(model, z, t, y[:8]).float(), want, rtol=1e-3)
+    assert (exp_cfg_paradox.learned_gap(model, z, 1.0, y[:8]) == 0).all()    # alpha = 0: the label does not matter
+
+
+def test_pair_overlaps_match_the_worst_pair():
+    x = torch.randn(40, 1, 4, 4)
+    t = torch.linspace(0.1, 1, 5)
+    want = EmpiricalScore(x).log_overlap(t).log_c
+    assert torch.allclose(((1 - t) / t)**2 * exp_shells.pair_log_overlaps(x).max(), want)
+
+
+# ---- the claims, at a size where they are known to hold: 4,500 digits and a model trained for half a minute ----------
+
+def test_claims_on_mnist5k(tmp_path):
+    run = tmp_path / "run"
+    model = ["--train.model=SiT-micro/4", "--train.steps=500", "--train.save-every=500", f"--train.out={run}",
+             "--device=cpu"]
+    sizes = {"exp_shells": ["--n-points=300", "--n-trajectories=60", "--n-times=10", "--n-images=60", "--memo-times=3"],
+             "exp_cfg_paradox": ["--n=60", "--n-times=10"]}
+    claims = {}
+    for script, size in sizes.items():
+        out = tmp_path / script
+        done = command(script, *size, *model, f"--out={out}")
+        assert done.returncode == 0, done.stderr[-2000:]
+        claims |= {row["claim"]: row for row in json.loads((out / "results.json").read_text())["claims"]}
+    find = lambda start: next(row for text, row in claims.items() if text.startswith(start))
+    for start in ("C1 ", "C2 ", "Fig 4 memorization", "Fig 2 empirical", "Fig 2 learned", "why: "):
+        assert find(start)["verdict"] == "holds", find(start)
+    assert find("C1 ")["ci95"][1] < 0.01 and find("C2 ")["ci95"][0] > 1.3
+    assert find("Fig 2 empirical")["ci95"][1] < 1e-3 and find("Fig 2 learned")["ci95"][0] > 0.3
+    # the control: the learned gap is there on the training points too
+    assert find("control: learned gap on training points vanishes")["verdict"] == "contradicted"

@@ -33,8 +33,7 @@ import torch.distributed as dist
 # ----------------------------------------------------------------------------------------------------------------------
 # One prediction from another. All go by way of x, the data prediction, which is finite for every t; t is () or (B,).
 
-def like(t, z):
-    """t () or (B,) -> a tensor that broadcasts over z (B, *shape)."""
+def like(t, z):                                              # t () or (B,) -> broadcasts over z (B, *shape)
     return torch.as_tensor(t, dtype=z.dtype, device=z.device).reshape(-1, *[1] * (z.ndim - 1))
 
 def score_from_x(x, z, t):    t = like(t, z); return ((1 - t) * x - z) / t**2  # s = (alpha x - z)/sigma^2
@@ -46,7 +45,6 @@ def x_from_noise(e, z, t):    t = like(t, z); return (z - t * e) / (1 - t)  # si
 
 
 class Overlap(NamedTuple):
-    """What log_overlap returns."""
     log_c: torch.Tensor       # log C(t) of the closest pair, the shape of t; -inf where there is no pair
     distance: float           # |x_i - x_j| of that pair
     pair: tuple | None        # (i, j)
@@ -83,10 +81,8 @@ class EmpiricalScore:
     """
 
     def __init__(self, x, y=None, *, device=None, chunk=None, process_group=None):
-        if len(x) == 0:
-            raise ValueError("the data set is empty")
-        if chunk is not None and chunk < 1:
-            raise ValueError(f"chunk must be at least 1, not {chunk}")
+        if len(x) == 0: raise ValueError("the data set is empty")
+        if chunk is not None and chunk < 1: raise ValueError(f"chunk must be at least 1, not {chunk}")
         device = torch.device(device if device is not None else x.device if torch.is_tensor(x) else "cpu")
         self.device = torch.device("cpu") if device.type == "mps" else device
         self.shape, self.x = tuple(x.shape[1:]), x.reshape(len(x), -1)                           # (N, D), a view
@@ -153,8 +149,7 @@ class EmpiricalScore:
         """
         if tuple(z.shape[1:]) != self.shape:
             raise ValueError(f"queries must have shape (B, {', '.join(map(str, self.shape))}), not {tuple(z.shape)}")
-        if not torch.isfinite(z).all():
-            raise ValueError("the queries z hold nan or inf")
+        if not torch.isfinite(z).all(): raise ValueError("the queries z hold nan or inf")
         t = (t if torch.is_tensor(t) else torch.tensor(t, dtype=torch.float64)).to(self.device).double().expand(len(z))
         if not ((t > 0) & (t <= 1)).all():
             raise ValueError(f"t must lie in (0, 1], not {t[~((t > 0) & (t <= 1))][0].item():g}: at t = 0 there is no "
@@ -282,7 +277,7 @@ class EmpiricalScore:
 
     @torch.no_grad()
     def nearest(self, x, k=1):
-        """The k points nearest to each x (B, *shape) -> (squared distances (B, k) ascending, indices (B, k))."""
+        """The k points nearest to each x (B, *shape) -> squared distances (B, k) ascending, indices (B, k)."""
         if not 1 <= k <= self.N:
             raise ValueError(f"k must lie between 1 and the number of points, {self.N}, not {k}")
         q64, _, groups = self._queries(x, 1.0)
@@ -314,8 +309,7 @@ class EmpiricalScore:
         Identical points (|x_i - x_j| = 0 would make C = 1 at every t) are left out and counted. -> Overlap.
         """
         t = torch.as_tensor(t, dtype=torch.float64)
-        if not ((t > 0) & (t <= 1)).all():
-            raise ValueError("t must lie in (0, 1]")
+        if not ((t > 0) & (t <= 1)).all(): raise ValueError("t must lie in (0, 1]")
         if y is not None and (self.members is None or y not in self.members):
             raise ValueError(f"no data point has label {y}; the labels are {_few(self.members or ())}")
         if y not in self._closest:

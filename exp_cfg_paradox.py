@@ -124,7 +124,7 @@ def measure(cfg):
         row("Fig 2 empirical gap on training points, largest median at t <= .5: < .001", "0", largest,
             gap["empirical, supervision"][:, early], high=1e-3),
         row("Fig 2 learned gap on trajectories, smallest median at t <= .5: > .3", "> 0", smallest, ext, low=0.3),
-        row("control: learned gap on training points vanishes too, smallest median: < .001", "not shown", smallest,
+        row("control: learned gap on training points vanishes too: smallest < .001", "not shown", smallest,
             sup, high=1e-3),
         row("control: learned gap on trajectories over that on training points: > 1", "not shown", ratio, both,
             low=1.0),

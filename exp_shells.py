@@ -167,7 +167,7 @@ def measure(cfg):
         pair = lambda v: np.median(v[:, 0]) - np.median(v[:, 1])                    # trajectories minus held-out
         n = min(len(r["inference"]), len(r["heldout"]))
         both = np.stack([r["inference"][:n, at(0.3)], r["heldout"][:n, at(0.3)]], axis=1)
-        claims.append(train.claim("control: trajectories are farther out than new images: difference at t = .3",
+        claims.append(train.claim("control: trajectories are farther out than new images, at t = .3 by",
                                   "not shown", pair(both), train.bootstrap(both, pair), low=0.0))
     arrays = dict(
         t=t, lines={k: r[k][:cfg.n_lines] for k in ("training", "inference")},
@@ -254,7 +254,7 @@ def plot(path):
     ax.spines[:].set_visible(False)
 
     ax = fig.add_subplot(grid[1, 1])
-    ax.set_title("(c) Does it find back to the same image? (Fig. 4 right)")
+    ax.set_title("(c) Sampled back: is it the same image? (Fig. 4 right)")
     ax.fill_between(t_memo, a["memorized_low"], a["memorized_high"], color=BLUE, alpha=0.25, lw=0)
     ax.plot(t_memo, a["memorized"], "o-", ms=3.5, color=BLUE,
             label=f"memorization ratio (n = {a['n_images']}, band: 95%)")

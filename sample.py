@@ -4,10 +4,9 @@ Sampling: follow the ODE dz/dt = v_theta(z, t) from noise at t = 1 down to an im
     python sample.py --run out/laptop_mnist5k_SiT-tiny-4            # writes a grid of samples beside the checkpoint
     python sample.py --run out/laptop_mnist5k_SiT-tiny-4 --w 4      # with classifier-free guidance
 
-The model is rebuilt from the checkpoint, so there are no architecture flags. The paper's solver is dopri5 with absolute
-tolerance 1e-6 and relative tolerance 1e-3 (C.1). It chooses its steps by an error norm over the *whole batch*: a sample
-depends, a little, on what it is sampled with, so keep --batch fixed to compare. Heun and Euler take --steps equal steps
-and have no such coupling. 64 digits take about half a minute on 2 CPU cores.
+The model is rebuilt from the checkpoint: there are no architecture flags. The paper's solver is dopri5 with absolute
+tolerance 1e-6 and relative tolerance 1e-3 (C.1). It chooses its steps by an error norm over the *whole batch*, so that
+a sample depends, a little, on what it is sampled with: keep --batch fixed to compare. Heun and Euler take equal steps.
 """
 import argparse
 import os
@@ -32,8 +31,8 @@ def velocity(model, z, t, y, w=1.0):
     """v_theta(z, t) with guidance: v_c + (w - 1)(v_c - v_u), on all channels; w = 1 is none. The score's guidance
     (Example 3.1) is the same thing, since v is linear in s. y (B,) or None for the unconditional v_u. -> like z."""
     if w != 1 and y is not None:
-        null = torch.full_like(y, model.num_classes)
-        v_c, v_u = velocity(model, torch.cat([z, z]), t, torch.cat([y, null])).chunk(2)
+        both = torch.cat([y, torch.full_like(y, model.num_classes)])
+        v_c, v_u = velocity(model, torch.cat([z, z]), t, both).chunk(2)
         return v_c + (w - 1) * (v_c - v_u)
     out = model(z, t, y)
     return out if model.prediction == "v" else (z - out) / t
@@ -59,9 +58,9 @@ def sample(model, z1, y, *, t_grid=None, w=1.0, solver="dopri5", steps=50, atol=
         raise ValueError(f"unknown solver {solver!r}: expected dopri5, heun or euler")
     last, grid = t_grid[-1].item(), t_grid
     if model.prediction == "x" and last < T_MIN:
-        grid = torch.cat([t_grid[:-1], t_grid.new_tensor([T_MIN])])
         if t_grid[-2] <= T_MIN:
             raise ValueError(f"with x-prediction, t_grid may hold one time below {T_MIN}, the last")
+        grid = torch.cat([t_grid[:-1], t_grid.new_tensor([T_MIN])])
     uniform = torch.linspace(grid[0].item(), grid[-1].item(), steps + 1, device=z1.device)
     if solver == "dopri5":                                   # without step_t it steps past the end, to t < 0, and back
         clock = torch.float32 if z1.device.type == "mps" else torch.float64
@@ -70,7 +69,7 @@ def sample(model, z1, y, *, t_grid=None, w=1.0, solver="dopri5", steps=50, atol=
         options = dict(method={"heun": "heun2", "euler": "euler"}[solver], options=dict(
             grid_constructor=lambda f, z, t: torch.cat([t, uniform]).unique().flip(0)))
     nfe, start, span = 0, grid[0].item(), (grid[0] - grid[-1]).item()
-    with tqdm(total=100, desc="sampling", unit="%", disable=not (progress and sys.stderr.isatty()), leave=False,
+    with tqdm(total=100, desc="sampling", disable=None if progress else True, leave=False,
               bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}") as bar:
 
         def f(t, z):
@@ -83,8 +82,7 @@ def sample(model, z1, y, *, t_grid=None, w=1.0, solver="dopri5", steps=50, atol=
         trajectory = odeint(f, z1, grid, **options)
         if grid is not t_grid:
             trajectory[-1] -= (T_MIN - last) * f(grid[-1], trajectory[-1])
-    if stats is not None:
-        stats.update(nfe=nfe * (2 if w != 1 and y is not None else 1), solver=solver)
+    if stats is not None: stats.update(nfe=nfe * (2 if w != 1 and y is not None else 1), solver=solver)
     return trajectory
 
 
@@ -104,15 +102,13 @@ def pick_device(name="auto"):
     if name == "auto":
         name = next(d for d, is_there in there.items() if is_there)
     if not there.get(name.split(":")[0], False):
-        here = ", ".join(d for d, is_there in there.items() if is_there)
-        raise ValueError(f"device {name!r} is not available here: expected auto, {here}")
+        raise ValueError(f"device {name!r} is not available here: expected auto or {[*filter(there.get, there)]}")
     return torch.device(name)
 
 
 def load_run(run, device="cpu", ema=True):
-    """out/<run> -> (the model in eval mode, its EMA weights by default; the checkpoint without the weights).
-
-    Raises FileNotFoundError if there is no checkpoint, ValueError if the file is none."""
+    """out/<run> -> (the model in eval mode, its EMA weights by default; the rest of the checkpoint).
+    FileNotFoundError if there is no checkpoint, ValueError if the file is none."""
     path = Path(run) / "ckpt.pt" if Path(run).suffix != ".pt" else Path(run)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}: train one with python train.py, and name its folder")
@@ -133,13 +129,10 @@ def to_uint8(x):
 def save_grid(x, path, columns=8):
     """Images (B, C, H, W) in [-1, 1] -> one PNG, row by row. Of more than three channels (latents), the first three."""
     import matplotlib.image
-    x = to_uint8(x[:, :3])
-    if x.shape[-1] != 3:
-        x = x[..., :1].expand(-1, -1, -1, 3)                 # (B, H, W, 3)
-    B, H, W, C = x.shape
-    rows = -(-B // columns)
+    x = to_uint8(x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1))        # (B, H, W, 3)
+    rows, (H, W, C) = -(-len(x) // columns), x.shape[1:]
     canvas = torch.zeros(rows * columns, H, W, C, dtype=torch.uint8)
-    canvas[:B] = x
+    canvas[:len(x)] = x
     canvas = canvas.view(rows, columns, H, W, C).transpose(1, 2).reshape(rows * H, columns * W, C)
     canvas = canvas.repeat_interleave(k := max(1, 64 // H), 0).repeat_interleave(k, 1)   # small images: visible pixels
     tmp = Path(path).with_suffix(".tmp.png")
@@ -149,11 +142,9 @@ def save_grid(x, path, columns=8):
 
 def cli(main, presets):
     """Run main(config) with a config from the command line: --preset picks one, every other flag overrides one field.
-
     What the user got wrong (ValueError, OSError, an optional package that is missing) becomes one line and exit
     status 1; --debug shows the traceback."""
-    debug = "--debug" in sys.argv
-    sys.argv = [a for a in sys.argv if a != "--debug"]
+    if debug := "--debug" in sys.argv: sys.argv.remove("--debug")
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--preset", default=next(iter(presets)))
     name = peek.parse_known_args()[0].preset
@@ -164,8 +155,7 @@ def cli(main, presets):
     except SystemExit as e:                                  # tyro exits with 2 for a wrong flag, 0 for --help
         sys.exit(1 if e.code else 0)
     except (ValueError, OSError, ImportError) as e:
-        if debug:
-            raise
+        if debug: raise
         sys.exit(f"error: {str(e).splitlines()[0] if str(e) else type(e).__name__}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
@@ -187,8 +177,7 @@ class Config:
 
 
 def main(cfg):
-    device = pick_device(cfg.device)
-    model, ckpt = load_run(cfg.run, device, cfg.ema)
+    model, ckpt = load_run(cfg.run, device := pick_device(cfg.device), cfg.ema)
     if cfg.n < 1 or cfg.batch < 1 or cfg.steps < 1:
         raise ValueError("n, batch and steps must be at least 1")
     if cfg.label is not None and not 0 <= cfg.label < model.num_classes:

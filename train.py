@@ -12,8 +12,9 @@ What is random about step k (which images, which t, which noise, which labels ar
 alone, drawn for the whole global batch; every process takes its part. So an interrupted run continues as if it had not
 been, and N processes make the update of one, without any state of random generators to store.
 
-In reading order: the data, one step's randomness, the loss, the loop; then what the experiments share: a trained model,
-intervals and verdicts, and the results file.
+In reading order: the data, one step's randomness, the loss, the loop; then what the experiments share: intervals,
+verdicts, the results file. (The last part, and the data, make this file longer than a trainer need be: they are here so
+that an experiment can be copied with four files and no more.)
 """
 import contextlib
 import copy
@@ -122,7 +123,7 @@ def load_data(name):
     folder = DATA / name if not Path(name).is_dir() else Path(name)
     if not folder.exists():
         if name not in ("mnist5k", "digits"):
-            raise FileNotFoundError(f"no data set at {folder}: prepare it with python data/prepare.py {name}")
+            raise FileNotFoundError(f"no data set at {folder}: python data/prepare.py --help says how to make one")
         embedded(name)
     try:
         out = {p.stem: np.load(p, mmap_mode="r", allow_pickle=False) for p in sorted(folder.glob("*.npy"))}
@@ -207,6 +208,8 @@ def train(cfg):
     if world > 1:
         local = int(os.environ.get("LOCAL_RANK", rank))
         device = torch.device("cuda", local) if device.type == "cuda" else torch.device("cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if rank == 0:

@@ -102,7 +102,7 @@ def test_gaps_are_differences_of_scores():
 
 def test_pair_overlaps_match_the_worst_pair():
     x = torch.randn(40, 1, 4, 4)
-    t = torch.linspace(0.1, 1, 5)
+    t = torch.linspace(0.1, 1, 5, dtype=torch.float64)
     want = EmpiricalScore(x).log_overlap(t).log_c
     assert torch.allclose(((1 - t) / t)**2 * exp_shells.pair_log_overlaps(x).max(), want)
 
@@ -113,7 +113,8 @@ def test_claims_on_mnist5k(tmp_path):
     run = tmp_path / "run"
     model = ["--train.model=SiT-micro/4", "--train.steps=500", "--train.save-every=500", f"--train.out={run}",
              "--device=cpu"]
-    sizes = {"exp_shells": ["--n-points=300", "--n-trajectories=60", "--n-times=10", "--n-images=60", "--memo-times=3"],
+    sizes = {"exp_shells": ["--n-points=1000", "--n-trajectories=60", "--n-times=10", "--n-images=150",
+                            "--memo-times=3"],
              "exp_cfg_paradox": ["--n=60", "--n-times=10"]}
     claims = {}
     for script, size in sizes.items():

@@ -1,0 +1,113 @@
+"""
+How long things take, measured here and printed as one table; never part of the tests.
+
+    python tests/bench.py                 # laptop, then score
+    python tests/bench.py laptop          # train the default model afresh, run each experiment on it, then again
+    python tests/bench.py score  # the exact empirical score beside other ways to compute it
+
+Times depend on the machine: quote the ratios, and the machine that the first line names.
+"""
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+LIMITS = {"train": 240, "experiment": 180, "test": 300}      # seconds on 2 CPU cores that the project promises
+
+
+def machine():
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        cpu = next((li.split(":")[1].strip() for li in open("/proc/cpuinfo") if li.startswith("model name")), cpu)
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    return f"{where}, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def row(name, seconds, note=""):
+    print(f"{name:44s} {seconds:9.2f} s  {note}", flush=True)
+
+
+def laptop():
+    """What a reader waits for: training from nothing, then each experiment, which finds the trained model; the tests.
+    Written to assets/bench.json, where the README has its minutes from."""
+    taken = {}
+    with tempfile.TemporaryDirectory() as folder:
+        def timed(*argv):
+            started = time.time()
+            done = subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, cwd=ROOT)
+            assert done.returncode == 0, done.stderr
+            return time.time() - started, done.stdout
+
+        seconds, _ = timed("train.py", "--out", f"{folder}/run")
+        row("python train.py", seconds, f"promised: under {LIMITS['train']} s")
+        taken["train.py"] = round(seconds)
+        for script in sorted(p.name for p in ROOT.glob("exp_*.py") if "train: Training" in p.read_text()):
+            argv = [script, "--train.out", f"{folder}/run", "--out", f"{folder}/{script}"]
+            seconds, printed = timed(*argv)
+            row(f"python {script}", seconds, f"promised: under {LIMITS['experiment']} s; model reused: "
+                                             f"{'is trained already' in printed}")
+            taken[script] = round(seconds)
+            for line in printed.splitlines():                # the phases, as the script prints them
+                if line.endswith(" s") and ": " in line:
+                    print(f"    {line}")
+        seconds, _ = timed("-m", "pytest")
+        row("python -m pytest", seconds, f"promised: under {LIMITS['test']} s")
+        taken["tests"] = round(seconds)
+    (ROOT / "assets" / "bench.json").write_text(json.dumps(dict(machine=machine(), seconds=taken), indent=1) + "\n")
+
+
+def score(N=50_000, D=784, B=256):
+    """Posterior means of B queries over N points: seconds, beside one bare fp32 product z @ x.T, and the error."""
+    from empirical_score import EmpiricalScore
+    g = torch.Generator().manual_seed(0)
+    centres = torch.randn(64, D, generator=g)
+    x = centres[torch.randint(64, (N,), generator=g)] + 0.7 * torch.randn(N, D, generator=g)
+    E = EmpiricalScore(x)
+
+    def best(f, n=3):
+        f()
+        times = []
+        for _ in range(n):
+            started = time.perf_counter()
+            out = f()
+            times.append(time.perf_counter() - started)
+        return sorted(times)[n // 2], out
+
+    for t in (0.3, 0.95):
+        z = (1 - t) * x[torch.randint(N, (B,), generator=g)] + t * torch.randn(B, D, generator=g)
+        few = 16                                             # the reference is slow: float64 direct differences
+        d2 = torch.stack([(zi - (1 - t) * x.double()).square().sum(1) for zi in z[:few].double()])
+        truth = torch.softmax(-d2 / (2 * t * t), 1) @ x.double()
+        sq = x.square().sum(1)
+
+        def expanded(z=z, t=t, sq=sq):
+            d2 = z.square().sum(1)[:, None] + (1 - t)**2 * sq - 2 * (1 - t) * (z @ x.T)
+            return torch.softmax(-d2 / (2 * t * t), 1) @ x
+
+        def cdist(z=z, t=t):
+            return torch.softmax(-torch.cdist(z, (1 - t) * x)**2 / (2 * t * t), 1) @ x
+
+        bare, _ = best(lambda z=z: z @ x.T)
+        row(f"t = {t}: one bare fp32 product", bare)
+        for name, f in (("this project, float64 stream", lambda z=z, t=t: E.posterior_mean(z, t)),
+                        ("fp32 expansion, full B x N matrix", expanded), ("torch.cdist + softmax", cdist)):
+            seconds, out = best(f)
+            error = ((out[:few] - truth).abs().amax(1) / truth.abs().amax(1)).max().item()
+            row(f"    {name}", seconds, f"{seconds / bare:6.1f} x the bare product, largest relative error {error:.1e}")
+
+
+if __name__ == "__main__":
+    what = sys.argv[1:] or ["laptop", "score"]
+    if unknown := set(what) - {"laptop", "score"}:
+        sys.exit(f"error: unknown benchmark {min(unknown)!r}: expected laptop or score")
+    print(machine())
+    for name in what:
+        {"laptop": laptop, "score": score}[name]()

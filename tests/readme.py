@@ -1,0 +1,74 @@
+"""Regenerate what the README takes from assets/*.json, so that no number in it is typed: python tests/readme.py
+
+Between <!-- NAME --> and <!-- /NAME --> in README.md stands the output of the function NAME below.
+"""
+import json
+import math
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FIGURES = {"exp_shells": "1b, 4", "exp_cfg_paradox": "2", "exp_freedom": "5", "exp_scaling": "3, 6, 7",
+           "exp_toy2d": "9, 11", "exp_gaussian": "10"}
+
+
+def load(name):
+    return json.loads((ROOT / "assets" / f"{name}.json").read_text())
+
+
+def minutes(seconds):
+    return "1 minute" if seconds <= 60 else f"{math.ceil(seconds / 60)} minutes"
+
+
+def results():
+    """One row a claim, with the interval and the verdict that follows from it."""
+    rows = ["| experiment | figure | claim | paper | ours (95% interval) | verdict |", "|---|---|---|---|---|---|"]
+    for script in [s for s in FIGURES if (ROOT / "assets" / f"{s}.json").exists()]:
+        r = load(script)
+        for i, c in enumerate(r["claims"]):
+            low, high = c["ci95"]
+            first = (f"`python {script}.py`", FIGURES[script]) if i == 0 else ("", "")
+            text = c["claim"].replace("|", "\\|")
+            verdict = c["verdict"] if c["verdict"] == "holds" else f"**{c['verdict']}**"
+            ours = f"{c['ours']:.3g} ({low:.3g} to {high:.3g})"
+            rows.append(f"| {first[0]} | {first[1]} | {text} | {c['paper']} | {ours} | {verdict} |")
+    return "\n".join(rows)
+
+
+def times():
+    """What the two commands take."""
+    bench = load("bench")
+    s = bench["seconds"]
+    figures = sum(v for k, v in s.items() if k != "tests")
+    parts = ", ".join(f"{minutes(v)} for {k}" for k, v in s.items() if k.startswith("exp_"))
+    return (f"Measured on {bench['machine']}, after the installation: `make figures` about {minutes(figures)} "
+            f"({minutes(s['train.py'])} of training, once; {parts}), `make test` about {minutes(s['tests'])}.")
+
+
+def controls():
+    """What the two controls say, in the figures of the last run."""
+    shells, cfg = (load(n)["claims"] for n in ("exp_shells", "exp_cfg_paradox"))
+    find = lambda claims, start: next(c for c in claims if c["claim"].startswith(start))
+    inside, held = find(shells, "C2"), find(shells, "control: new real")
+    gap, control = find(cfg, "Fig 2 learned"), find(cfg, "control: learned gap on training")
+    ratio = find(cfg, "control: learned gap on trajectories")
+    share = (held["ours"] - 1) / (inside["ours"] - 1)
+    return (f"At t = .3 the median r_\\* is {inside['ours']:.2f} along trajectories and {held['ours']:.2f} for "
+            f"held-out images noised afresh: {100 * share:.0f}% of the departure from the shells is that of any image "
+            "outside of the training set. For t <= .5 the median learned gap is at least "
+            f"{gap['ours']:.2g} along trajectories and at least {control['ours']:.2g} on the training points themselves; "
+            f"it is {ratio['ours']:.2f} times as large on trajectories (95%: {ratio['ci95'][0]:.2f} to "
+            f"{ratio['ci95'][1]:.2f}).")
+
+
+def render(text):
+    for name, f in {"results": results, "times": times, "controls": controls}.items():
+        pattern = re.compile(f"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.S)
+        assert pattern.search(text), f"README.md lacks <!-- {name} --> .. <!-- /{name} -->"
+        text = pattern.sub(lambda m, f=f: m[1] + f() + m[2], text)
+    return text
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(render(readme.read_text()))

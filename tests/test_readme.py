@@ -1,0 +1,78 @@
+"""The README: its numbers are those of assets/*.json, its commands exist, its files are there."""
+import importlib.util
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import readme
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "README.md").read_text()
+COMMANDS = sorted({line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S)
+                   for line in block.splitlines() if line.split("#")[0].strip()})
+
+
+def test_numbers_are_those_of_the_assets():
+    assert readme.render(TEXT) == TEXT, "README.md is stale: run make readme"
+
+
+def test_links_and_pictures_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_are_real(line, monkeypatch):
+    """Make targets exist; every flag of every script is one of its Config, with a value of the right type."""
+    argv = shlex.split(line)
+    if argv[0] == "torchrun":
+        argv = ["python"] + [a for a in argv[1:] if not a.startswith("--nproc")]
+    if argv[0] == "make":
+        for target in argv[1:]:
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
+    elif argv[0] == "python" and argv[1] != "tests/bench.py":
+        module = load(ROOT / argv[1])
+        presets = getattr(module, "PRESETS", {})
+        name = argv[argv.index("--preset") + 1] if "--preset" in argv else None
+        assert name is None or name in presets
+        tyro.cli(module.Config, args=argv[2:], **({"default": presets[name or "laptop"]} if presets else {}))
+    else:
+        assert argv[0] in ("git", "cd") or (ROOT / argv[1]).exists(), line
+
+
+def test_there_are_commands_to_check():
+    assert {"make figures", "make test", "torchrun --nproc_per_node=4 train.py"} <= set(COMMANDS)
+
+
+def test_assets_are_small_and_budgets_are_kept():
+    for path in (ROOT / "assets").iterdir():
+        assert path.stat().st_size <= 300_000, path
+    budgets = {"model.py": 400, "empirical_score.py": 350, "sample.py": 200, "train.py": 400, "exp_scaling.py": 450}
+    for path in ROOT.glob("*.py"):
+        lines = path.read_text().splitlines()
+        assert len(lines) <= budgets.get(path.name, 300) and max(map(len, lines)) <= 120, (path.name, len(lines))
+
+
+def test_imports_point_up_the_list():
+    order = ["model", "empirical_score", "sample", "train"]
+    for path in ROOT.glob("*.py"):
+        allowed = {"model": [], "empirical_score": [], "sample": ["model"], "train": order[:3]}.get(path.stem, order)
+        local = {p.stem for p in ROOT.glob("*.py")}
+        imported = set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.M)) & local
+        assert imported <= set(allowed), (path.name, imported)
+
+
+def test_nothing_written_at_run_time_is_in_git():
+    listed = subprocess.run(["git", "ls-files", "out", "data"], cwd=ROOT, capture_output=True, text=True)
+    assert set(listed.stdout.split()) <= {"data/prepare.py"}

@@ -56,7 +56,7 @@ PRESETS = {
 # The maths: |s^c - s^0| for the empirical and for the learned score
 
 def norm(a):                                                 # (B, C, H, W) -> (B,)
-    return a.flatten(1).double().norm(dim=1).cpu()
+    return a.flatten(1).cpu().double().norm(dim=1)
 
 
 def empirical_gap(E, z, t, y):

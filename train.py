@@ -175,7 +175,7 @@ def heldout_loss(model, data, device, prediction, seed=0):
     x = torch.from_numpy(data["x_heldout"][:512].astype(np.float32)).to(device)
     y = torch.from_numpy(data["y_heldout"][:512].astype(np.int64)).to(device)
     eps = noise(range(len(x)), x.shape[1:], seed + 1).to(device)
-    t = torch.from_numpy(np.random.default_rng(seed).permutation(len(x)) + 0.5).to(device).float() / len(x)
+    t = torch.from_numpy((np.random.default_rng(seed).permutation(len(x)) + 0.5) / len(x)).float().to(device)
     return dsm_loss(model, x, y, t, eps, prediction).item()
 
 
@@ -262,7 +262,8 @@ def train(cfg):
     if rank == 0:                                            # drop what was logged after the checkpoint
         log_path.write_text("".join(li + "\n" for li in lines if json.loads(li)["step"] <= done))
 
-    running, started, last = torch.zeros((), device=device, dtype=torch.float64), time.time(), done
+    total = torch.float32 if device.type == "mps" else torch.float64     # losses add up in float64 where there is one
+    running, started, last = torch.zeros((), device=device, dtype=total), time.time(), done
     for step in tqdm(range(done, cfg.steps), initial=done, total=cfg.steps, disable=None if rank == 0 else True,
                      desc="training", leave=False):
         index = step_indices(step, cfg.batch, N, cfg.seed)
@@ -272,8 +273,9 @@ def train(cfg):
             xb = x[index[part]] if torch.is_tensor(x) else torch.from_numpy(x[index[part]]).to(device).float()
             yb = torch.where(drop[part] < cfg.label_dropout, classes, y[index[part]])
             sync = net.no_sync() if world > 1 and k < cfg.accum - 1 else contextlib.nullcontext()
-            with sync, autocast():
-                loss = dsm_loss(net, xb, yb, t[part], eps[part], cfg.prediction) / cfg.accum
+            with sync:
+                with autocast():
+                    loss = dsm_loss(net, xb, yb, t[part], eps[part], cfg.prediction) / cfg.accum
                 loss.backward()                              # across processes, DDP averages the gradients here
             running += loss.detach()
         grad_norm = torch.stack(torch._foreach_norm([p.grad for p in weights])).norm()
@@ -283,7 +285,8 @@ def train(cfg):
         optimizer.zero_grad(set_to_none=True)
         # a short memory at first, or the average would still hold a part of the random initial weights
         decay = min(cfg.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(averaged, weights, 1 - decay)
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, weights, 1 - decay)
 
         step += 1
         if step % cfg.log_every == 0 or step == cfg.steps:

@@ -56,7 +56,7 @@ def controls():
     return (f"At t = .3 the median r_\\* is {inside['ours']:.2f} along trajectories and {held['ours']:.2f} for "
             f"held-out images noised afresh: {100 * share:.0f}% of the departure from the shells is that of any image "
             "outside of the training set. For t <= .5 the median learned gap is at least "
-            f"{gap['ours']:.2g} along trajectories and at least {control['ours']:.2g} on the training points themselves; "
+            f"{gap['ours']:.2g} along trajectories and at least {control['ours']:.2g} on the training points; "
             f"it is {ratio['ours']:.2f} times as large on trajectories (95%: {ratio['ci95'][0]:.2f} to "
             f"{ratio['ci95'][1]:.2f}).")
 

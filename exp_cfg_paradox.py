@@ -61,7 +61,7 @@ def norm(a):                                                 # (B, C, H, W) -> (
 
 def empirical_gap(E, z, t, y):
     """|s_*^c - s_*^0| (B,), Eq. (2): alpha/sigma^2 |x_*^c - x_*^0|, the difference taken before anything is divided."""
-    z = z.double()                                        # float64 out: the collapsed softmaxes differ by 1e-10 or less
+    z = z.cpu().double()                                     # float64 out: the collapsed softmaxes differ by 1e-10
     return (1 - t) / t**2 * norm(E.posterior_mean(z, t, y) - E.posterior_mean(z, t))
 
 

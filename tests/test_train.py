@@ -91,6 +91,25 @@ def test_resume_continues_exactly(data, tmp_path):
     assert (part / "ckpt.pt").stat().st_mtime_ns == before
 
 
+def test_the_average_keeps_no_history(data, tmp_path, monkeypatch):
+    """An average that autograd follows would hold the graph of every step before it, and memory would grow."""
+    copies, deepcopy = [], train.copy.deepcopy
+    monkeypatch.setattr(train.copy, "deepcopy", lambda m: copies.append(deepcopy(m)) or copies[-1])
+    train.train(config(data, tmp_path / "a"))
+    assert all(p.grad_fn is None and not p.requires_grad for p in copies[0].parameters())
+
+
+def test_the_average_follows_its_formula(data, tmp_path):
+    """After one step the decay is min(ema, 1/10): the average is 9 parts new weights, 1 part old."""
+    cfg = config(data, tmp_path / "a", steps=1)
+    run = train.train(cfg)
+    torch.manual_seed(cfg.seed)
+    fresh = train.build_model("SiT-nano/4", 8, 1, 4).state_dict()
+    start = torch.cat([v.flatten().double() for v in fresh.values()])
+    want = 0.1 * start + 0.9 * weights(run, "model")
+    assert (weights(run, "ema") - want).abs().max() < 1e-6 and (start - want).abs().max() > 1e-4
+
+
 def test_accumulation_gives_the_same_update(data, tmp_path):
     a = train.train(config(data, tmp_path / "a"))
     b = train.train(config(data, tmp_path / "b", accum=3))

@@ -22,10 +22,11 @@ lint: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-# For maintainers: what the README shows, from the last `make figures`.
+# For maintainers: what the README shows, from the last `make figures` and `make bench`.
 assets:
 	@for script in $(EXPERIMENTS:.py=); do for kind in json png; do \
 	  cp out/$$script/laptop/results.$$kind assets/$$script.$$kind || exit 1; done; done
+	cp out/bench.json assets/
 	$(MAKE) readme
 
 readme: .venv/ready

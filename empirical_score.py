@@ -33,8 +33,12 @@ import torch.distributed as dist
 # ----------------------------------------------------------------------------------------------------------------------
 # One prediction from another. All go by way of x, the data prediction, which is finite for every t; t is () or (B,).
 
+def double(t, device):                                       # in this order, since MPS has no float64
+    return t.to(device).double() if torch.is_tensor(t) else torch.tensor(t, dtype=torch.float64, device=device)
+
 def like(t, z):                                              # t () or (B,) -> broadcasts over z (B, *shape)
-    return torch.as_tensor(t, dtype=z.dtype, device=z.device).reshape(-1, *[1] * (z.ndim - 1))
+    t = t.to(z.device).to(z.dtype) if torch.is_tensor(t) else torch.tensor(t, dtype=z.dtype, device=z.device)
+    return t.reshape(-1, *[1] * (z.ndim - 1))
 
 def score_from_x(x, z, t):    t = like(t, z); return ((1 - t) * x - z) / t**2  # s = (alpha x - z)/sigma^2
 def velocity_from_x(x, z, t): return (z - x) / like(t, z)  # v = (z - x)/t
@@ -82,6 +86,7 @@ class EmpiricalScore:
 
     def __init__(self, x, y=None, *, device=None, chunk=None, process_group=None):
         if len(x) == 0: raise ValueError("the data set is empty")
+        if x.ndim < 2: raise ValueError(f"the data must have shape (N, *shape), not {tuple(x.shape)}")
         if chunk is not None and chunk < 1: raise ValueError(f"chunk must be at least 1, not {chunk}")
         device = torch.device(device if device is not None else x.device if torch.is_tensor(x) else "cpu")
         self.device = torch.device("cpu") if device.type == "mps" else device
@@ -149,8 +154,11 @@ class EmpiricalScore:
         """
         if tuple(z.shape[1:]) != self.shape:
             raise ValueError(f"queries must have shape (B, {', '.join(map(str, self.shape))}), not {tuple(z.shape)}")
+        if not z.is_floating_point(): raise ValueError(f"the queries z must be floating point, not {z.dtype}")
         if not torch.isfinite(z).all(): raise ValueError("the queries z hold nan or inf")
-        t = (t if torch.is_tensor(t) else torch.tensor(t, dtype=torch.float64)).to(self.device).double().expand(len(z))
+        t = double(t, self.device)
+        if t.shape not in ((), (len(z),)): raise ValueError(f"{len(z)} queries need one t or {len(z)}, not {len(t)}")
+        t = t.expand(len(z))
         if not ((t > 0) & (t <= 1)).all():
             raise ValueError(f"t must lie in (0, 1], not {t[~((t > 0) & (t <= 1))][0].item():g}: at t = 0 there is no "
                              "noise, and the score of a finite set of points does not exist")
@@ -159,7 +167,9 @@ class EmpiricalScore:
         else:
             if self.members is None:
                 raise ValueError("labels were asked for, but the data set was given without labels")
-            y = torch.as_tensor(y).cpu().expand(len(z))
+            y = torch.as_tensor(y).cpu()
+            if y.shape not in ((), (len(z),)): raise ValueError(f"{len(z)} queries need {len(z)} labels, not {len(y)}")
+            y = y.expand(len(z))
             if unknown := set(y.tolist()) - set(self.members):
                 raise ValueError(f"no data point has label {min(unknown)}; the labels are {_few(self.members)}")
             groups = [((y == label).nonzero()[:, 0], self.members[label]) for label in y.unique().tolist()]
@@ -232,8 +242,10 @@ class EmpiricalScore:
         It takes a second pass over the points, but the draw depends on the generator alone, not on chunks or ranks.
         """
         p = self._posterior(z, t, y)
-        u = torch.rand(len(z), dtype=torch.float64, generator=generator,
-                       device=generator.device if generator else self.device).to(self.device) * p.sum
+        where = generator.device if generator else self.device
+        u = torch.rand(len(z), generator=generator, device=where,
+                       dtype=torch.float32 if where.type == "mps" else torch.float64)
+        u = double(u, self.device) * p.sum
         if self.group is not None:                           # every rank must look for the same number
             dist.broadcast(u, dist.get_global_rank(self.group, 0), group=self.group)
         z64, t64, groups = self._queries(z, t, y)
@@ -308,7 +320,7 @@ class EmpiricalScore:
 
         Identical points (|x_i - x_j| = 0 would make C = 1 at every t) are left out and counted. -> Overlap.
         """
-        t = torch.as_tensor(t, dtype=torch.float64)
+        t, y = double(t, "cpu"), y if y is None else int(y)
         if not ((t > 0) & (t <= 1)).all(): raise ValueError("t must lie in (0, 1]")
         if y is not None and (self.members is None or y not in self.members):
             raise ValueError(f"no data point has label {y}; the labels are {_few(self.members or ())}")
@@ -333,7 +345,7 @@ class EmpiricalScore:
                 d2 = scale - 2 * rows @ cols.T
                 d2[(j_index <= i_index[:, None]).to(self.device)] = torch.inf
                 # where the expansion cannot tell 0 from a small distance, take the difference itself
-                for ij in (d2 < 1e-9 * scale).nonzero().split(self.chunk):
+                for ij in (d2 <= 1e-9 * scale).nonzero().split(self.chunk):
                     exact = (rows[ij[:, 0]] - cols[ij[:, 1]]).square().sum(1)
                     duplicates += int((exact == 0).sum())
                     d2[ij[:, 0], ij[:, 1]] = torch.where(exact == 0, torch.inf, exact)

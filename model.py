@@ -18,6 +18,7 @@ the official SiT weights become a model of this file. Nothing here imports anyth
 
 References: SiT, Ma et al. 2024 (arXiv 2401.08740); DiT, Peebles & Xie 2023; ADM, Dhariwal & Nichol 2021.
 """
+import argparse
 import math
 import re
 
@@ -346,14 +347,21 @@ def load_sit_checkpoint(checkpoint):
     """
     state = checkpoint
     if not isinstance(state, dict):
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):    # training checkpoints hold their arguments
+                state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        except Exception as e:                               # torch raises a dozen kinds for a broken file
+            raise ValueError(f"{checkpoint} cannot be read as a checkpoint: {str(e).splitlines()[0]}") from None
     state = state.get("ema", state.get("model", state))  # training checkpoints hold both: the EMA is what was published
-    try:
-        width, in_channels, patch, _ = state["x_embedder.proj.weight"].shape
-        tokens, rows = state["pos_embed"].shape[1], state["y_embedder.embedding_table.weight"].shape[0]
-        out_channels = state["final_layer.linear.weight"].shape[0] // patch**2
-    except KeyError as e:
-        raise ValueError(f"not a SiT checkpoint: key {e} is missing") from None
+    for key, ndim in {"x_embedder.proj.weight": 4, "pos_embed": 3, "y_embedder.embedding_table.weight": 2,
+                      "final_layer.linear.weight": 2}.items():             # the keys that tell the sizes
+        if key not in state:
+            raise ValueError(f"not a SiT checkpoint: key {key!r} is missing")
+        if state[key].ndim != ndim:
+            raise ValueError(f"key {key!r} has shape {tuple(state[key].shape)}, expected {ndim} dimensions")
+    _, in_channels, patch, _ = state["x_embedder.proj.weight"].shape
+    (_, tokens, width), rows = state["pos_embed"].shape, state["y_embedder.embedding_table.weight"].shape[0]
+    out_channels = state["final_layer.linear.weight"].shape[0] // patch**2
     depth = 1 + max((int(k.split(".")[1]) for k in state if re.match(r"blocks\.\d+\.", k)), default=-1)
     heads = {(d, w): h for d, w, h in SIT_SIZES.values()}.get((depth, width))  # no weight's shape tells them
     if heads is None:

@@ -62,12 +62,13 @@ def sample(model, z1, y, *, t_grid=None, w=1.0, solver="dopri5", steps=50, atol=
             raise ValueError(f"with x-prediction, t_grid may hold one time below {T_MIN}, the last")
         grid = torch.cat([t_grid[:-1], t_grid.new_tensor([T_MIN])])
     uniform = torch.linspace(grid[0].item(), grid[-1].item(), steps + 1, device=z1.device)
+    apart = (uniform[:, None] - grid).abs().amin(1) > 1e-6   # the grid's own times are added to these, each once
     if solver == "dopri5":                                   # without step_t it steps past the end, to t < 0, and back
         clock = torch.float32 if z1.device.type == "mps" else torch.float64
         options = dict(method="dopri5", atol=atol, rtol=rtol, options=dict(step_t=grid[-1:], dtype=clock))
     else:
         options = dict(method={"heun": "heun2", "euler": "euler"}[solver], options=dict(
-            grid_constructor=lambda f, z, t: torch.cat([t, uniform]).unique().flip(0)))
+            grid_constructor=lambda f, z, t: torch.cat([t, uniform[apart]]).sort(descending=True)[0]))
     nfe, start, span = 0, grid[0].item(), (grid[0] - grid[-1]).item()
     with tqdm(total=100, desc="sampling", disable=None if progress else True, leave=False,
               bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}") as bar:

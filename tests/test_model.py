@@ -1,4 +1,5 @@
 """The networks: parameter counts, an independent SiT with the official names, what conv-only means."""
+import argparse
 import math
 
 import pytest
@@ -155,13 +156,21 @@ def test_official_weights_give_the_velocity_of_the_paper(learn_sigma, tmp_path):
     want = -official_forward(state, z.double(), 1 - t.double(), y, heads=2)
     assert want.std() > 0.1
     single = {k: v.float() for k, v in state.items()}
-    torch.save({"ema": single, "model": {k: v + 1 for k, v in single.items()}, "opt": {}, "args": {"lr": 1.0}},
+    torch.save({"ema": single, "model": {k: v + 1 for k, v in single.items()}, "opt": {},
+                "args": argparse.Namespace(lr=1.0)},
                tmp_path / "sit.pt")
     for source in (single, tmp_path / "sit.pt"):
         model = load_sit_checkpoint(source)
         assert model.num_classes == 10 and model.input_size == 8 and model.in_channels == 4
         assert (model(z, t, y).double() - want).abs().max() < 1e-4 * want.abs().max()
     assert torch.equal(single["final_layer.linear.bias"], state["final_layer.linear.bias"].float())  # left as it was
+
+
+def test_a_file_that_is_no_checkpoint(tmp_path):
+    (tmp_path / "a.pt").write_bytes(b"junk")
+    for path in (tmp_path / "a.pt", tmp_path / "missing.pt"):
+        with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+            load_sit_checkpoint(path)
 
 
 def test_bad_checkpoints_name_the_key():
@@ -174,6 +183,8 @@ def test_bad_checkpoints_name_the_key():
         (good | {"blocks.0.attn.proj.weight": torch.zeros(32, 31)}, "expected (32, 32)"),
         ({k: v for k, v in good.items() if not k.startswith("blocks.1")}, "depth 1 and width 32"),
         ({"weight": torch.zeros(3)}, "not a SiT checkpoint"),
+        (good | {"x_embedder.proj.weight": torch.zeros(32, 16)}, "'x_embedder.proj.weight' has shape (32, 16)"),
+        (good | {"x_embedder.proj.weight": torch.zeros(31, 4, 2, 2)}, "'x_embedder.proj.weight' has shape (31, 4"),
     ]
     for state, message in cases:
         with pytest.raises(ValueError) as e:

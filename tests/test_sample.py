@@ -79,6 +79,14 @@ def test_orders_of_convergence():
     assert 3.6 < error("heun", 20) / error("heun", 40) < 4.4
 
 
+def test_fixed_steps_are_as_many_as_asked_for():
+    for n in (10, 99, 100):
+        stats = {}
+        sample(Given(gaussian_velocity), torch.randn(1, 1, 4, 4), None, t_grid=torch.linspace(1, 0.01, n),
+               solver="euler", steps=n - 1, stats=stats)
+        assert stats["nfe"] == n - 1
+
+
 def test_guidance_on_all_channels_and_number_of_evaluations():
     seen = []
 

@@ -174,16 +174,48 @@ def test_another_config_does_not_resume(data, tmp_path):
 
 
 def test_diverged_training_keeps_the_last_checkpoint(data, tmp_path):
-    with pytest.raises(ValueError, match="the loss is nan at step|the loss is inf at step"):
-        train.train(config(data, tmp_path / "a", steps=60, lr=1e30, save_every=60))
-    assert not (tmp_path / "a" / "ckpt.pt").exists()
+    run = train.train(config(data, tmp_path / "a", steps=4, lr=1e30, warmup=10**32))       # harmless so far
+    before = (run / "ckpt.pt").read_bytes()
+    ckpt = torch.load(run / "ckpt.pt", weights_only=True)
+    torch.save(ckpt | {"config": ckpt["config"] | {"warmup": 0}}, run / "ckpt.pt")
+    kept = weights(run)
+    with pytest.raises(ValueError, match="the loss is .* at step"):
+        train.train(config(data, run, steps=60, lr=1e30, log_every=30, save_every=2))
+    assert torch.equal(weights(run), kept) or weights(run).isfinite().all()
+    assert len(before) > 0 and not list(run.glob("*.tmp"))
+
+
+def test_a_torn_log_does_not_stop_a_run(data, tmp_path):
+    run = train.train(config(data, tmp_path / "a", steps=4))
+    with open(run / "log.jsonl", "a") as f:
+        f.write('{"step": 5, "lo')
+    train.train(config(data, run))
+    assert [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()] == [2, 4, 6]
+
+
+def test_a_data_set_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    y, folder, rename = np.arange(5), tmp_path / "d", train.os.replace
+    train.save_dataset(folder, dict(y=y), {})
+    def fails_at_the_end(a, b):
+        if str(a).endswith(".new"):
+            raise OSError("no space left")
+        rename(a, b)
+    monkeypatch.setattr(train.os, "replace", fails_at_the_end)
+    with pytest.raises(OSError, match="no space left"):
+        train.save_dataset(folder, dict(y=y + 1), {})
+    assert np.array_equal(np.load(folder / "y.npy"), y) and [p.name for p in tmp_path.iterdir()] == ["d"]
+    monkeypatch.setattr(train.os, "replace", rename)
+    train.save_dataset(folder, dict(y=y + 1), {})
+    assert np.array_equal(np.load(folder / "y.npy"), y + 1) and [p.name for p in tmp_path.iterdir()] == ["d"]
 
 
 def test_data_sets_are_checked(tmp_path):
     x, y = np.zeros((5, 1, 8, 8), np.float32), np.arange(5)
     cases = [(dict(x=x, y=y[:4]), "y.npy must be 5 integer labels"), (dict(x=x, y=y + 1), "labels in 0 .. 4"),
              (dict(x=x[:, 0], y=y), "shape (N, C, H, H)"), (dict(x=x.astype(int), y=y), "must be floating point"),
-             (dict(y=y), "'x'")]
+             (dict(y=y), "'x' is missing"), (dict(x=x[:0], y=y[:0]), "shape (N, C, H, H)"),
+             (dict(x=x, y=y, x_heldout=x), "'y_heldout' is missing"),
+             (dict(x=x, y=y, x_heldout=x[:, :, :4, :4], y_heldout=y), "x_heldout.npy must be")]
     for k, (arrays, message) in enumerate(cases):
         train.save_dataset(tmp_path / str(k), arrays, dict(num_classes=5))
         with pytest.raises(ValueError) as e:
@@ -212,6 +244,13 @@ def test_verdicts_follow_from_the_interval():
     assert verdict((1.1, 1.5), low=1.0) == "holds" and verdict((0.9, 1.5), low=1.0) == "not resolved"
     assert verdict((0.1, 0.9), low=1.0) == "contradicted" and verdict((0.1, 0.9), high=1.0) == "holds"
     assert verdict((1.1, 1.2), high=1.0) == "contradicted"
+
+
+def test_interval_of_a_difference():
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal(300) + 1, rng.standard_normal(200)
+    low, high = train.bootstrap_difference(a, b)
+    assert low < 1 < high and 0.2 < high - low < 0.8         # two medians: 1.96 * 2 * 1.25 * sqrt(1/300 + 1/200) = .45
 
 
 def test_intervals():

@@ -33,6 +33,9 @@ import torch.distributed as dist
 # ----------------------------------------------------------------------------------------------------------------------
 # One prediction from another. All go by way of x, the data prediction, which is finite for every t; t is () or (B,).
 
+def need(ok, message):
+    if not ok: raise ValueError(message)
+
 def double(t, device):                                       # in this order, since MPS has no float64
     return t.to(device).double() if torch.is_tensor(t) else torch.tensor(t, dtype=torch.float64, device=device)
 
@@ -85,9 +88,9 @@ class EmpiricalScore:
     """
 
     def __init__(self, x, y=None, *, device=None, chunk=None, process_group=None):
-        if len(x) == 0: raise ValueError("the data set is empty")
-        if x.ndim < 2: raise ValueError(f"the data must have shape (N, *shape), not {tuple(x.shape)}")
-        if chunk is not None and chunk < 1: raise ValueError(f"chunk must be at least 1, not {chunk}")
+        need(len(x) > 0, "the data set is empty")
+        need(x.ndim > 1, f"the data must have shape (N, *shape), not {tuple(x.shape)}")
+        need(chunk is None or chunk > 0, f"chunk must be at least 1, not {chunk}")
         device = torch.device(device if device is not None else x.device if torch.is_tensor(x) else "cpu")
         self.device = torch.device("cpu") if device.type == "mps" else device
         self.shape, self.x = tuple(x.shape[1:]), x.reshape(len(x), -1)                           # (N, D), a view
@@ -101,15 +104,13 @@ class EmpiricalScore:
         self.centre = torch.zeros(self.D, dtype=torch.float64, device=self.device)
         total = sum((rows.sum(0) for _, rows in self._chunks()), self.centre)
         self.centre = self._gather(total).sum(0) / self.N                                        # (D,)
-        if not self.centre.isfinite().all():
-            raise ValueError("the data hold nan or inf")
+        need(self.centre.isfinite().all(), "the data hold nan or inf")
         self.sq = torch.cat([rows.square().sum(1) for _, rows in self._chunks()]
                             or [self.centre[:0]])                                       # |x_i - centre|^2, of the shard
         self.members, self._closest = None, {}
         if y is not None:
             y = y.cpu() if torch.is_tensor(y) else torch.from_numpy(np.array(y))
-            if y.shape != (self.N,):
-                raise ValueError(f"{self.N} points need {self.N} labels, not {tuple(y.shape)}")
+            need(y.shape == (self.N,), f"{self.N} points need {self.N} labels, not {tuple(y.shape)}")
             order = y.argsort(stable=True)
             labels, counts = y[order].unique_consecutive(return_counts=True)
             self.members = dict(zip(labels.tolist(), order.split(counts.tolist()), strict=True))  # label -> indices
@@ -140,8 +141,7 @@ class EmpiricalScore:
 
     def _gather(self, a):
         """(...) -> (ranks, ...): the tensor of every rank, in rank order."""
-        if self.group is None:
-            return a[None]
+        if self.group is None: return a[None]
         parts = [torch.empty_like(a) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(parts, a.contiguous(), group=self.group)
         return torch.stack(parts)
@@ -152,29 +152,28 @@ class EmpiricalScore:
         Queries of one class go together, since they need the same points; a group is split where the matrix of queries
         by chunk would become larger than 2^24.
         """
-        if tuple(z.shape[1:]) != self.shape:
-            raise ValueError(f"queries must have shape (B, {', '.join(map(str, self.shape))}), not {tuple(z.shape)}")
-        if not z.is_floating_point(): raise ValueError(f"the queries z must be floating point, not {z.dtype}")
-        if not torch.isfinite(z).all(): raise ValueError("the queries z hold nan or inf")
-        t = double(t, self.device)
-        if t.shape not in ((), (len(z),)): raise ValueError(f"{len(z)} queries need one t or {len(z)}, not {len(t)}")
-        t = t.expand(len(z))
-        if not ((t > 0) & (t <= 1)).all():
-            raise ValueError(f"t must lie in (0, 1], not {t[~((t > 0) & (t <= 1))][0].item():g}: at t = 0 there is no "
-                             "noise, and the score of a finite set of points does not exist")
-        if y is None:
-            groups = [(torch.arange(len(z)), None)]
-        else:
-            if self.members is None:
-                raise ValueError("labels were asked for, but the data set was given without labels")
+        B, t = len(z), double(t, self.device)
+        need(z.shape[1:] == self.shape, f"queries must have shape (B, {str(self.shape)[1:]}, not {tuple(z.shape)}")
+        need(z.is_floating_point(), f"the queries z must be floating point, not {z.dtype}")
+        need(z.isfinite().all(), "the queries z hold nan or inf")
+        need(t.shape in ((), (B,)), f"{B} queries need one t or {B}, not {t.numel()}")
+        bad, t = t.reshape(-1)[~((t > 0) & (t <= 1)).reshape(-1)].tolist(), t.expand(B)
+        need(not bad, f"t must lie in (0, 1], not {bad[:1]}: at t = 0 a finite set of points has no score")
+        groups = [(torch.arange(B), None)]
+        if y is not None:
+            need(self.members is not None, "labels were asked for, but the data set was given without labels")
             y = torch.as_tensor(y).cpu()
-            if y.shape not in ((), (len(z),)): raise ValueError(f"{len(z)} queries need {len(z)} labels, not {len(y)}")
-            y = y.expand(len(z))
-            if unknown := set(y.tolist()) - set(self.members):
-                raise ValueError(f"no data point has label {min(unknown)}; the labels are {_few(self.members)}")
+            need(y.shape in ((), (B,)), f"{B} queries need {B} labels, not {y.numel()}")
+            y = y.expand(B)
+            self._need_labels(y.tolist())
             groups = [((y == label).nonzero()[:, 0], self.members[label]) for label in y.unique().tolist()]
         block = max(1, 2**24 // self.chunk)
         return z.flatten(1).to(self.device).to(torch.float64), t, [(q, m) for g, m in groups for q in g.split(block)]
+
+    def _need_labels(self, asked):
+        unknown, there = sorted(set(asked) - set(self.members or ())), sorted(self.members or ())
+        few = there if len(there) <= 12 else f"{there[0]} .. {there[-1]} ({len(there)} of them)"
+        need(not unknown, f"no data point has label {unknown[:1]}; the labels are {few}")
 
     def _exponents(self, z, t, members):
         """Yield (indices (n,), points (n, D), exponents (B, n)) by chunks: the logits of Eq. (2), up to a constant."""
@@ -193,6 +192,7 @@ class EmpiricalScore:
             p = Posterior.merge([p, Posterior(m, w.sum(1), w.square().sum(1), w @ rows)])
         return p
 
+    @torch.no_grad()
     def _posterior(self, z, t, y):
         """-> Posterior over all queries, ranks merged."""
         z, t, groups = self._queries(z, t, y)
@@ -206,6 +206,7 @@ class EmpiricalScore:
 
     # ---- what one asks ----------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def _answer(self, z, t, y, convert=None):
         p = self._posterior(z, t, y)
         x = p.weighted / p.sum[:, None] + self.centre                                            # (B, D), float64
@@ -213,22 +214,18 @@ class EmpiricalScore:
             x = convert(x, z.flatten(1).to(self.device).to(torch.float64), t)
         return x.view(-1, *self.shape).to(z.dtype).to(z.device)
 
-    @torch.no_grad()
     def posterior_mean(self, z, t, y=None):
         """x_*(z, t) = sum_i w_i x_i, the best guess of the clean image. (B, *shape)."""
         return self._answer(z, t, y)
 
-    @torch.no_grad()
     def score(self, z, t, y=None):
         """s_*(z, t) = grad log p_t(z), Eq. (2). (B, *shape)."""
         return self._answer(z, t, y, score_from_x)
 
-    @torch.no_grad()
     def velocity(self, z, t, y=None):
         """v_*(z, t) = (z - x_*)/t, the target of v-prediction; exact at t = 1, where by way of s it is 0/0."""
         return self._answer(z, t, y, velocity_from_x)
 
-    @torch.no_grad()
     def effective_size(self, z, t, y=None):
         """1 / sum_i w_i^2 (B,): how many points share the softmax. 1: it collapsed on one; N: all weigh alike."""
         p = self._posterior(z, t, y)
@@ -290,8 +287,7 @@ class EmpiricalScore:
     @torch.no_grad()
     def nearest(self, x, k=1):
         """The k points nearest to each x (B, *shape) -> squared distances (B, k) ascending, indices (B, k)."""
-        if not 1 <= k <= self.N:
-            raise ValueError(f"k must lie between 1 and the number of points, {self.N}, not {k}")
+        need(1 <= k <= self.N, f"k must lie between 1 and the number of points, {self.N}, not {k}")
         q64, _, groups = self._queries(x, 1.0)
         dist2, where = q64.new_zeros(len(x), k), torch.zeros(len(x), k, dtype=torch.int64, device=self.device)
         for q, _ in groups:
@@ -321,11 +317,9 @@ class EmpiricalScore:
         Identical points (|x_i - x_j| = 0 would make C = 1 at every t) are left out and counted. -> Overlap.
         """
         t, y = double(t, "cpu"), y if y is None else int(y)
-        if not ((t > 0) & (t <= 1)).all(): raise ValueError("t must lie in (0, 1]")
-        if y is not None and (self.members is None or y not in self.members):
-            raise ValueError(f"no data point has label {y}; the labels are {_few(self.members or ())}")
-        if y not in self._closest:
-            self._closest[y] = self._closest_pair(None if y is None else self.members[y])
+        need(((t > 0) & (t <= 1)).all(), "t must lie in (0, 1]")
+        self._need_labels([y] if y is not None else [])
+        if y not in self._closest: self._closest[y] = self._closest_pair(None if y is None else self.members[y])
         d2, pair, duplicates = self._closest[y]
         log_c = -((1 - t) / t)**2 * d2 / 8 if pair else torch.full_like(t, -torch.inf)
         return Overlap(log_c, d2**0.5, pair, duplicates)
@@ -338,8 +332,7 @@ class EmpiricalScore:
         for i_index, rows in ((i, r) for ii, rr in self._chunks(members) for i, r in
                               zip(ii.split(side), rr.split(side), strict=True)):
             for j_index in everyone.split(side):
-                if j_index[-1] <= i_index[0]:                # each pair once: i < j
-                    continue
+                if j_index[-1] <= i_index[0]: continue       # each pair once: i < j
                 cols = self._rows(j_index)
                 scale = rows.square().sum(1)[:, None] + cols.square().sum(1)
                 d2 = scale - 2 * rows @ cols.T
@@ -355,8 +348,3 @@ class EmpiricalScore:
         ranks = self._gather(torch.tensor([best, *pair, duplicates], dtype=torch.float64, device=self.device))
         best, i, j, _ = ranks[ranks[:, 0].argmin()].tolist()
         return best, (int(i), int(j)) if i >= 0 else None, int(ranks[:, 3].sum())
-
-
-def _few(labels):
-    labels = sorted(labels)
-    return ", ".join(map(str, labels)) if len(labels) <= 12 else f"{labels[0]} .. {labels[-1]} ({len(labels)} of them)"

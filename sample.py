@@ -150,8 +150,7 @@ def cli(main, presets):
     peek.add_argument("--preset", default=next(iter(presets)))
     name = peek.parse_known_args()[0].preset
     try:
-        if name not in presets:
-            raise ValueError(f"unknown preset {name!r}: expected {', '.join(presets)}")
+        if name not in presets: raise ValueError(f"unknown preset {name!r}: expected {', '.join(presets)}")
         main(tyro.cli(type(presets[name]), default=presets[name], description=sys.modules["__main__"].__doc__))
     except SystemExit as e:                                  # tyro exits with 2 for a wrong flag, 0 for --help
         sys.exit(1 if e.code else 0)

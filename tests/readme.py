@@ -53,7 +53,7 @@ def controls():
     find = lambda claims, start: next(c for c in claims if c["claim"].startswith(start))
     inside, held = find(shells, "C2"), find(shells, "control: new real")
     gap, control = find(cfg, "Fig 2 learned"), find(cfg, "control: learned gap on training")
-    ratio = find(cfg, "control: learned gap on trajectories")
+    ratio = find(cfg, "control: learned gap, trajectories")
     share = (held["ours"] - 1) / (inside["ours"] - 1)
     return (f"At t = .3 the median r_\\* is {inside['ours']:.2f} along trajectories and {held['ours']:.2f} for "
             f"held-out images noised afresh: {100 * share:.0f}% of the departure from the shells is that of any image "
@@ -65,9 +65,9 @@ def controls():
 
 def render(text):
     for name, f in {"results": results, "times": times, "controls": controls}.items():
-        pattern = re.compile(f"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.S)
+        pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
         assert pattern.search(text), f"README.md lacks <!-- {name} --> .. <!-- /{name} -->"
-        text = pattern.sub(lambda m, f=f: m[1] + f() + m[2], text)
+        text = pattern.sub(lambda m, f=f: f"{m[1]}{f()}\n{m[2]}", text)
     return text
 
 

@@ -1,5 +1,5 @@
 """The README: its numbers are those of assets/*.json, its commands exist, its files are there."""
-import importlib.util
+import importlib
 import re
 import shlex
 import subprocess
@@ -25,11 +25,10 @@ def test_links_and_pictures_exist():
             assert (ROOT / target).exists(), target
 
 
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load(script, monkeypatch):
+    """Import a script by its path from the root: train.py, data/prepare.py."""
+    monkeypatch.syspath_prepend(ROOT / Path(script).parent)
+    return importlib.import_module(Path(script).stem)
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -42,7 +41,7 @@ def test_commands_are_real(line, monkeypatch):
         for target in argv[1:]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
     elif argv[0] == "python" and argv[1] != "tests/bench.py":
-        module = load(ROOT / argv[1])
+        module = load(argv[1], monkeypatch)
         presets = getattr(module, "PRESETS", {})
         name = argv[argv.index("--preset") + 1] if "--preset" in argv else None
         assert name is None or name in presets

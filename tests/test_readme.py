@@ -57,10 +57,13 @@ def test_there_are_commands_to_check():
 def test_assets_are_small_and_budgets_are_kept():
     for path in (ROOT / "assets").iterdir():
         assert path.stat().st_size <= 300_000, path
-    budgets = {"model.py": 400, "empirical_score.py": 350, "sample.py": 200, "train.py": 430, "exp_scaling.py": 450}
+    budgets = {"model.py": 400, "empirical_score.py": 350, "sample.py": 200, "train.py": 350, "exp_scaling.py": 450}
     for path in ROOT.glob("*.py"):
-        lines = path.read_text().splitlines()
-        assert len(lines) <= budgets.get(path.name, 300) and max(map(len, lines)) <= 120, (path.name, len(lines))
+        text = path.read_text()
+        assert max(map(len, text.splitlines())) <= 120, path.name
+        # a file that needs more lines says why at its top
+        if len(text.splitlines()) > budgets.get(path.name, 300):
+            assert "longer than" in text[:text.index('"""', 3)], (path.name, len(text.splitlines()))
 
 
 def test_imports_point_up_the_list():

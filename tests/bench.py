@@ -3,6 +3,7 @@ How long things take, measured here and printed as one table; never part of the 
 
     python tests/bench.py                 # laptop, tests, score
     python tests/bench.py laptop          # train the default model afresh, then run each experiment on it
+    python tests/bench.py exp_toy2d.py    # one experiment
     python tests/bench.py tests           # the test suite
     python tests/bench.py score  # the exact empirical score beside other ways to compute it
 
@@ -52,23 +53,23 @@ def remember(seconds):
     path.write_text(json.dumps(dict(machine=machine(), seconds=before | seconds), indent=1) + "\n")
 
 
+def experiment(script, folder):
+    """One experiment, from nothing but the trained model in folder/run; with its phases, as it prints them."""
+    trained = ["--train.out", f"{folder}/run"] if "train: Training" in (ROOT / script).read_text() else []
+    seconds, printed = timed(script, *trained, "--out", f"{folder}/{script}")
+    row(f"python {script}", seconds, f"promised: under {LIMITS['experiment']} s" if trained else "")
+    print("".join(f"    {line}\n" for line in printed.splitlines() if line.endswith(" s") and ": " in line), end="")
+    remember({script: round(seconds)})
+
+
 def laptop():
     """What a reader waits for: training from nothing, then each experiment, which finds the trained model."""
-    taken = {}
     with tempfile.TemporaryDirectory() as folder:
         seconds, _ = timed("train.py", "--out", f"{folder}/run")
         row("python train.py", seconds, f"promised: under {LIMITS['train']} s")
-        taken["train.py"] = round(seconds)
-        for script in sorted(p.name for p in ROOT.glob("exp_*.py") if "train: Training" in p.read_text()):
-            argv = [script, "--train.out", f"{folder}/run", "--out", f"{folder}/{script}"]
-            seconds, printed = timed(*argv)
-            row(f"python {script}", seconds, f"promised: under {LIMITS['experiment']} s; model reused: "
-                                             f"{'is trained already' in printed}")
-            taken[script] = round(seconds)
-            for line in printed.splitlines():                # the phases, as the script prints them
-                if line.endswith(" s") and ": " in line:
-                    print(f"    {line}")
-    remember(taken)
+        remember({"train.py": round(seconds)})
+        for script in sorted(p.name for p in ROOT.glob("exp_*.py")):
+            experiment(script, folder)
 
 
 def tests():
@@ -119,9 +120,9 @@ def score(N=50_000, D=784, B=256):
 
 if __name__ == "__main__":
     benches = {"laptop": laptop, "tests": tests, "score": score}
-    what = sys.argv[1:] or list(benches)
-    if unknown := set(what) - set(benches):
-        sys.exit(f"error: unknown benchmark {min(unknown)!r}: expected {', '.join(benches)}")
+    what, scripts = sys.argv[1:] or list(benches), [p.name for p in ROOT.glob("exp_*.py")]
+    if unknown := set(what) - set(benches) - set(scripts):
+        sys.exit(f"error: unknown benchmark {min(unknown)!r}: expected {', '.join([*benches, *scripts])}")
     print(machine())
     for name in what:
-        benches[name]()
+        benches[name]() if name in benches else experiment(name, ROOT / "out" / "bench")

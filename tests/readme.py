@@ -44,7 +44,8 @@ def times():
     figures = sum(v for k, v in s.items() if k != "tests")
     parts = ", ".join(f"{minutes(v)} for {k}" for k, v in s.items() if k.startswith("exp_"))
     return (f"Measured on {bench['machine']}, after the installation: `make figures` about {minutes(figures)} "
-            f"({minutes(s['train.py'])} of training, once; {parts}), `make test` about {minutes(s['tests'])}.")
+            f"({minutes(s['train.py'])} of training, once; {parts})"
+            + (f", `make test` about {minutes(s['tests'])}." if "tests" in s else "."))
 
 
 def controls():

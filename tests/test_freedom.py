@@ -1,0 +1,243 @@
+"""exp_freedom.py: subsets, metric and targets against brute force; a tiny run, its contract, its cache, bad inputs."""
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import exp_freedom
+from empirical_score import EmpiricalScore
+from exp_freedom import Config, Net, calibrated_l2, faiss_posterior, interval, make_target, subsets
+
+ROOT = Path(__file__).resolve().parents[1]
+needs_faiss = pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="faiss is not installed")
+
+
+def points(n=60, classes=3, shape=(1, 3, 3), seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, *shape, generator=g) + 2, torch.arange(n) % classes          # centring matters
+
+
+def brute_force(x, y, z, t, label):
+    """x_* by direct differences in float64, one query at a time; label None: over all points."""
+    out = torch.empty_like(z, dtype=torch.float64)
+    for b in range(len(z)):
+        of = x.double() if label is None else x[y == label[b]].double()
+        w = torch.softmax(-(z[b].double() - (1 - t[b].double()) * of).flatten(1).square().sum(1) / (2 * t[b]**2), 0)
+        out[b] = (w[:, None, None, None] * of).sum(0)
+    return out
+
+
+# ---- the subsets -----------------------------------------------------------------------------------------------------
+
+def test_subsets_are_nested_and_balanced():
+    y = np.random.default_rng(0).permutation(np.repeat(np.arange(4), (40, 50, 60, 70)))
+    before = None
+    for ratio in (1, 2, 3.5, 8):
+        score, region = subsets(y, 5, ratio, seed=3)
+        assert (np.bincount(y[score]) == 5).all() and (np.bincount(y[region]) == round(5 * ratio)).all()
+        assert len(set(region)) == len(region) and set(score) <= set(region)
+        if before is not None:
+            assert set(score) == set(before[0]) and set(before[1]) < set(region)
+        before = score, region
+    assert set(subsets(y, 5, 1, seed=3)[1]) == set(score)                    # at ratio 1 they are the same
+    assert set(subsets(y, 5, 1, seed=4)[0]) != set(score)                    # the seed decides
+
+
+def test_subsets_refuse_more_than_there_is():
+    y = np.repeat(np.arange(4), (40, 50, 60, 70))
+    with pytest.raises(ValueError, match="ratio 9 with 5 images .* class 0 has 40"):
+        subsets(y, 5, 9, seed=0)
+    score, region = subsets(y, 5, 11, seed=0, balanced=False)                # all of D, as far as each class goes
+    assert np.bincount(y[region]).tolist() == [40, 50, 55, 55] and set(score) <= set(region)
+    with pytest.raises(ValueError, match="ratio 12"):
+        subsets(y, 5, 12, seed=0, balanced=False)
+    with pytest.raises(ValueError, match="ratio 1 with 41"):
+        subsets(y, 41, 1, seed=0, balanced=False)
+
+
+# ---- calibrated l2 ---------------------------------------------------------------------------------------------------
+
+def test_calibrated_l2_against_brute_force():
+    x, _ = points(80)
+    q = torch.cat([points(10, seed=1)[0], x[:5] + 1e-3])
+    d2 = (q.double()[:, None] - x.double()).flatten(2).square().sum(2).sort(dim=1).values        # (15, 80)
+    want = d2[:, 0] / d2[:, :50].mean(1)
+    assert (calibrated_l2(EmpiricalScore(x), q) - want).abs().max() < 1e-12
+
+
+def test_calibrated_l2_of_copies_and_of_noise():
+    x, _ = points(80)
+    E = EmpiricalScore(x)
+    assert (calibrated_l2(E, x[:9]) == 0).all()
+    far = 1e4 * torch.randn(9, 1, 3, 3, generator=torch.Generator().manual_seed(2))
+    assert (calibrated_l2(E, far) - 1).abs().max() < 0.01
+    assert (calibrated_l2(E, far) <= 1).all()
+
+
+# ---- the three targets -----------------------------------------------------------------------------------------------
+
+T = torch.tensor([1e-3, 0.05, 0.3, 0.6, 0.8, 0.95, 1.0])
+
+
+@needs_faiss
+def test_faiss_with_all_neighbours_is_the_exact_posterior():
+    x, _ = points()
+    z = torch.randn(len(T), 1, 3, 3, generator=torch.Generator().manual_seed(1)) + 1
+    w, i = faiss_posterior(x, len(x))(z, T)
+    assert w.shape == i.shape == (len(T), 60) and (w.sum(1) - 1).abs().max() < 1e-12
+    mean = (w[..., None, None, None] * x[i].double()).sum(1)
+    assert (mean - EmpiricalScore(x).posterior_mean(z.double(), T)).abs().max() < 1e-5
+    assert (mean - brute_force(x, None, z, T, None)).abs().max() < 1e-5
+
+
+@needs_faiss
+def test_faiss_finds_the_points_that_weigh_most():
+    x, _ = points()
+    z = torch.randn(len(T), 1, 3, 3, generator=torch.Generator().manual_seed(1)) + 1
+    _, i = faiss_posterior(x, 5)(z, T)
+    a = (1 - T.double())[:, None, None, None, None]
+    d2 = (z.double()[:, None] - a * x.double()).flatten(2).square().sum(2)                       # (B, N)
+    for b in range(len(T) - 1):                              # at t = 1 all weigh alike, and any five will do
+        assert set(i[b].tolist()) == set(d2[b].topk(5, largest=False).indices.tolist())
+
+
+@pytest.mark.parametrize("kind", ["exact", "sampled", pytest.param("faiss", marks=needs_faiss)])
+def test_targets_have_the_same_expectation(kind):
+    """The mean of many draws against x_* by brute force, within 5 standard errors in every coordinate; kept labels over
+    their class, dropped ones over all of D_score."""
+    x, y = points()
+    draws = 4000
+    target = make_target(kind, x, y, k=len(x))
+    for b, t in enumerate((0.05, 0.5, 0.8, 1.0)):
+        z = ((1 - t) * x[b] + t * torch.randn(x[b].shape, generator=torch.Generator().manual_seed(b)))[None]
+        for keep in (True, False):
+            args = z.expand(draws, -1, -1, -1), torch.full((draws,), t), torch.full((draws,), 1)
+            got = target(*args, torch.full((draws,), keep), torch.Generator().manual_seed(9)).double()
+            want = brute_force(x, y, z, torch.tensor([t]), torch.tensor([1]) if keep else None)[0]
+            error = 5 * got.std(0) / draws**0.5 + 1e-5
+            assert ((got.mean(0) - want).abs() <= error).all()
+            if kind == "exact":
+                assert (got - want).abs().max() < 1e-5
+            else:                                            # a draw is a point of D_score, of the class if it is known
+                among = x[y == 1] if keep else x
+                assert all((among == g.float()).flatten(1).all(1).any() for g in got[:50])
+
+
+def test_draws_depend_on_the_generator_alone():
+    x, y = points()
+    z, t, keep = torch.randn(30, 1, 3, 3), torch.full((30,), 0.9), torch.arange(30) % 2 == 0
+    draw = lambda seed: make_target("sampled", x, y)(z, t, y[:30], keep, torch.Generator().manual_seed(seed))
+    assert (draw(1) == draw(1)).all() and (draw(1) != draw(2)).any()
+
+
+# ---- intervals -------------------------------------------------------------------------------------------------------
+
+def test_intervals_cover_and_never_collapse():
+    low, high = interval(np.zeros((3, 2)), 256)              # three seeds that agree exactly prove nothing exactly
+    assert low < 0 < high < 0.02
+    rng, hit = np.random.default_rng(0), 0
+    for _ in range(400):                                     # networks that differ (sd .05), 256 images each
+        p = np.clip([0.3, 0.6] + 0.05 * rng.standard_normal((3, 2)), 0, 1)
+        low, high = interval(rng.binomial(256, p) / 256, 256)
+        hit += low <= 0.3 <= high
+    assert hit >= 0.93 * 400
+
+
+# ---- the script ------------------------------------------------------------------------------------------------------
+
+TINY = ["--transformer.steps=4", "--transformer.batch=8", "--unet.steps=2", "--unet.batch=4", "--per-class=5",
+        "--compare.steps=4", "--compare.batch=8", "--ratios", "1", "4", "--n-seeds=2",
+        "--n-samples=10", "--sample-steps=2", "--device=cpu"]
+
+
+def command(*argv, **env):
+    return subprocess.run([sys.executable, ROOT / "exp_freedom.py", *argv], capture_output=True, text=True, timeout=200,
+                          env=os.environ | env)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    out = tmp_path_factory.mktemp("freedom")
+    done = command(*TINY, "--workers=2", f"--out={out}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out, done.stdout
+
+
+def test_results_follow_the_contract(tiny):
+    out, printed = tiny
+    results = json.loads((out / "results.json").read_text())
+    assert results["script"] == "exp_freedom" and results["preset"] == "laptop" and results["seconds"] > 0
+    assert {"config", "seed", "versions", "device", "commit", "arrays", "claims"} <= set(results)
+    for row in results["claims"]:
+        assert set(row) == {"claim", "paper", "ours", "ci95", "verdict"}
+        assert row["verdict"] in ("holds", "not resolved", "contradicted")
+        assert row["claim"] in printed and len(row["claim"]) <= 74
+        assert all(map(np.isfinite, (row["ours"], *row["ci95"]))) and row["ci95"][0] <= row["ci95"][1]
+    assert len(results["claims"]) == 5 + (importlib.util.find_spec("faiss") is not None)
+    assert results["arrays"]["ratio"] == [1, 4] and results["arrays"]["d_score"] == 50
+    assert all(f"target {kind}" in printed for kind in results["arrays"]["targets"])
+    assert str(out / "results.png") in printed and (out / "results.png").stat().st_size > 20_000
+    assert (out / "results.json").stat().st_size < 300_000
+
+
+def test_a_figure_is_drawn_from_its_json_alone(tiny, tmp_path):
+    (tmp_path / "results.json").write_bytes((tiny[0] / "results.json").read_bytes())
+    exp_freedom.plot(tmp_path / "results.json")
+    assert (tmp_path / "results.png").read_bytes() == (tiny[0] / "results.png").read_bytes()
+
+
+def test_an_interrupted_sweep_goes_on(tiny):
+    """A lost run is trained again, here without worker processes, to the same scores; the others are only read."""
+    out, _ = tiny
+    runs = sorted((out / "runs").iterdir())
+    assert {p.suffix for p in runs} == {".json"}
+    lost, kept = runs[0], {p: p.stat().st_mtime_ns for p in runs[1:]}
+    before = json.loads(lost.read_text())
+    lost.unlink()
+    net = json.loads((out / "results.json").read_text())["config"]
+    cfg = dataclasses.replace(Config(), **{k: net[k] for k in ("per_class", "n_seeds", "n_samples", "sample_steps")},
+                              ratios=(1.0, 4.0), transformer=Net(**net["transformer"]), unet=Net(**net["unet"]),
+                              compare=Net(**net["compare"]),
+                              workers=1, device="cpu", threshold=0.5, out=str(out))
+    exp_freedom.measure(cfg)
+    assert kept == {p: p.stat().st_mtime_ns for p in kept} and sorted((out / "runs").iterdir()) == runs
+    assert np.abs(np.subtract(before["score"], json.loads(lost.read_text())["score"])).max() < 1e-3
+
+
+@pytest.mark.parametrize("fields, message", [
+    (dict(ratios=(1, 9)), "ratio 9 with 19 images per class in D_score needs 171 of each, but class"),
+    (dict(per_class=4), "D_score has 40 points, but calibrated l2 needs n = 50 neighbours"),
+    (dict(target="nearest"), "unknown target 'nearest': expected exact, sampled, faiss"),
+    (dict(ratios=(2, 1)), "ratios must be two or more, from 1 up, in ascending order"),
+    (dict(ratios=(0.5, 1)), "ratios must be two or more, from 1 up"),
+    (dict(n_samples=0), "n_samples must be at least 1"),
+    (dict(unet=Net("UNet-huge", 1, 1, 1e-3)), "unknown model 'UNet-huge'"),
+    (dict(transformer=Net("SiT-nano/3", 1, 1, 1e-3)), "patch size 3 does not divide"),
+    (dict(unet=Net("UNet-nano", 0, 1, 1e-3)), "steps and batch must be at least 1"),
+])
+def test_bad_values(fields, message):
+    with pytest.raises(ValueError) as error:
+        exp_freedom.check(dataclasses.replace(Config(), **fields))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_bad_value_is_one_line_and_names_the_package(tmp_path):
+    (tmp_path / "faiss.py").write_text("raise ImportError('not here')")                 # as if it were not installed
+    done = command("--target=faiss", f"--out={tmp_path / 'out'}", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1 and not (tmp_path / "out").exists()
+    assert done.stderr == "error: target faiss needs the package faiss: pip install faiss-cpu, or faiss-gpu\n"
+
+
+def test_faiss_is_imported_only_when_asked_for(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)          # an import of it fails
+    x, y = points()
+    make_target("exact", x, y), make_target("sampled", x, y)
+    with pytest.raises(ImportError, match="pip install faiss-cpu"):
+        make_target("faiss", x, y)

@@ -217,9 +217,9 @@ def measure(cfg):
                   networks=bad.size, loss=np.nan_to_num(loss.mean(1), nan=1e9, posinf=1e9),
                   training={k: [interval(e.mean(-1)) for e in errors[i]] for k, i in lines.items()},
                   over_t={k: interval(errors[0][i][:, -1]) for k, i in lines.items()})
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    git = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=ROOT, capture_output=True, text=True)  # or empty
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
-    return dict(script="exp_gaussian", preset=cfg.preset, seed=cfg.seed, device=name, commit=git.strip(),
+    return dict(script="exp_gaussian", preset=cfg.preset, seed=cfg.seed, device=name, commit=git.stdout.strip(),
                 versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
                 seconds=round(time.time() - started, 1), config=vars(cfg), claims=claims, arrays=arrays)
 
@@ -279,7 +279,8 @@ def main(cfg):
         text = json.dumps(measure(cfg), default=lambda a: json.loads(  # arrays as lists, rounded to four digits
             json.dumps(a.tolist()), parse_float=lambda v: float(f"{float(v):.4g}")))
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.with_suffix(".tmp").write_text(text)            # never half a file
+        path.with_suffix(".tmp").replace(path)
     plot(path)
     print(f"\n{'claim':74s} {'paper':>10s} {'ours':>9s} {'95% interval':>18s}  verdict")
     for c in json.loads(path.read_text())["claims"]:

@@ -461,7 +461,7 @@ def save(cfg, device, started, arrays, claims):
         if isinstance(a, list | tuple) or np.ndim(a): return [plain(v) for v in a]
         return a if isinstance(a, str | bool | int) else float(f"{float(a):.4g}")
 
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    git = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=ROOT, capture_output=True, text=True)  # or empty
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {os.cpu_count()} cores"
     results = dict(script="exp_toy2d", preset=cfg.preset, seed=cfg.seed, device=name,
                    seconds=round(time.time() - started, 1), commit=git.stdout.strip(),

@@ -390,11 +390,11 @@ def save_results(script, cfg, device, started, arrays, claims):
         a = np.asarray(a.cpu() if torch.is_tensor(a) else a)
         return [plain(row) for row in a] if a.ndim else float(f"{a:.4g}") if a.dtype.kind == "f" else a.item()
 
-    git = ["git", "rev-parse", "--short", "HEAD"]            # where there is no git, or no checkout, the field is empty
-    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    # through the shell: where there is no git, or no checkout, the field is empty
+    git = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=ROOT, capture_output=True, text=True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
     results = dict(script=script, preset=cfg.preset, seed=cfg.seed, device=name,
-                   seconds=round(time.time() - started, 1), commit=commit,
+                   seconds=round(time.time() - started, 1), commit=git.stdout.strip(),
                    versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
                    config=dataclasses.asdict(cfg), claims=claims, arrays=plain(arrays))
     path = results_path(script, cfg)

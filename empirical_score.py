@@ -15,20 +15,33 @@ and everything else is linear in x_*:
     E.score(z, t)                           # z (B, *shape), t a number or (B,)   ->   (B, *shape)
     E.score(z, t, y)                        # the same over the points of class y (B,) only
 
-Three things make it less simple than it looks, and the code below is shaped by them:
+*Flash attention.* With |z|^2 dropped, the exponent is alpha z.x_i / sigma^2 - alpha^2 |x_i|^2 / 2 sigma^2: a query
+times a key, plus a bias. So x_* is attention with keys = values = data and one softmax over all N points, and it is
+computed as flash attention is: the points stream by in chunks, and a running (max, sum, weighted sum) is kept, never
+the B x N matrix. These three merge over chunks, and over the processes among which the data are divided.
 
-1. *Size.* B queries against N points is a B x N matrix that does not fit in memory. It is never formed: the points
-   stream by in chunks, and a running (max, sum, weighted sum) is kept. The same three numbers merge over processes.
-2. *Precision.* At t = .001 the exponents reach 1e7, and an fp32 product, good to seven digits, is wrong by whole nats.
-   All products here are float64, of centred data, which leaves errors far below a thousandth of a nat at any t.
-3. *The expansion.* |z - alpha x|^2 = |z|^2 - 2 alpha z.x + alpha^2 |x|^2; the first term is the same for every i and
-   drops out of the softmax, so it is never added: exponent_i = (alpha z.x_i - alpha^2 |x_i|^2 / 2) / sigma^2.
+*The certificate.* Unlike attention, these exponents reach 1e7 (t = .001), where no fast product is precise enough; but
+then nearly all weights are zero, and it takes no precision to *prove* it. So there are two passes. The first bounds
+every |z - alpha x_i|^2 from both sides by one product in bf16, whose rounding errors are bounded, not estimated, and
+strikes all points that even at best weigh less than tau/N of the heaviest. The second takes the few that are left in
+float64. What was struck weighs less than tau = 1e-7 of the total; `E.dropped` has the bound that was reached. Queries
+whose weights are spread (t near 1) keep too many points: they get a dense stream, in fp32 where that loses less than
+1e-5, else in float64. The choice is made for each query by what survives, not by t.
+(Screening, streaming and several processes in one file make it longer than its budget of 350 lines.)
 """
+import functools
+import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+SMALL = 2**24   # queries x points x dimensions below which one float64 product is quicker than anything cleverer
+SURVIVORS = 2**23   # pairs of query and point that may be looked at one by one, so that they fit into memory
+LOSS = 5e-5     # of an exponent, in fp32; x_* then errs by a fifth of it at most, as measured
+CACHE = 2**29   # bytes that a low-precision copy of the data may take; twice that on a GPU. Beyond: made anew each time
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One prediction from another. All go by way of x, the data prediction, which is finite for every t; t is () or (B,).
@@ -64,49 +77,103 @@ class Posterior(NamedTuple):
     sum: torch.Tensor         # (B,)    sum_i exp(exponent_i - max)
     sum_sq: torch.Tensor      # (B,)    sum_i exp(exponent_i - max)^2
     weighted: torch.Tensor    # (B, D)  sum_i exp(exponent_i - max) (x_i - centre)
+    dropped: torch.Tensor     # (B,)    at most this is missing from `sum`: the points that were struck
 
     @staticmethod
     def merge(parts):
         """Posteriors over disjoint sets of points -> that over all of them: rescale to the common maximum, add."""
         m = torch.stack([p.max for p in parts])                                                  # (parts, B)
         c = torch.where(m == -torch.inf, 0.0, torch.exp(m - m.amax(0)))                     # an empty part adds nothing
-        return Posterior(m.amax(0), sum(ci * p.sum for ci, p in zip(c, parts, strict=True)),
-                         sum(ci**2 * p.sum_sq for ci, p in zip(c, parts, strict=True)),
-                         sum(ci[:, None] * p.weighted for ci, p in zip(c, parts, strict=True)))
+        add = lambda k, c: sum(ci.view(-1, *[1] * (p[k].ndim - 1)) * p[k] for ci, p in zip(c, parts, strict=True))
+        return Posterior(m.amax(0), add(1, c), add(2, c**2), add(3, c), add(4, c))
+
+
+def low_precision(device):
+    """bf16 where a product in it is faster than in fp32 and its sums are kept in fp32 all the same; else fp32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    fast = any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
+    return torch.bfloat16 if fast and torch.backends.mkldnn.is_available() else torch.float32
+
+
+def exactly(method):
+    """Run a method without gradients and autocast, with fp32 products in fp32 (not TF32) and sums of bf16 products in
+    fp32 (not bf16), whatever the caller has set: the error bounds rest on it."""
+    @functools.wraps(method)
+    def run(self, *args, **kwargs):
+        gpu, before = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
+        reduced, gpu.allow_bf16_reduced_precision_reduction = gpu.allow_bf16_reduced_precision_reduction, False
+        torch.set_float32_matmul_precision("highest")
+        try:
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                return method(self, *args, **kwargs)
+        finally:
+            torch.set_float32_matmul_precision(before)
+            gpu.allow_bf16_reduced_precision_reduction = reduced
+    return run
 
 
 class EmpiricalScore:
     """The empirical score of the points x (N, *shape) with labels y (N,), and all that is known once one has it.
 
     x        a tensor, an array or a memory map, of any floating or integer type; read in chunks, never copied whole.
+             Fastest: bf16, where the hardware has it. Points of a class are read faster where they lie together.
     device   where the arithmetic is done (default: where x is). MPS has no float64: there it is done on the CPU.
-    chunk    data points per step. The extra memory is a few arrays of 2^24 doubles at the default, whatever N is.
+    chunk    data points per step. The extra memory is a few matrices of queries x chunk, whatever N is.
     process_group   shard the points over its ranks. Every rank passes all of x (each reads its part) and the *same*
-             queries, and gets the same result.
+             queries, and gets the same result. (It costs what sharding the queries would, and a part of the memory.)
+    tau      the weight that may be left out, of a total of 1. `dropped` (B,) bounds what the last answer did leave out.
     Queries are z (B, *shape); t is a number or (B,) in (0, 1]; labels are (B,), and None means over all points. Results
-    have z's shape, dtype and device. ValueError: t outside (0, 1], nan in z or x, an unknown label, a wrong shape.
+    have z's shape, dtype and device. float64 queries are answered in float64 throughout.
+    ValueError: t outside (0, 1], nan in z or x, an unknown label, a wrong shape.
     """
 
-    def __init__(self, x, y=None, *, device=None, chunk=None, process_group=None):
+    def __init__(self, x, y=None, *, device=None, chunk=None, process_group=None, tau=1e-7):
         need(len(x) > 0, "the data set is empty")
         need(x.ndim > 1, f"the data must have shape (N, *shape), not {tuple(x.shape)}")
         need(chunk is None or chunk > 0, f"chunk must be at least 1, not {chunk}")
+        need(0 < tau < 1, f"tau must lie in (0, 1), not {tau}")
         device = torch.device(device if device is not None else x.device if torch.is_tensor(x) else "cpu")
         self.device = torch.device("cpu") if device.type == "mps" else device
-        self.shape, self.x = tuple(x.shape[1:]), x.reshape(len(x), -1)                           # (N, D), a view
-        self.N, self.D = self.x.shape
-        self.chunk = chunk or max(1, min(2**24 // self.D, 2**14))
+        self.shape, self.x, self.tau, self.dropped = tuple(x.shape[1:]), x.reshape(len(x), -1), tau, None
+        self.N, self.D = self.x.shape                                                            # x (N, D), a view
+        gpu = self.device.type == "cuda"                     # there, a matrix product must be large to be fast; on a
+        self.chunk = chunk or max(1, min(2**(27 if gpu else 22) // self.D, 2**(16 if gpu else 13)))  # CPU, fit caches
+        self.piece = max(1, self.chunk // 16)                # pairs of query and point at once
+        self.block = max(1, 2**(26 if gpu else 21) // self.chunk)                                # queries at once
         self.group = process_group
         rank, world = (dist.get_rank(process_group), dist.get_world_size(process_group)) if process_group else (0, 1)
         self.shard = range(self.N * rank // world, self.N * (rank + 1) // world)
+        sample = self.x[:1] if torch.is_tensor(x) else torch.from_numpy(np.array(self.x[:1]))
+        self.work = torch.float64 if sample.dtype in (torch.float64, torch.int32, torch.int64) else torch.float32
+        self.low, self.cache = low_precision(self.device), None
 
         # Distances are differences of large numbers when the data are far from the origin: centre them.
         self.centre = torch.zeros(self.D, dtype=torch.float64, device=self.device)
-        total = sum((rows.sum(0) for _, rows in self._chunks()), self.centre)
-        self.centre = self._gather(total).sum(0) / self.N                                        # (D,)
-        need(self.centre.isfinite().all(), "the data hold nan or inf")
-        self.sq = torch.cat([rows.square().sum(1) for _, rows in self._chunks()]
-                            or [self.centre[:0]])                                       # |x_i - centre|^2, of the shard
+        total = sum((torch.cat([r.sum(0), r.square().sum()[None]]) for _, r in self._chunks()),
+                    self.centre.new_zeros(self.D + 1))
+        total = self._gather(total).sum(0) / self.N                                              # (D + 1,)
+        need(total.isfinite().all(), "the data hold nan or inf, or their squares overflow")
+        size = len(self.shard) * self.D * self.low.itemsize
+        as_it_is = torch.is_tensor(x) and (x.dtype, x.device) == (self.low, self.device) and \
+            2 * total[:-1].square().sum() < total[-1]        # nearly centred: x itself can be the low-precision copy
+        if not as_it_is:
+            self.centre = total[:-1].to(self.work).double()  # a number of the precision that x - centre is taken in
+            if size <= CACHE * (2 if gpu else 1):
+                self.cache = torch.empty(len(self.shard), self.D, dtype=self.low, device=self.device)
+
+        # Of every point, about the centre: |x|^2; and for the error bounds |x|, |low(x) - x| (rounded up), |x|^2, 1
+        self.sq = torch.empty(len(self.shard), dtype=torch.float64, device=self.device)
+        self.stats = torch.ones(4, len(self.shard), device=self.device)
+        for index, rows in self._chunks():
+            i, low = slice(int(index[0]) - self.shard.start, int(index[-1]) + 1 - self.shard.start), rows.to(self.work)
+            low = low.to(self.low)
+            if self.cache is not None: self.cache[i] = low
+            self.sq[i] = rows.square().sum(1)
+            norm, err = self.sq[i].sqrt() * (1 + 2**-20), (rows - low.double()).norm(dim=1)
+            self.stats[:3, i] = torch.stack([norm, (err + 2**-22 * norm) * (1 + 2**-20), self.sq[i]]).float()
+        if as_it_is: self.cache = self.x[self.shard.start:self.shard.stop]
+        self.radius = self._gather(self.sq.amax(0, keepdim=True) if len(self.sq) else self.sq.new_zeros(1)).max().sqrt()
         self.members, self._closest = None, {}
         if y is not None:
             y = y.cpu() if torch.is_tensor(y) else torch.from_numpy(np.array(y))
@@ -117,27 +184,53 @@ class EmpiricalScore:
 
     # ---- the points, the queries ------------------------------------------------------------------------------------
 
-    def _rows(self, index):
-        """Points at `index`, a slice or (n,) indices -> (n, D) float64, centred."""
-        rows = self.x[index if isinstance(index, slice) or torch.is_tensor(self.x) else index.numpy()]
-        rows = rows.to(self.device) if torch.is_tensor(rows) else torch.from_numpy(np.array(rows)).to(self.device)
-        return rows.to(torch.float64) - self.centre
+    def _read(self, index):
+        """Points at `index`, a slice or (n,) indices, as they are -> (n, D), on the device or pinned for the way."""
+        if not isinstance(index, slice):
+            index = index.to(self.x.device) if torch.is_tensor(self.x) else index.cpu().numpy()
+        rows = self.x[index]
+        rows = rows if torch.is_tensor(rows) else torch.from_numpy(np.array(rows))
+        return rows.pin_memory() if rows.device.type == "cpu" and self.device.type == "cuda" else rows
 
-    def _chunks(self, members=None):
-        """Yield (indices (n,), centred points (n, D)) over this rank's shard, or those of its points in `members`."""
-        if members is None:
-            for i in range(self.shard.start, self.shard.stop, self.chunk):
-                j = min(i + self.chunk, self.shard.stop)
-                yield torch.arange(i, j), self._rows(slice(i, j))
-        else:
-            if self.group is not None:
-                members = members[(members >= self.shard.start) & (members < self.shard.stop)]
-            for index in members.split(self.chunk) if len(members) else ():
-                yield index, self._rows(index)
+    def _rows(self, index, dtype=torch.float64, read=None):
+        """Points at `index` -> (n, D), centred."""
+        if dtype == self.low and self.cache is not None:
+            i = self.shard.start
+            return self.cache[slice(index.start - i, index.stop - i) if isinstance(index, slice) else
+                              (index - i).to(self.device)]
+        rows = (self._read(index) if read is None else read).to(self.device, non_blocking=True)
+        work = torch.float64 if dtype == torch.float64 else self.work
+        return (rows.to(work) - self.centre.to(work)).to(dtype)
 
-    def _sq(self, index):
-        """|x_i - centre|^2 of points of this shard, (n,)."""
-        return self.sq[(index - self.shard.start).to(self.device)]
+    def _chunks(self, members=None, dtype=torch.float64):
+        """Yield (indices (n,), centred points (n, D)) over this rank's shard, or those of its points in `members`. A
+        thread reads one chunk ahead, so that a disk, or the way to a GPU, is busy while the arithmetic is."""
+        n, first = (len(self.shard), self.shard.start) if members is None else (len(members), 0)
+        where = [slice(first + i, first + min(i + self.chunk, n)) for i in range(0, n, self.chunk)]
+        if members is not None:                              # a slice where they lie together, else their indices
+            where = [members[w] for w in where]
+            where = [slice(int(w[0]), int(w[-1]) + 1) if w[-1] - w[0] == len(w) - 1 else w for w in where]
+        number = lambda w: torch.arange(w.start, w.stop) if isinstance(w, slice) else w
+        at_hand = torch.is_tensor(self.x) and self.x.device == self.device
+        if at_hand or len(where) < 2 or dtype == self.low and self.cache is not None:
+            yield from ((number(w), self._rows(w, dtype)) for w in where)
+            return
+        with ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(self._read, where[0])
+            for w, following in zip(where, [*where[1:], None], strict=True):
+                rows = ahead.result()
+                if following is not None: ahead = reader.submit(self._read, following)
+                yield number(w), self._rows(w, dtype, rows)
+
+    def _mine(self, members):
+        """Those of the members, indices in ascending order, that are in this rank's shard."""
+        return members[(members >= self.shard.start) & (members < self.shard.stop)] if self.group else members
+
+    def _of(self, array, index):
+        """Columns of sq or stats (.., shard) of points at index (n,) of this shard -> (.., n)."""
+        start, n = self.shard.start, len(index)
+        if n and index[-1] - index[0] == n - 1: return array[..., int(index[0]) - start:int(index[0]) - start + n]
+        return array[..., (index - start).to(self.device)]
 
     def _gather(self, a):
         """(...) -> (ranks, ...): the tensor of every rank, in rank order."""
@@ -150,7 +243,7 @@ class EmpiricalScore:
         """Check the arguments. -> z (B, D) and t (B,) in float64, and a list of groups (query rows, members).
 
         Queries of one class go together, since they need the same points; a group is split where the matrix of queries
-        by chunk would become larger than 2^24.
+        by chunk would become too large.
         """
         B, t = len(z), double(t, self.device)
         need(z.shape[1:] == self.shape, f"queries must have shape (B, {str(self.shape)[1:]}, not {tuple(z.shape)}")
@@ -166,79 +259,200 @@ class EmpiricalScore:
             need(y.shape in ((), (B,)), f"{B} queries need {B} labels, not {y.numel()}")
             y = y.expand(B)
             self._need_labels(y.tolist())
-            groups = [((y == label).nonzero()[:, 0], self.members[label]) for label in y.unique().tolist()]
-        block = max(1, 2**24 // self.chunk)
-        return z.flatten(1).to(self.device).to(torch.float64), t, [(q, m) for g, m in groups for q in g.split(block)]
+            groups = [((y == label).nonzero()[:, 0], self._mine(self.members[label])) for label in y.unique().tolist()]
+        groups = [(q.to(self.device), m) for g, m in groups for q in g.split(self.block)]
+        return z.flatten(1).to(self.device).to(torch.float64), t, groups
 
     def _need_labels(self, asked):
         unknown, there = sorted(set(asked) - set(self.members or ())), sorted(self.members or ())
         few = there if len(there) <= 12 else f"{there[0]} .. {there[-1]} ({len(there)} of them)"
         need(not unknown, f"no data point has label {unknown[:1]}; the labels are {few}")
 
-    def _exponents(self, z, t, members):
-        """Yield (indices (n,), points (n, D), exponents (B, n)) by chunks: the logits of Eq. (2), up to a constant."""
-        alpha, var = (1 - t)[:, None], t[:, None]**2
-        z = alpha * (z - alpha * self.centre) / var                                              # (B, D)
-        for index, rows in self._chunks(members):
-            yield index, rows, z @ rows.T - alpha**2 / (2 * var) * self._sq(index)
+    # ---- the first pass: which points can matter? -------------------------------------------------------------------
 
-    def _local_posterior(self, z, t, members):
+    def _screen(self, q, alpha, members, dtype, limit, k=1, slack=0.0, measure=None):
+        """All points that may be among the k best of a query, or within `slack` of the best: certain to miss none.
+
+        q (B, D) is z - alpha centre, in float64. Best is smallest in |q - alpha x|^2, or in what `measure` makes of
+        bounds on it. From q' = low(2 alpha q), x' = low(x) and the product p = fl(q'.x'),
+
+            | p - 2 alpha q.x | <= |q' - 2 alpha q| |x'| + |2 alpha q| |x' - x|       Cauchy-Schwarz; all four are known
+                                 + (D + 16) 2^-23 |q'| |x'|                           sums in fp32, in any order
+                                 + u |p|,                                             u: of rounding the result
+
+        hence bounds on |q|^2 + alpha^2 |x|^2 - 2 alpha q.x. -> pairs (query (P,), index (P,)), by query and then by
+        index, with the lower bound (P,); done (B,), False where more than limit (B,) points survived (no pairs then);
+        and a number (B,) that no point that was struck lies below."""
+        B, limit = len(q), limit.clamp(min=max(64, k), max=max(k, SURVIVORS // max(1, len(q))))
+        low = (2 * alpha[:, None] * q).to(dtype)
+        size, err = 2 * alpha * q.norm(dim=1), (low.double() - 2 * alpha[:, None] * q).norm(dim=1)
+        bf16, sums, tiny = dtype == torch.bfloat16, (self.D + 16) * 2.0**-23, self.D * 2.0**-124
+        at_x = err + sums * (size + err)                     # times |x'| <= |x| + |x' - x|
+        at_err = at_x + size
+        if dtype != self.low:                                # stats hold the errors of self.low; those of fp32 are less
+            at_x, at_err = at_x + 2.0**-22 * at_err, 0 * at_err
+        qq = q.square().sum(1)
+        # columns as in stats: of |x|, |x' - x|, |x|^2 and 1. The last two: rounding of the lines below, and underflow
+        bound = torch.stack([at_x, at_err, 2.0**-21 * alpha**2, 2.0**-21 * qq + tiny * (1 + size + self.radius)], 1)
+        bound, exact = (bound * (1 + 2**-18)).float(), torch.stack([alpha**2, qq], 1).float()
+        # False where the numbers are so large that a product could overflow, and would bound nothing
+        done = torch.maximum((size + err) * (self.radius + 1), qq + (alpha * self.radius)**2) < 1e36
+        best = torch.full((B, k), torch.inf, device=self.device)
+        b = i = torch.zeros(0, dtype=torch.int64, device=self.device)
+        value = best.new_zeros(0)
+        for index, rows in self._chunks(members, dtype):
+            live = done.nonzero()[:, 0]
+            if not len(live): break
+            part = slice(None) if len(live) == B else live
+            stats = self._of(self.stats, index)                                                  # (4, n)
+            p = (low[part] @ rows.T).float()                                                     # (b, n)
+            error = torch.addmm(p.abs(), bound[part], stats, beta=1.02 * 2**-8 + 2**-21 if bf16 else 2**-21)
+            d2 = torch.addmm(p, exact[part], stats[2:], beta=-1)
+            lower, upper = d2 - error, d2.add_(error)
+            if measure: lower, upper = measure(lower, upper, part)
+            found = upper.amin(1, keepdim=True) if k == 1 else upper.topk(min(k, upper.shape[1]), largest=False).values
+            best[part] = torch.cat([best[part], found], 1).topk(k, largest=False).values
+            cut = best[:, -1] + slack
+            hit, keep = lower <= cut[part][:, None], value <= cut[b]     # by the best so far, and so again next time
+            count = torch.bincount(b[keep], minlength=B)[part] + hit.sum(1)
+            done[live] = count <= limit[part]                # the others are given up before they cost anything
+            row, column = (hit & done[part][:, None]).nonzero(as_tuple=True)
+            keep &= done[b]
+            b, i = torch.cat([b[keep], live[row]]), torch.cat([i[keep], index.to(self.device)[column]])
+            value = torch.cat([value[keep], lower[row, column]])
+        cut = best[:, -1] + slack
+        order = (value <= cut[b]).nonzero()[:, 0]
+        order = order[b[order].argsort(stable=True)]
+        return b[order], i[order], value[order], done, cut.double()
+
+    def _each(self, b, i, f):
+        """f(queries (n,), points (n, D) float64) of pairs (b, i), in pieces -> (P,)."""
+        return torch.cat([f(bb, self._rows(ii)) for bb, ii in zip(b.split(self.piece), i.split(self.piece), strict=True)
+                          ] or [self.sq.new_zeros(0)])
+
+    @staticmethod
+    def _table(b, B, *columns):
+        """Pairs sorted by query b (P,) with values (P,) -> tables (B, widest row), short rows filled up with `fill`."""
+        count = torch.bincount(b, minlength=B)
+        place = torch.arange(len(b), device=b.device) - (count.cumsum(0) - count)[b]
+        out = [torch.full((B, max(1, int(count.max()))), fill, dtype=v.dtype, device=v.device) for v, fill in columns]
+        for table, (v, _) in zip(out, columns, strict=True): table[b, place] = v
+        return out, count
+
+    # ---- the second pass: the softmax -------------------------------------------------------------------------------
+
+    def _exponents(self, z, t, members, tolerance):
+        """Yield (queries (b,), indices (n,) or (b, n), points (n, D) or None, exponents (b, n), log of the weight
+        struck (b,)). The exponents are those of Eq. (2) plus |z - alpha centre|^2 / 2 sigma^2, the same for all points.
+        """
+        alpha, var = 1 - t, t**2
+        q = z - alpha[:, None] * self.centre                                                     # (B, D)
+        n, rest = len(self.shard) if members is None else len(members), torch.arange(len(q), device=self.device)
+        # a dense fp32 product misses an exponent by about this much; its longest sums are short of the bound by far
+        fine = alpha / var * self.radius * (q.norm(dim=1) + alpha * self.radius) * 2.0**-23 < tolerance
+        if not n: return
+        if len(q) * n * self.D > SMALL:
+            for dtype in dict.fromkeys((self.low, torch.float32)):
+                ask = rest if dtype == self.low else rest[~fine[rest]]
+                if not len(ask): continue
+                limit = torch.where(fine[ask], n // 64, n // 32)         # about where a dense stream would be quicker
+                slack = (2 * var[ask] * math.log(self.N / self.tau)).float()
+                b, i, lower, done, cut = self._screen(q[ask], alpha[ask], members, dtype, limit, slack=slack)
+                # Exponents relative to that of a near point, x_0: from small differences, so that nothing cancels.
+                (lower, index), count = self._table(b, len(ask), (lower, torch.inf), (i, self.shard.start))
+                x0, a, qa = self._rows(index.gather(1, lower.argmin(1, keepdim=True))[:, 0]), alpha[ask], q[ask]
+                e0 = a / var[ask] * ((qa * x0).sum(1) - a / 2 * x0.square().sum(1))
+                e = self._each(b, i, lambda b, x, x0=x0, a=a, q=qa: ((x - x0[b]) * (q[b] - a[b, None] / 2 * (x + x0[b]))
+                                                                     ).sum(1)) * (a / var[ask])[b] + e0[b]
+                (e,), _ = self._table(b, len(ask), (e, -torch.inf))
+                struck = (n - count).double().log() + (qa.square().sum(1) - cut) / (2 * var[ask])
+                if done.any(): yield ask[done], index[done], None, e[done], struck[done]
+                left = torch.ones(len(q), dtype=torch.bool, device=self.device)
+                left[ask[done]] = False
+                rest = rest[left[rest]]
+        for dtype, ask in ((torch.float32, rest[fine[rest]]), (torch.float64, rest[~fine[rest]])):
+            if len(q) * n * self.D <= SMALL: dtype = torch.float64
+            query = (alpha / var)[ask, None] * q[ask]
+            bias, query = (-alpha[ask]**2 / (2 * var[ask])).to(dtype), query.to(dtype).T.contiguous()
+            for index, rows in self._chunks(members, dtype) if len(ask) else ():
+                e = torch.addmm(self._of(self.sq, index).to(dtype)[:, None] * bias, rows, query).T         # (b, n)
+                yield ask, index, rows, e, torch.full_like(t[ask], -torch.inf)
+
+    @staticmethod
+    def _nothing(z):                                         # the Posterior over no points
+        largest, total, total_sq, dropped = (torch.full_like(z[:, 0], a) for a in (-torch.inf, 0, 0, 0))
+        return Posterior(largest, total, total_sq, torch.zeros_like(z), dropped)
+
+    def _local_posterior(self, z, t, members, tolerance):
         """The streamed softmax over this rank's points; an empty shard gives max = -inf and sums of 0."""
-        zero = z.new_zeros(len(z))
-        p = Posterior(zero - torch.inf, zero, zero, torch.zeros_like(z))
-        for _, rows, e in self._exponents(z, t, members):
+        p = self._nothing(z)
+        for b, index, rows, e, struck in self._exponents(z, t, members, tolerance):
             m = e.amax(1)
-            w = torch.exp(e - m[:, None])                                                        # (B, n)
-            p = Posterior.merge([p, Posterior(m, w.sum(1), w.square().sum(1), w @ rows)])
+            w = e.sub_(m[:, None]).exp_()                                                        # (b, n)
+            m, dropped = m.double(), torch.exp(struck - m.double())
+            if rows is not None:
+                weighted = (w @ rows).double()
+            else:                                            # survivors: most weigh nothing, once that is known exactly
+                light = w < self.tau / self.N
+                dropped, w = dropped + light.sum(1) * self.tau / self.N, w.masked_fill_(light, 0)
+                weighted, (r, c) = z.new_zeros(len(b), self.D), w.nonzero(as_tuple=True)
+                for rr, cc in zip(r.split(self.piece), c.split(self.piece), strict=True):
+                    weighted.index_add_(0, rr, w[rr, cc][:, None] * self._rows(index[rr, cc]))
+            new = Posterior(m, w.sum(1, dtype=torch.float64), w.square().sum(1, dtype=torch.float64), weighted, dropped)
+            for whole, part in zip(p, Posterior.merge([Posterior(*(a[b] for a in p)), new]), strict=True):
+                whole[b] = part
         return p
 
-    @torch.no_grad()
     def _posterior(self, z, t, y):
         """-> Posterior over all queries, ranks merged."""
+        tolerance = LOSS if z.dtype != torch.float64 else 0.0
         z, t, groups = self._queries(z, t, y)
-        out = Posterior(*(z.new_zeros(len(z)) for _ in range(3)), torch.zeros_like(z))
+        out = self._nothing(z)
         for q, members in groups:
-            q = q.to(self.device)
-            ranks = zip(*[self._gather(a) for a in self._local_posterior(z[q], t[q], members)], strict=True)
+            ranks = zip(*[self._gather(a) for a in self._local_posterior(z[q], t[q], members, tolerance)], strict=True)
             for whole, part in zip(out, Posterior.merge([Posterior(*r) for r in ranks]), strict=True):
                 whole[q] = part
+        self.dropped = out.dropped / out.sum
         return out
 
     # ---- what one asks ----------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @exactly
     def _answer(self, z, t, y, convert=None):
         p = self._posterior(z, t, y)
         x = p.weighted / p.sum[:, None] + self.centre                                            # (B, D), float64
         if convert:                                         # in float64: alpha x_* - z is a small difference at small t
             x = convert(x, z.flatten(1).to(self.device).to(torch.float64), t)
-        return x.view(-1, *self.shape).to(z.dtype).to(z.device)
+        return x.view(-1, *self.shape).to(z.dtype).to(z.device), (p.sum**2 / p.sum_sq).to(z.dtype).to(z.device)
 
     def posterior_mean(self, z, t, y=None):
         """x_*(z, t) = sum_i w_i x_i, the best guess of the clean image. (B, *shape)."""
-        return self._answer(z, t, y)
+        return self._answer(z, t, y)[0]
 
     def score(self, z, t, y=None):
         """s_*(z, t) = grad log p_t(z), Eq. (2). (B, *shape)."""
-        return self._answer(z, t, y, score_from_x)
+        return self._answer(z, t, y, score_from_x)[0]
 
     def velocity(self, z, t, y=None):
         """v_*(z, t) = (z - x_*)/t, the target of v-prediction; exact at t = 1, where by way of s it is 0/0."""
-        return self._answer(z, t, y, velocity_from_x)
+        return self._answer(z, t, y, velocity_from_x)[0]
 
     def effective_size(self, z, t, y=None):
         """1 / sum_i w_i^2 (B,): how many points share the softmax. 1: it collapsed on one; N: all weigh alike."""
-        p = self._posterior(z, t, y)
-        return (p.sum**2 / p.sum_sq).to(z.dtype).to(z.device)
+        return self._answer(z, t, y)[1]
 
-    @torch.no_grad()
+    def mean_and_size(self, z, t, y=None):
+        """posterior_mean and effective_size, for the price of one."""
+        return self._answer(z, t, y)
+
+    @exactly
     def sample_posterior(self, z, t, y=None, generator=None):
-        """(B,) int64 indices i, drawn exactly from the weights w(z, t), r_z of C.7.
+        """(B,) int64 indices i, drawn from the weights w(z, t), r_z of C.7; exactly, but for the weight `dropped`.
 
         By inversion: a uniform number a query, then the first point at which the running sum of the weights exceeds it.
-        It takes a second pass over the points, but the draw depends on the generator alone, not on chunks or ranks.
+        It takes the exponents twice, but the draw depends on the generator alone, not on chunks or ranks.
         """
-        p = self._posterior(z, t, y)
+        p, tolerance = self._posterior(z, t, y), LOSS if z.dtype != torch.float64 else 0.0
         where = generator.device if generator else self.device
         u = torch.rand(len(z), generator=generator, device=where,
                        dtype=torch.float32 if where.type == "mps" else torch.float64)
@@ -248,68 +462,84 @@ class EmpiricalScore:
         z64, t64, groups = self._queries(z, t, y)
         out = torch.zeros(len(z), dtype=torch.int64, device=self.device)
         for q, members in groups:
-            q = q.to(self.device)
-            run, passed = torch.zeros_like(u[q]), torch.zeros_like(q)
+            run, mine = torch.zeros_like(u[q]), torch.full_like(q, -1)
             if self.group is not None:                       # start where the ranks before this one end
-                mine = self._local_posterior(z64[q], t64[q], members)
-                run = self._gather(mine.sum * torch.exp(mine.max - p.max[q]))[:dist.get_rank(self.group)].sum(0)
-            for _, _, e in self._exponents(z64[q], t64[q], members):
-                cum = run[:, None] + torch.exp(e - p.max[q][:, None]).cumsum(1)                  # (B, n)
-                passed += (cum <= u[q][:, None]).sum(1)
-                run = cum[:, -1]
-            passed = self._gather(passed).sum(0).clamp(max=(self.N if members is None else len(members)) - 1)
-            out[q] = passed if members is None else members.to(self.device)[passed]
+                part = self._local_posterior(z64[q], t64[q], members, tolerance)
+                run = self._gather(part.sum * torch.exp(part.max - p.max[q]))[:dist.get_rank(self.group)].sum(0)
+            for b, index, _, e, _ in self._exponents(z64[q], t64[q], members, tolerance):
+                cum = run[b][:, None] + torch.exp(e.double() - p.max[q][b][:, None]).cumsum(1)   # (b, n)
+                passed = (cum <= u[q][b][:, None]).sum(1)    # points before the one looked for; all: it comes later
+                found = index.to(self.device).expand(len(b), -1).gather(1, passed.clamp(max=e.shape[1] - 1)[:, None])
+                # a point of no weight is never drawn; where rounding leaves the last sum below u, the last one stands
+                new = (run[b] <= u[q][b]) & (cum[:, -1] > run[b])
+                mine[b], run[b] = torch.where(new, found[:, 0], mine[b]), cum[:, -1]
+            out[q] = self._last(self._gather(mine))
         return out.to(z.device)
 
-    @torch.no_grad()
+    @staticmethod
+    def _last(ranks):                                        # (ranks, B) -> (B,): of the last rank that found any
+        return functools.reduce(lambda a, b: torch.where(b >= 0, b, a), ranks)
+
+    @exactly
+    def _best(self, q, alpha, k, measure):
+        """The k points of smallest measure(|q - alpha x|^2) for each query of q (B, D), about the centre; measure takes
+        bounds (lower, upper) (B, n) on squared distances to bounds on what is to be small, row by row of `part`.
+        -> squared distances (B, k) by direct differences, and indices (B, k), best first."""
+        rest, pairs = torch.arange(len(q), device=self.device), []
+        n = len(self.shard)
+        for dtype in dict.fromkeys((self.low, torch.float32)) if len(q) * n * self.D > SMALL else ():
+            limit = torch.full_like(rest, n // (64 if dtype == torch.bfloat16 else 16))
+            b, i, _, done, _ = self._screen(q[rest], alpha[rest], None, dtype, limit, k,
+                                         measure=lambda lo, hi, part, rest=rest: measure(lo, hi, rest[part]))
+            pairs, rest = [*pairs, (rest[b], i)], rest[~done]
+        best, arg = q.new_full((len(rest), min(k, n)), torch.inf), torch.zeros_like(rest)[:, None].expand(-1, min(k, n))
+        for index, rows in self._chunks() if len(rest) else ():        # too many are alike: all of them, in float64
+            d2 = torch.addmm((alpha**2)[rest][:, None] * self._of(self.sq, index), -2 * alpha[rest][:, None] * q[rest],
+                             rows.T).add_(q[rest].square().sum(1)[:, None]).clamp_(min=0)
+            value, j = torch.cat([best, measure(d2, d2, rest)[0]], 1).topk(min(k, n), largest=False)
+            arg = torch.cat([arg, index.to(self.device).expand(len(rest), -1)], 1).gather(1, j)
+            best = value
+        pairs.append((rest.repeat_interleave(arg.shape[1]), arg.flatten()))
+        b, i = (torch.cat(a) for a in zip(*pairs, strict=True))
+        b, i = (a[(b * self.N + i).argsort()] for a in (b, i))
+        d2 = self._each(b, i, lambda b, rows: (q[b] - alpha[b][:, None] * rows).square().sum(1))
+        (d2, i), _ = self._table(b, len(q), (d2, torch.inf), (i, 0))
+        short = (0, max(0, k - d2.shape[1]))                 # a shard may have fewer than k
+        d2, i = (torch.nn.functional.pad(a, short, value=fill) for a, fill in ((d2, torch.inf), (i, 0)))
+        order = measure(d2, d2, slice(None))[0].argsort(dim=1, stable=True)[:, :k]
+        d2, i = (self._gather(a.gather(1, order)).transpose(0, 1).flatten(1) for a in (d2, i))   # (B, ranks k)
+        order = measure(d2, d2, slice(None))[0].argsort(dim=1, stable=True)[:, :k]
+        return d2.gather(1, order), i.gather(1, order)
+
     def r_star(self, z, t):
         """Eq. (4): r_i = |z - alpha x_i| / (sigma sqrt d), r_* the one closest to 1. -> (r_* (B,), its index (B,)).
 
         Over all of D, and not the nearest neighbour's: inside some shell r_* = 1, however near another point lies.
         """
         z64, t64, groups = self._queries(z, t)
-        best = z64.new_full((3, len(z)), torch.inf)                                              # |r - 1|, r, index
-        for q, _ in groups:
-            q = q.to(self.device)
-            alpha = (1 - t64[q])[:, None]
-            zc = z64[q] - alpha * self.centre
-            near = z64.new_full((3, len(q)), torch.inf)
-            for index, rows in self._chunks():
-                d2 = zc.square().sum(1, keepdim=True) - 2 * alpha * zc @ rows.T + alpha**2 * self._sq(index)
-                r = d2.clamp(min=0).sqrt() / (t64[q][:, None] * self.D**0.5)                     # (B, n)
-                gap, i = (r - 1).abs().min(1)
-                new = torch.stack([gap, r.gather(1, i[:, None])[:, 0], index.to(self.device)[i].double()])
-                near = torch.where(gap < near[0], new, near)
-            ranks = self._gather(near)                                                           # (ranks, 3, B)
-            best[:, q] = ranks.gather(0, ranks[:, 0].argmin(0).expand(1, 3, -1))[0]
-        return best[1].to(z.dtype).to(z.device), best[2].long().to(z.device)
+        r, where = torch.zeros_like(t64), torch.zeros(len(z), dtype=torch.int64, device=self.device)
+        for b, _ in groups:
+            scale = t64[b, None] * self.D**0.5               # sigma sqrt d
 
-    @torch.no_grad()
+            def gap(lower, upper, part, scale=scale):        # bounds on |r - 1|, wider by what their rounding loses
+                s = scale[part].to(lower.dtype)
+                lower, upper = (a.clamp(min=0).sqrt() / s - 1 for a in (lower, upper))
+                loss = 4 * torch.finfo(lower.dtype).eps * (1 + upper.abs())
+                return torch.maximum(lower, -upper).clamp(min=0) - loss, torch.maximum(upper, -lower) + loss
+            d2, i = self._best(z64[b] - (1 - t64[b, None]) * self.centre, 1 - t64[b], 1, gap)
+            r[b], where[b] = (d2.sqrt() / scale)[:, 0], i[:, 0]
+        return r.to(z.dtype).to(z.device), where.to(z.device)
+
     def nearest(self, x, k=1):
         """The k points nearest to each x (B, *shape) -> squared distances (B, k) ascending, indices (B, k)."""
         need(1 <= k <= self.N, f"k must lie between 1 and the number of points, {self.N}, not {k}")
-        q64, _, groups = self._queries(x, 1.0)
-        dist2, where = q64.new_zeros(len(x), k), torch.zeros(len(x), k, dtype=torch.int64, device=self.device)
-        for q, _ in groups:
-            q = q.to(self.device)
-            qc = q64[q] - self.centre
-            best, arg = qc.new_full((len(q), k), torch.inf), torch.zeros_like(where[q])
-            for index, rows in self._chunks():
-                d2 = qc.square().sum(1, keepdim=True) - 2 * qc @ rows.T + self._sq(index)
-                d2, i = torch.cat([best, d2], 1).topk(k, largest=False)
-                arg = torch.cat([arg, index.to(self.device).expand(len(q), -1)], 1).gather(1, i)
-                best = d2
-            best, i = self._gather(best).transpose(0, 1).flatten(1).topk(k, largest=False)       # over the ranks
-            arg = self._gather(arg).transpose(0, 1).flatten(1).gather(1, i)
-            # The expansion leaves 1e-12 where a distance is 0. Take the few that are left by direct differences.
-            step = max(1, self.chunk // k)
-            best = torch.cat([(self._rows(a.flatten().cpu()).view(*a.shape, -1) - c[:, None]).square().sum(2)
-                              for a, c in zip(arg.split(step), qc.split(step), strict=True)])
-            dist2[q], i = best.sort(dim=1, stable=True)
-            where[q] = arg.gather(1, i)
-        return dist2.to(x.dtype).to(x.device), where.to(x.device)
+        q, _, groups = self._queries(x, 1.0)
+        d2, where = q.new_zeros(len(x), k), torch.zeros(len(x), k, dtype=torch.int64, device=self.device)
+        for b, _ in groups:
+            d2[b], where[b] = self._best(q[b] - self.centre, torch.ones_like(q[b][:, 0]), k, lambda lo, hi, _: (lo, hi))
+        return d2.to(x.dtype).to(x.device), where.to(x.device)
 
-    @torch.no_grad()
+    @exactly
     def log_overlap(self, t, y=None):
         """log C(t) = max over pairs of -alpha^2 |x_i - x_j|^2 / 8 sigma^2 (B.2): how far the two closest shells
         overlap, over all of D, or over the class y (one label). The pair is the same at every t: it is found once.
@@ -329,7 +559,8 @@ class EmpiricalScore:
         best, pair, duplicates = torch.inf, (-1, -1), 0
         everyone = torch.arange(self.N) if members is None else members
         side = max(1, min(self.chunk, 2**12))                # tiles of side x side, so that memory does not grow with N
-        for i_index, rows in ((i, r) for ii, rr in self._chunks(members) for i, r in
+        mine = None if members is None else self._mine(members)
+        for i_index, rows in ((i, r) for ii, rr in self._chunks(mine) for i, r in
                               zip(ii.split(side), rr.split(side), strict=True)):
             for j_index in everyone.split(side):
                 if j_index[-1] <= i_index[0]: continue       # each pair once: i < j

@@ -60,9 +60,11 @@ def norm(a):                                                 # (B, C, H, W) -> (
 
 
 def empirical_gap(E, z, t, y):
-    """|s_*^c - s_*^0| (B,), Eq. (2): alpha/sigma^2 |x_*^c - x_*^0|, the difference taken before anything is divided."""
+    """|s_*^c - s_*^0| (B,), Eq. (2): alpha/sigma^2 |x_*^c - x_*^0|, the difference taken before anything is divided;
+    and the effective numbers of points of the two softmaxes, (B,) each."""
     z = z.cpu().double()                                     # float64 out: the collapsed softmaxes differ by 1e-10
-    return (1 - t) / t**2 * norm(E.posterior_mean(z, t, y) - E.posterior_mean(z, t))
+    (x_c, n_c), (x_0, n_0) = E.mean_and_size(z, t, y), E.mean_and_size(z, t)
+    return (1 - t) / t**2 * norm(x_c - x_0), n_c, n_0
 
 
 @torch.no_grad()
@@ -104,11 +106,12 @@ def measure(cfg):
     for j, tj in enumerate(tqdm(t, desc="gaps", disable=None, leave=False)):
         for where, z in (("supervision", (1 - tj) * x + tj * eps), ("extrapolation", path[j])):
             y = labels[where]
-            gap[f"empirical, {where}"].append(empirical_gap(E, z, tj, y))
+            empirical, n_c, n_0 = empirical_gap(E, z, tj, y)
+            gap[f"empirical, {where}"].append(empirical)
+            weight[f"conditional, {where}"].append(n_c)
+            weight[f"unconditional, {where}"].append(n_0)
             gap[f"learned, {where}"].append(torch.cat([learned_gap(model, zb, tj, yb) for zb, yb in
                                                        zip(z.split(cfg.batch), y.split(cfg.batch), strict=True)]))
-            weight[f"conditional, {where}"].append(E.effective_size(z, tj, y).cpu())
-            weight[f"unconditional, {where}"].append(E.effective_size(z, tj).cpu())
     gap, weight = ({k: torch.stack(v, dim=1).numpy() for k, v in d.items()} for d in (gap, weight))      # (n, T)
     phase("gaps")
 

@@ -60,7 +60,7 @@ class Config:
     transformer: Net = field(default_factory=lambda: Net("SiT-micro/4", 500, 64, 4e-3))
     unet: Net = field(default_factory=lambda: Net("UNet-nano", 150, 64, 4e-3))
     # the network that compares the targets, at the largest ratio: longer, since drawn targets make a noisier gradient
-    compare: Net = field(default_factory=lambda: Net("SiT-micro/4", 1200, 64, 4e-3))
+    compare: Net = field(default_factory=lambda: Net("SiT-micro/4", 2400, 64, 4e-3))
     target: str = "exact"  # exact: x_*; sampled: an image drawn from the posterior; faiss: drawn among k neighbours
     per_class: int = 19  # images of each class in D_score
     ratios: tuple[float, ...] = (1, 2, 4, 8)  # |D_region| / |D_score|, ascending

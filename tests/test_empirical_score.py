@@ -12,6 +12,16 @@ from empirical_score import EmpiricalScore, score_from_x, velocity_from_x
 TIMES = [1e-3, 1e-2, 0.05, 0.3, 0.7, 0.95, 0.999, 1.0]
 
 
+@pytest.fixture(autouse=True, params=["float64", "screened in fp32", "screened in bf16"])
+def path(request, monkeypatch):
+    """Every test three times: as small problems are answered, and as large ones are, with and without fast bf16."""
+    if request.param != "float64":
+        monkeypatch.setattr(es, "SMALL", 0)
+        low = torch.bfloat16 if "bf16" in request.param else torch.float32
+        monkeypatch.setattr(es, "low_precision", lambda device: low)
+    return request.param
+
+
 def clusters(N=600, d=48, seed=0):
     """Points in ten classes, exact duplicates and near-duplicates among them. -> x (N, 3, 4, 4) float32, y (N,)."""
     g = torch.Generator().manual_seed(seed)
@@ -109,10 +119,14 @@ def test_weights_sum_to_one_and_nothing_is_nan():
                 assert E.posterior_mean(z, t, label).isfinite().all() and E.score(z, t, label).isfinite().all()
                 p = E._posterior(z, t, label)
                 z64, t64, ((_, members),) = E._queries(z, t, label)
-                e = torch.cat([e for _, _, e in E._exponents(z64, t64, members)], 1)
-                w = torch.exp(e - p.max[:, None]) / p.sum[:, None]
-                assert e.shape[1] == (len(x) if label is None else (y == 3).sum())
-                assert (w.sum(1) - 1).abs().max() < 1e-12 and w.max() <= 1 + 1e-12
+                total, seen = torch.zeros(24, dtype=torch.float64), torch.zeros(24)
+                for b, _, _, e, _ in E._exponents(z64, t64, members, es.LOSS):
+                    w = torch.exp(e.double() - p.max[b][:, None]) / p.sum[b][:, None]
+                    total[b] += w.sum(1)
+                    seen[b] += (e > -torch.inf).sum(1)
+                    assert w.max() <= 1 + 1e-6
+                assert (total - 1).abs().max() < 1e-6
+                assert (seen <= (len(x) if label is None else (y == 3).sum())).all() and (seen >= 1).all()
 
 
 def test_memmap_and_half_precision_storage(tmp_path):
@@ -150,7 +164,8 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_memory_is_bounded_by_the_chunk_not_by_n():
+def test_memory_is_bounded_by_the_chunk_not_by_n(monkeypatch):
+    monkeypatch.setattr(es, "SURVIVORS", 3000)                              # as large a matrix as those of a chunk
     N, d, B, chunk = 20_000, 16, 32, 100
     x = np.random.default_rng(0).standard_normal((N, d)).astype(np.float32)
     y, z = np.arange(N) % 4, torch.randn(B, d)
@@ -313,7 +328,8 @@ def test_errors_name_what_was_wrong(ask, message):
     assert message in str(e.value) and "\n" not in str(e.value)
 
 
-def two_ranks(rank, folder):
+def two_ranks(rank, folder, small):
+    es.SMALL = small
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     x, y = clusters()
     E = EmpiricalScore(x, y, chunk=50, process_group=dist.group.WORLD)
@@ -321,13 +337,15 @@ def two_ranks(rank, folder):
     label = torch.cat([y[:23], torch.tensor([77])])
     out = dict(mean=E.posterior_mean(z, 0.8), cond=E.posterior_mean(z, 0.8, label), size=E.effective_size(z, 0.8),
                draw=E.sample_posterior(z, 0.8, generator=g), cdraw=E.sample_posterior(z, 0.8, label, generator=g),
-               r=E.r_star(z, 0.8), near=E.nearest(z, 7), overlap=E.log_overlap(0.5), cover=E.log_overlap(0.5, 3))
+               r=E.r_star(z, 0.8), near=E.nearest(z, 7),
+               early=E.posterior_mean(queries(x, 0.1), 0.1), dropped=E.dropped,
+               overlap=E.log_overlap(0.5), cover=E.log_overlap(0.5, 3))
     torch.save(out, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_two_ranks_agree_with_one(tmp_path):
-    mp.spawn(two_ranks, (str(tmp_path),), nprocs=2)
+    mp.spawn(two_ranks, (str(tmp_path), es.SMALL), nprocs=2)
     a, b = (torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in (0, 1))
     x, y = clusters()
     E, z, g = EmpiricalScore(x, y), queries(x, 0.8), torch.Generator().manual_seed(5)
@@ -335,6 +353,8 @@ def test_two_ranks_agree_with_one(tmp_path):
     for got in (a, b):
         assert relative(got["mean"], E.posterior_mean(z, 0.8)) < 1e-6
         assert relative(got["cond"], E.posterior_mean(z, 0.8, label)) < 1e-6
+        assert relative(got["early"], E.posterior_mean(queries(x, 0.1), 0.1)) < 1e-6
+        assert (got["dropped"] <= E.tau).all()
         assert torch.allclose(got["size"], E.effective_size(z, 0.8))
         assert torch.allclose(got["r"][0], E.r_star(z, 0.8)[0]) and torch.equal(got["r"][1], E.r_star(z, 0.8)[1])
         assert torch.allclose(got["near"][0], E.nearest(z, 7)[0]) and torch.equal(got["near"][1], E.nearest(z, 7)[1])

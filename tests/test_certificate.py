@@ -1,0 +1,204 @@
+"""The certificate of empirical_score.py: what the first pass strikes is light, whatever the data; by brute force.
+
+The truth is computed in numpy's long double (80 bits on x86), by direct differences of the very numbers given."""
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+import empirical_score as es
+from empirical_score import EmpiricalScore
+
+FUZZ = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+def random_set(seed, N, D, kind, scale, offset, dtype=torch.float32):
+    """N points of D dimensions that are hard in one way or another."""
+    g = torch.Generator().manual_seed(seed)
+    randn = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)
+    base = randn(N, D)
+    if kind == "alike":                  # two groups (so that the centre is in neither), each within the bf16 error
+        base = randn(2, D)[torch.arange(N) % 2] + 10.0**(-2 - 5 * torch.rand(N, 1, generator=g).double()) * base
+    elif kind == "duplicates":
+        base = base[torch.randint(max(1, N // 4), (N,), generator=g)]
+    elif kind == "norms":                                    # over six orders of magnitude
+        base = base * 10.0**(6 * torch.rand(N, 1, generator=g).double() - 3)
+    elif kind == "ties":                                     # few values: many distances are exactly equal
+        base = base.sign()
+    elif kind == "spikes":                                   # one dimension carries it all
+        base[:, 0] *= 1e4
+    return (scale * (base + offset)).to(dtype)
+
+
+def random_queries(x, t, B, seed, far):
+    """Noisy points, points between two, and points far from all."""
+    g = torch.Generator().manual_seed(seed + 1)
+    i, j = torch.randint(len(x), (2, B), generator=g)
+    mix = torch.rand(B, 1, generator=g).round()              # half of them on a point, half between two
+    scale = (x - x.mean(0)).abs().amax().clamp(min=1e-30)
+    z = (1 - t) * (x[i] + mix / 2 * (x[j] - x[i])) + t * scale * torch.randn(B, x.shape[1], generator=g)
+    return (far * z).to(x.dtype)
+
+
+def truth(x, z, t):
+    """|z - alpha x|^2 (B, N) and the softmax over the points, in long double."""
+    x, z = x.double().numpy().astype(np.longdouble), z.double().numpy().astype(np.longdouble)
+    t = np.longdouble(t)
+    d2 = ((z[:, None] - (1 - t) * x)**2).sum(2)
+    w = np.exp(-(d2 - d2.min(1, keepdims=True)) / (2 * t * t)) if t else d2
+    return d2, w / w.sum(1, keepdims=True), x
+
+
+cases = st.fixed_dictionaries(dict(
+    seed=st.integers(0, 2**31), N=st.integers(1, 150), D=st.sampled_from([1, 2, 17, 64, 300]),
+    kind=st.sampled_from(["plain", "alike", "duplicates", "norms", "ties", "spikes"]),
+    scale=st.sampled_from([1e-6, 1.0, 1e3]), offset=st.sampled_from([0.0, 3.0, 1e4]),
+    t=st.sampled_from([1e-3, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.999]), far=st.sampled_from([1.0, 1.0, 30.0]),
+    low=st.sampled_from([torch.bfloat16, torch.float32]), stored=st.sampled_from([torch.float32, torch.bfloat16]),
+    chunk=st.sampled_from([7, 64, 1000])))
+
+
+@pytest.fixture(autouse=True)
+def screened(monkeypatch):
+    monkeypatch.setattr(es, "SMALL", 0)
+
+
+def build(c):
+    x = random_set(c["seed"], c["N"], c["D"], c["kind"], c["scale"], c["offset"], c["stored"])
+    before, es.low_precision = es.low_precision, lambda device: c["low"]
+    try:
+        E = EmpiricalScore(x, chunk=c["chunk"])
+    finally:
+        es.low_precision = before
+    z = random_queries(x.float(), c["t"], 8, c["seed"], c["far"])
+    return x, z, E
+
+
+def screen(E, z, t, k=1, slack=0.0, dtype=None):
+    """The first pass alone -> which points survived (B, N), which queries it answers (B,), and its cut (B,)."""
+    z64, t64, _ = E._queries(z, t)
+    q = z64 - (1 - t64)[:, None] * E.centre
+    limit = torch.full((len(z),), E.N)
+    with torch.no_grad():
+        b, i, _, done, cut = E._screen(q, 1 - t64, None, dtype or E.low, limit, k, torch.full((len(z),), slack))
+    kept = torch.zeros(len(z), E.N, dtype=torch.bool)
+    kept[b, i] = True
+    return kept.numpy(), done.numpy(), cut.numpy()
+
+
+@FUZZ
+@given(cases, st.integers(1, 5))
+def test_nothing_that_matters_is_struck(c, k):
+    x, z, E = build(c)
+    d2, w, _ = truth(x, z, c["t"])
+    slack = 2 * c["t"]**2 * 20.0
+    for dtype in {E.low, torch.float32}:
+        kept, done, cut = screen(E, z, c["t"], min(k, len(x)), slack, dtype)
+        assert done.all()
+        # up to what float64 loses when the data are centred
+        loss = 1e-12 * ((z.double() - (1 - c["t"]) * E.centre).square().sum(1) + E.radius**2).numpy()[:, None]
+        loss = loss + 1e-15 * float(E.centre.norm() * (E.radius + E.centre.norm() * 1e-3))
+        best = np.sort(d2, 1)[:, min(k, len(x)) - 1]
+        assert (kept | (d2 + loss > cut[:, None])).all()     # what was struck lies beyond the cut,
+        assert (cut + loss[:, 0] >= best + slack * (1 - 1e-6)).all()     # and the cut is not too near
+
+
+@FUZZ
+@given(cases)
+def test_the_weight_left_out_is_at_most_what_is_reported(c):
+    x, z, E = build(c)
+    t = c["t"]
+    d2, w, xl = truth(x, z, t)
+    got = E.posterior_mean(z, t)
+    dropped = E.dropped.numpy()
+    assert (dropped <= 2 * E.tau).all() and (dropped >= 0).all()
+    z64, t64, ((_, members),) = E._queries(z, t)
+    kept = np.zeros((len(z), len(x)), dtype=bool)
+    for b, index, _, e, _ in E._exponents(z64, t64, members, es.LOSS):
+        index = index.expand(len(b), -1)
+        kept[b[:, None].expand_as(index)[e > -torch.inf], index[e > -torch.inf]] = True
+    # a stored offset of 1e4 leaves float64 exponents this much off: 1e-16 of the coordinates, over sigma^2
+    slop = 1e-14 * float((E.radius + E.centre.norm() * 1e-2) * (z64.norm(dim=1).max() + E.radius)) / t**2
+    if slop < 1e-3:
+        assert ((w * ~kept).sum(1) <= dropped * (1 + 1e-3) + 1e-300).all()
+        spread = float(E.radius) + float(E.centre.abs().max()) * 1e-6 + 1e-30
+        error = np.abs(got.double().numpy() - (w @ xl).astype(np.float64)).max()
+        assert error <= (1e-5 + slop) * spread + 1e-6 * float(E.centre.abs().max())
+
+
+@FUZZ
+@given(cases, st.integers(1, 5))
+def test_nearest_and_r_star_miss_nothing(c, k):
+    x, z, E = build(c)
+    k, t = min(k, len(x)), c["t"]
+    z = z.double()                                           # float64 in, float64 out: no rounding hides errors
+    d2, _, xl = truth(x, z, 0.0)
+    want = np.sort(d2, 1)[:, :k].astype(np.float64)
+    got, i = E.nearest(z, k)
+    loss = 1e-13 * (want + float(E.centre.abs().max())**2 * 1e-6 + float(E.radius)**2 * 1e-6)
+    assert (np.abs(got.numpy() - want) <= loss + 1e-12 * want).all()
+    d2, _, _ = truth(x, z, t)
+    r = np.sqrt(d2) / (np.longdouble(t) * E.D**0.5)
+    got, i = E.r_star(z, t)
+    least = np.abs(r - 1).min(1)
+    at = r[np.arange(len(z)), i.numpy()]
+    assert (np.abs(at - 1) <= least + 1e-9 * (1 + r.max(1))).all()
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float32])
+def test_the_fuzz_has_teeth(low, monkeypatch):
+    """Without the error bounds, the first pass does strike points that matter, and the tests above would see it."""
+    monkeypatch.setattr(es, "low_precision", lambda device: low)
+    wrong = 0
+    for seed in range(20):
+        x = random_set(seed, 150, 64, "alike", 1.0, 0.0)
+        z, E = random_queries(x, 0.001, 8, seed, 1.0), EmpiricalScore(x)
+        E.stats[:2], E.radius = 0, torch.zeros((), dtype=torch.float64)
+        real = torch.addmm
+        monkeypatch.setattr(torch, "addmm", lambda a, b, c, beta=1, real=real: real(a, b, c, beta=beta) * (beta == -1))
+        kept, _, cut = screen(E, z, 0.001)
+        monkeypatch.setattr(torch, "addmm", real)
+        wrong += (~kept & (truth(x, z, 0.001)[0] < cut[:, None])).sum()
+    assert wrong > 0
+
+
+def test_values_that_overflow_a_fast_product_are_answered_all_the_same():
+    for scale in (1e19, 1e25, 1e-25, 1e-38):
+        x = scale * torch.randn(100, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        E, z = EmpiricalScore(x), 0.9 * x[:4]
+        assert (E.posterior_mean(z, 0.1) - x[:4]).abs().max() <= 1e-12 * scale or scale < 1
+        d2, i = E.nearest(x[:4], 1)
+        assert i[:, 0].tolist() == [0, 1, 2, 3] and (d2 == 0).all()
+
+
+def test_the_precision_that_the_caller_has_set_changes_nothing():
+    x = random_set(0, 500, 64, "alike", 1.0, 0.0)
+    z, E = random_queries(x, 0.9, 8, 0, 1.0), EmpiricalScore(x)
+    want, before = E.posterior_mean(z, 0.9), torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(E.posterior_mean(z, 0.9), want)
+        assert torch.get_float32_matmul_precision() == "medium"          # and it is put back
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_queries_get_the_path_that_their_weights_ask_for():
+    """One batch with every t: survivors at small t, fp32 where it is good enough, float64 for float64 queries."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(3000, 100, generator=g)
+    t = torch.tensor([0.01, 0.2, 0.95, 1.0])
+    z = (1 - t[:, None]) * x[:4] + t[:, None] * torch.randn(4, 100, generator=g)
+    E = EmpiricalScore(x)
+    for query, dense in ((z, torch.float32), (z.double(), torch.float64)):
+        z64, t64, _ = E._queries(query, t)
+        path = {}
+        for b, _, rows, e, _ in E._exponents(z64, t64, None, es.LOSS if query is z else 0.0):
+            path |= dict.fromkeys(b.tolist(), "survivors" if rows is None else e.dtype)
+        assert path == {0: "survivors", 1: "survivors", 2: dense, 3: dense}
+    size = E.effective_size(z, t)
+    assert size[0] < 1.01 and size[3] == 3000
+    mean, both = E.mean_and_size(z, t)
+    assert torch.equal(mean, E.posterior_mean(z, t)) and torch.equal(both, size)

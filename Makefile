@@ -26,7 +26,7 @@ lint: .venv/ready
 assets:
 	@for script in $(EXPERIMENTS:.py=); do for kind in json png; do \
 	  cp out/$$script/laptop/results.$$kind assets/$$script.$$kind || exit 1; done; done
-	cp out/bench.json assets/
+	cp out/bench.json out/bench_score.json out/bench_score.png assets/
 	$(MAKE) readme
 
 readme: .venv/ready

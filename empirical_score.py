@@ -39,7 +39,7 @@ import torch
 import torch.distributed as dist
 
 SMALL = 2**24   # queries x points x dimensions below which one float64 product is quicker than anything cleverer
-SURVIVORS = 2**23   # pairs of query and point that may be looked at one by one, so that they fit into memory
+SURVIVORS = 2**21   # pairs of query and point that may be looked at one by one, so that they fit into memory
 LOSS = 5e-5     # of an exponent, in fp32; x_* then errs by a fifth of it at most, as measured
 CACHE = 2**29   # bytes that a low-precision copy of the data may take; twice that on a GPU. Beyond: made anew each time
 
@@ -341,40 +341,41 @@ class EmpiricalScore:
 
     # ---- the second pass: the softmax -------------------------------------------------------------------------------
 
+    def _survivors(self, q, alpha, var, members, dtype, limit):
+        """Screen, and take what is left exactly. -> done (B,), and of the queries that are done: indices (b, n),
+        exponents (b, n), short rows filled up with -inf, and the log of the weight struck (b,), on the same scale."""
+        n = len(self.shard) if members is None else len(members)
+        slack = (2 * var * math.log(self.N / self.tau)).float()
+        b, i, lower, done, cut = self._screen(q, alpha, members, dtype, limit, slack=slack)
+        (lower, index), count = self._table(b, len(q), (lower, torch.inf), (i, self.shard.start))
+        # Exponents relative to that of a near point, x_0: a product of differences, in which nothing large cancels.
+        x_0 = self._rows(index.gather(1, lower.argmin(1, keepdim=True))[:, 0])                   # (B, D)
+        middle, rate = q - alpha[:, None] / 2 * x_0, alpha / var
+        relative = self._each(b, i, lambda b, x: ((x - x_0[b]) * (middle[b] - alpha[b, None] / 2 * x)).sum(1))
+        (e,), _ = self._table(b, len(q), (rate[b] * (relative + (x_0 * middle).sum(1)[b]), -torch.inf))
+        struck = (n - count).double().log() + (q.square().sum(1) - cut) / (2 * var)
+        return done, index[done], e[done], struck[done]
+
     def _exponents(self, z, t, members, tolerance):
         """Yield (queries (b,), indices (n,) or (b, n), points (n, D) or None, exponents (b, n), log of the weight
         struck (b,)). The exponents are those of Eq. (2) plus |z - alpha centre|^2 / 2 sigma^2, the same for all points.
         """
-        alpha, var = 1 - t, t**2
-        q = z - alpha[:, None] * self.centre                                                     # (B, D)
-        n, rest = len(self.shard) if members is None else len(members), torch.arange(len(q), device=self.device)
-        # a dense fp32 product misses an exponent by about this much; its longest sums are short of the bound by far
+        n, alpha, var = len(self.shard) if members is None else len(members), 1 - t, t**2
+        q, rest = z - alpha[:, None] * self.centre, torch.arange(len(z), device=self.device)     # (B, D), (B,)
+        # A dense fp32 product misses an exponent by about this much: it is the largest error seen, not a bound.
         fine = alpha / var * self.radius * (q.norm(dim=1) + alpha * self.radius) * 2.0**-23 < tolerance
-        if not n: return
-        if len(q) * n * self.D > SMALL:
-            for dtype in dict.fromkeys((self.low, torch.float32)):
-                ask = rest if dtype == self.low else rest[~fine[rest]]
-                if not len(ask): continue
+        small = len(z) * n * self.D <= SMALL
+        for dtype in dict.fromkeys((self.low, torch.float32)) if n and not small else ():
+            ask = rest if dtype == self.low else rest[~fine[rest]]
+            if len(ask):
                 limit = torch.where(fine[ask], n // 64, n // 32)         # about where a dense stream would be quicker
-                slack = (2 * var[ask] * math.log(self.N / self.tau)).float()
-                b, i, lower, done, cut = self._screen(q[ask], alpha[ask], members, dtype, limit, slack=slack)
-                # Exponents relative to that of a near point, x_0: from small differences, so that nothing cancels.
-                (lower, index), count = self._table(b, len(ask), (lower, torch.inf), (i, self.shard.start))
-                x0, a, qa = self._rows(index.gather(1, lower.argmin(1, keepdim=True))[:, 0]), alpha[ask], q[ask]
-                e0 = a / var[ask] * ((qa * x0).sum(1) - a / 2 * x0.square().sum(1))
-                e = self._each(b, i, lambda b, x, x0=x0, a=a, q=qa: ((x - x0[b]) * (q[b] - a[b, None] / 2 * (x + x0[b]))
-                                                                     ).sum(1)) * (a / var[ask])[b] + e0[b]
-                (e,), _ = self._table(b, len(ask), (e, -torch.inf))
-                struck = (n - count).double().log() + (qa.square().sum(1) - cut) / (2 * var[ask])
-                if done.any(): yield ask[done], index[done], None, e[done], struck[done]
-                left = torch.ones(len(q), dtype=torch.bool, device=self.device)
-                left[ask[done]] = False
-                rest = rest[left[rest]]
+                done, index, e, struck = self._survivors(q[ask], alpha[ask], var[ask], members, dtype, limit)
+                if done.any(): yield ask[done], index, None, e, struck
+                rest = rest[~torch.isin(rest, ask[done])]
         for dtype, ask in ((torch.float32, rest[fine[rest]]), (torch.float64, rest[~fine[rest]])):
-            if len(q) * n * self.D <= SMALL: dtype = torch.float64
-            query = (alpha / var)[ask, None] * q[ask]
-            bias, query = (-alpha[ask]**2 / (2 * var[ask])).to(dtype), query.to(dtype).T.contiguous()
-            for index, rows in self._chunks(members, dtype) if len(ask) else ():
+            dtype = torch.float64 if small else dtype
+            query, bias = ((alpha / var)[ask] * q[ask].T).to(dtype), (-alpha**2 / (2 * var))[ask].to(dtype)
+            for index, rows in self._chunks(members, dtype) if n and len(ask) else ():
                 e = torch.addmm(self._of(self.sq, index).to(dtype)[:, None] * bias, rows, query).T         # (b, n)
                 yield ask, index, rows, e, torch.full_like(t[ask], -torch.inf)
 

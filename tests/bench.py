@@ -253,28 +253,31 @@ def ranks():
     keep(ranks=table)
 
 
-def memory(N=1_000_000, D=784, B=1024):
+def memory(sizes=(300_000, 1_000_000), D=784, B=1024):
     """What posterior means of B queries need beside the data, a memory-mapped file: the peak of anonymous memory."""
     from empirical_score import EmpiricalScore
     resident = lambda: int(next(li for li in open("/proc/self/status") if li.startswith("RssAnon")).split()[1]) / 1024
-    with tempfile.TemporaryDirectory() as folder:
-        x = np.lib.format.open_memmap(f"{folder}/x.npy", "w+", np.float32, (N, D))
-        rng = np.random.default_rng(0)
-        for i in range(0, N, 10_000):
-            x[i:i + 10_000] = rng.standard_normal((10_000, D), dtype=np.float32)
-        x.flush()
-        peak, before, stop = [0.0], resident(), threading.Event()
+    found = []
+    for N in sizes:                                          # the first keeps a copy in bf16, the second is too large
+        with tempfile.TemporaryDirectory() as folder:
+            x = np.lib.format.open_memmap(f"{folder}/x.npy", "w+", np.float32, (N, D))
+            rng = np.random.default_rng(0)
+            for i in range(0, N, 10_000):
+                x[i:i + 10_000] = rng.standard_normal((10_000, D), dtype=np.float32)
+            x.flush()
+            peak, before, stop = [0.0], resident(), threading.Event()
 
-        def watch():
-            while not stop.wait(0.002): peak[0] = max(peak[0], resident())
-        threading.Thread(target=watch, daemon=True).start()
-        E = EmpiricalScore(np.load(f"{folder}/x.npy", mmap_mode="r"))
-        for t in (0.3, 0.6, 0.95):
-            z = (1 - t) * torch.from_numpy(x[:B].copy()) + t * torch.randn(B, D)
-            E.posterior_mean(z, t), E.r_star(z, t), E.nearest(z, 50)
-        stop.set()
-    print(f"memory beside the data, N = {N:,}, D = {D}, {B} queries: {peak[0] - before:.0f} MiB")
-    keep(memory=dict(N=N, D=D, B=B, MiB=round(peak[0] - before)))
+            def watch(stop=stop, peak=peak):
+                while not stop.wait(0.002): peak[0] = max(peak[0], resident())
+            threading.Thread(target=watch, daemon=True).start()
+            E = EmpiricalScore(np.load(f"{folder}/x.npy", mmap_mode="r"))
+            for t in (0.3, 0.6, 0.95):
+                z = (1 - t) * torch.from_numpy(x[:B].copy()) + t * torch.randn(B, D)
+                E.posterior_mean(z, t), E.r_star(z, t), E.nearest(z, 50)
+            stop.set()
+        found.append(dict(N=N, D=D, B=B, MiB=round(peak[0] - before)))
+        print(f"memory beside the data, N = {N:,}, D = {D}, {B} queries: {found[-1]['MiB']} MiB", flush=True)
+    keep(memory=found)
 
 
 def keep(**what):

@@ -64,8 +64,33 @@ def controls():
             f"{ratio['ci95'][1]:.2f}).")
 
 
+def score():
+    """The empirical score beside its peers, collapsed and spread, in multiples of a bare product."""
+    bench = load("bench_score")
+    N, D, B = bench["shape"]
+    at = {(p["method"], p["t"]): p for p in bench["peers"]}
+    cell = lambda p: f"{p['ratio']:.2f} x" + (f", {p['error']:.0e}" if p["error"] else "") if p else ""
+    one = at["one bare fp32 product", 0.3]["seconds"]
+    rows = [f"{N:,} digits of {D} dimensions, {B} queries; times in multiples of one bare fp32 product ({one:.2f} s), "
+            f"and the largest relative error. {bench['machine']}.", "",
+            "| | weights collapsed, t = .3 | weights spread, t = .95 |", "|---|---|---|"]
+    for name in dict.fromkeys(p["method"] for p in bench["peers"]):
+        if name != "one bare fp32 product":
+            bold = "**" if name == "this project" else ""
+            rows.append(f"| {bold}{name}{bold} | {cell(at.get((name, 0.3)))} | {cell(at.get((name, 0.95)))} |")
+    worst = max(at["this project", t]["ratio"] for t in (0.1, 0.3, 0.5))
+    between = at["this project", 0.7]["ratio"]
+    ranks = ", ".join(f"{r['one'] / r['two']:.2f} times as fast at t = {r['t']}" for r in bench["ranks"])
+    memory, most = bench["memory"], max(m["MiB"] for m in bench["memory"])
+    rows += ["", f"For every t <= .5 that was tried it takes at most {worst:.2f} times the bare product; at t = .7, "
+             f"where many points share the softmax, {between:.1f} times. Two processes of one thread are {ranks} as "
+             f"one. Beside the data, posterior means, r_\\* and neighbours of {memory[0]['B']:,} queries took at most "
+             f"{most} MiB, for {' and '.join(format(m['N'], ',') for m in memory)} points. On a GPU: not run yet."]
+    return "\n".join(rows)
+
+
 def render(text):
-    for name, f in {"results": results, "times": times, "controls": controls}.items():
+    for name, f in {"results": results, "times": times, "controls": controls, "score": score}.items():
         pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
         assert pattern.search(text), f"README.md lacks <!-- {name} --> .. <!-- /{name} -->"
         text = pattern.sub(lambda m, f=f: f"{m[1]}{f()}\n{m[2]}", text)

@@ -137,6 +137,15 @@ def test_draws_depend_on_the_generator_alone():
     assert (draw(1) == draw(1)).all() and (draw(1) != draw(2)).any()
 
 
+def test_shift_is_zero_for_the_same_distribution_and_sees_another_mean():
+    rng = np.random.default_rng(0)
+    draw = lambda offset: [offset + rng.standard_normal(20_000) for _ in range(4)]
+    same, (low, high) = exp_freedom.shift(draw(0), draw(0))
+    assert low < same < high and abs(same) < 0.03
+    moved, (low, high) = exp_freedom.shift(draw(0), draw(0.5))           # ((2 + .5^2) / 2) - 1 = .125
+    assert abs(moved - 0.125) < 0.03 and low < moved < high
+
+
 # ---- intervals -------------------------------------------------------------------------------------------------------
 
 def test_intervals_cover_and_never_collapse():

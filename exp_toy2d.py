@@ -11,19 +11,17 @@ supervised almost perfectly, by extrapolation alone.
     python exp_toy2d.py                # 45 seconds on 2 CPU cores; needs empirical_score.py and nothing else
 
 What you should see. Half of C4: with P1 (diffusion in polar space) and P2 (kernel ridge regression on polar features)
-the red samples, between -.2 and .2, are gone. But there are fewer green ones too: what was bad is now memorized, for in
-polar coordinates *all* points are easier to tell apart. Of the samples that are not memorized, a larger share is good.
-P2's loss is also lower; with its ridge raised until the loss equals the baseline's ("equal L", what C4 is about) there
-are fewer bad and slightly more good samples. P3 (a radial-equivariant network) makes many good ones, because it must:
-it cannot fit the four points, and its loss is about the least that any such network can have. The table at the bottom
-is the sweep over what the paper leaves open (widths, bandwidths, ridges); with wide kernels the bad samples come back.
+the red samples, between -.2 and .2, are gone. But there are fewer green ones too: what was bad is now memorized. P2's
+loss is also lower; with its ridge raised until the loss equals the baseline's ("equal L", what C4 is about) there are
+fewer bad and slightly more good samples. P3 (a radial-equivariant network) makes many good ones, because it must: it
+cannot fit the four points, and its loss is about the least that any such network can have. The table at the bottom is
+the sweep over what the paper leaves open (widths, bandwidths, ridges); with wide kernels the bad samples come back.
 
 L here is E_t E_{z ~ p_t} |x_theta - x_*|^2 over the variance of the data, so that it compares across spaces: 0 is a
 perfect fit, 1 is what predicting the mean would get. The file is longer than the other experiments since it carries its
 own intervals, results file and command line: it works without train.py, sample.py and model.py.
 """
 import argparse
-import dataclasses
 import json
 import os
 import platform
@@ -42,7 +40,6 @@ from tqdm import tqdm
 from empirical_score import EmpiricalScore
 
 ROOT = Path(__file__).resolve().parent
-
 
 @dataclass
 class Config:
@@ -66,7 +63,6 @@ class Config:
     redraw: bool = False  # draw the figure again from results.json, and measure nothing
     out: str = ""  # folder of the results; default out/exp_toy2d/<preset>
 
-
 PRESETS = {  # differs from the paper: it states no sizes, so that "paper" can only mean more of everything
     "laptop": Config(),
     "gpu": Config("gpu", nets=8, width=2048, steps=10_000, points=1000, times=80, widths=(32, 128, 512)),
@@ -79,54 +75,43 @@ PRESETS = {  # differs from the paper: it states no sizes, so that "paper" can o
 
 D = torch.tensor([[-1, 0], [-0.2, 0], [0.2, 0], [1, 0]], dtype=torch.float64)    # (S1)
 
-
 def polar(x):                                                # (..., 2) -> (..., 3): r, cos theta, sin theta
     r = x.norm(dim=-1, keepdim=True)
     return torch.cat([r, x / r.clamp_min(1e-12)], dim=-1)
 
-
 def unpolar(p):                                              # (..., 3) -> (..., 2), whatever the length of (cos, sin)
     return p[..., :1] * torch.nn.functional.normalize(p[..., 1:], dim=-1)
-
 
 def noisy(x, t, g):
     """z_t = alpha_t x + sigma_t eps of random points of x (N, d), one for every t (...). -> (..., d)"""
     i = torch.randint(len(x), t.shape, generator=g)
     return (1 - t)[..., None] * x[i] + t[..., None] * torch.randn(*t.shape, x.shape[1], generator=g, dtype=x.dtype)
 
-
 def posterior_mean(x, z, t):
     """x_*(z, t) for z (..., d) and t (...): what a perfectly supervised model predicts."""
     return EmpiricalScore(x, chunk=len(x)).posterior_mean(z.flatten(0, -2), t.flatten()).view(z.shape)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
 # The models. Each is a function x_theta(z, i): z (K, M, d), of K repetitions, at time grid[i] -> (K, M, d)
 
 def mlp(weights, z, t, equivariant=False):
     """K networks of two layers at once: z (K, M, d), t (K, M) -> (K, M, d).
 
     P3: r f(z/r, t) is homogeneous, f(a z) = a f(z) for every a > 0, whatever the weights are. It is the same condition
-    for v, x, eps and the score, since one comes from another by scaling and by adding multiples of z.
-    """
+    for v, x, eps and the score, since one comes from another by scaling and by adding multiples of z."""
     W1, b1, W2, b2 = weights
     r = z.norm(dim=-1, keepdim=True).clamp_min(1e-12) if equivariant else 1.0
     h = torch.baddbmm(b1, torch.cat([z / r, t[..., None]], dim=-1), W1).relu()
     return r * torch.baddbmm(b2, h, W2)
 
-
 def fit_mlp(cfg, x, width, equivariant, grid, device):
     """Train K networks to predict v. -> x_theta
 
-    The target is v_* = (z - x_*)/t itself, the mean of DSM's noisy eps - x: without that noise, the same steps come
-    nearer to a perfect fit. They predict v, not x, since x_theta = z - t v_theta then gets exact as t falls: with
-    x-prediction samples land beside the training points, where bad and memorized are hard to tell apart.
-    """
+    The target is v_* = (z - x_*)/t, the mean of DSM's noisy eps - x, to come nearer to a perfect fit. They predict v,
+    since x_theta = z - t v_theta then gets exact as t falls; x-prediction lands beside the training points."""
     g, d = torch.Generator().manual_seed(cfg.seed), x.shape[1]
-    uniform = lambda *shape, fan_in: (2 * torch.rand(cfg.nets, *shape, generator=g) - 1) / fan_in**0.5
-    weights = [uniform(d + 1, width, fan_in=d + 1), uniform(1, width, fan_in=d + 1),
-               uniform(width, d, fan_in=width), uniform(1, d, fan_in=width)]
-    weights = [w.to(device).requires_grad_() for w in weights]
+    uniform = lambda a, b, fan_in: (2 * torch.rand(cfg.nets, a, b, generator=g) - 1) / fan_in**0.5
+    weights = [uniform(*shape).to(device).requires_grad_() for shape in (
+        (d + 1, width, d + 1), (1, width, d + 1), (width, d, width), (1, d, width))]             # W1, b1, W2, b2
     optimizer = torch.optim.Adam(weights, lr=cfg.lr, fused=True)
     for step in range(cfg.steps):
         if (k := step % 250) == 0:                           # the data of the next 250 steps, in one go
@@ -139,6 +124,8 @@ def fit_mlp(cfg, x, width, equivariant, grid, device):
         loss.backward()
         optimizer.param_groups[0]["lr"] = cfg.lr * (1 - step / cfg.steps)
         optimizer.step()
+    if not loss.isfinite():
+        raise ValueError(f"the MLP of width {width} diverged: the loss is {loss.item()} at lr {cfg.lr:g}")
 
     @torch.no_grad()
     def x_theta(z, i):
@@ -146,18 +133,14 @@ def fit_mlp(cfg, x, width, equivariant, grid, device):
         return z - grid[i] * mlp(weights, z.float().to(device), t, equivariant).to(z)
     return x_theta
 
-
 def kernel(a, b, h):                                         # (..., m, p), (..., n, p) -> (..., m, n)
     a, b, half = a / h, b / h, lambda c: c.square().sum(-1, keepdim=True) / 2
     return (a @ b.mT).sub_(half(a)).sub_(half(b).mT).exp_()  # exp(-|a - b|^2 / 2 h^2), in place: 4 times as fast
 
-
 def fit_krr(cfg, features, h, ridge, grid, device):
-    """P2: x_theta by kernel ridge regression of x_* on features(z_t), in closed form, one for every time of the grid.
-
-    A regression of its own at each t leaves one bandwidth to choose, that in space. x_* rather than v_*: inside of the
-    shells it is constant at small t, and its mean is taken out first, so that the ridge costs a constant nothing.
-    """
+    """P2: x_theta by kernel ridge regression of x_* on features(z_t), in closed form, one for every time of the grid:
+    with a regression of its own at each t, the one bandwidth to choose is that in space. The mean of x_* is taken out
+    first, so that the ridge costs a constant nothing."""
     g, models = torch.Generator().manual_seed(cfg.seed), []
     for t in grid:
         z = noisy(D, t.expand(cfg.nets, cfg.points), g)      # (K, n, 2)
@@ -169,7 +152,6 @@ def fit_krr(cfg, features, h, ridge, grid, device):
             raise ValueError(f"ridge {ridge:g} is too small for bandwidth {h:g}: the kernel matrix is singular")
         models.append((a, torch.cholesky_solve((target - mean).to(device), factor), mean))
     return lambda z, i: (kernel(features(z).to(device), models[i][0], h) @ models[i][1]).to(z) + models[i][2]
-
 
 def best_homogeneous(angles=180, radii=200, times=16):
     """The least L of any f(a z) = a f(z), by quadrature. Given the angle, x_theta = r g(angle, t), and least squares
@@ -186,9 +168,8 @@ def best_homogeneous(angles=180, radii=200, times=16):
         total += w * ((p * x.square().sum(-1)).sum() - (rx.square().sum(-1) / rr).sum())
     return float(total / variance(D))
 
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Sampling, and what is counted
+# Sampling, and what is counted and measured
 
 def sample(x_theta, z, grid):
     """dz/dt = (z - x_theta)/t from t = 1 to 0. Heun's method, in steps z_s = (s/t) z + (1 - s/t) x_theta that are exact
@@ -199,7 +180,6 @@ def sample(x_theta, z, grid):
         z = keep * z + (1 - keep) * (x + ahead) / 2
     return x_theta(z, len(grid) - 1)
 
-
 def kind_of(p, margin):
     """Samples (..., 2) -> 0, 1, 2, 3. On the axis, that is |y| <= margin: bad, |x| < .2 - margin; good, .2 + margin <
     |x| < 1 - margin; memorized, |x| within the margin of .2 or 1. Elsewhere: off the axis, or |x| > 1 + margin."""
@@ -209,10 +189,8 @@ def kind_of(p, margin):
     kind[axis & (x < 0.2 - margin)] = 0
     return kind
 
-
 def variance(x):
     return (x - x.mean(0)).square().sum(1).mean()
-
 
 def supervision_loss(x_theta, x, grid, nets, seed, n=500):
     """L (K,): n fresh z_t at every time of the grid, the trapezoid rule over t."""
@@ -221,10 +199,6 @@ def supervision_loss(x_theta, x, grid, nets, seed, n=500):
         z = noisy(x, t.expand(nets, n), g)
         error.append((x_theta(z, i) - posterior_mean(x, z, t.expand(nets, n))).square().sum(-1).mean(1))
     return -torch.trapezoid(torch.stack(error), grid, dim=0) / variance(x)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Measuring
 
 KINDS = ("bad", "good", "memorized", "elsewhere")
 CLAIMS = {"bad": ("fewer bad samples: fraction, PAT minus baseline, < 0", dict(high=0.0)),
@@ -237,10 +211,8 @@ FIELD = np.stack(np.meshgrid(np.linspace(-1.3, 1.3, 14), np.linspace(-0.6, 0.6, 
 SHOWN = (0.5, 0.2, 0.05)                                     # the times of the fields
 STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)       # t_.975 with 1 .. 9 degrees of freedom
 
-
 def time_grid(cfg):
     return torch.linspace(1, 1e-3**0.5, cfg.times, dtype=torch.float64)**2           # 1 to .001, finer towards 0
-
 
 def evaluate(cfg, name, size, device):
     """Fit the model `name`, of a width or a (bandwidth, ridge), and measure all about it, by repetition where (K,)."""
@@ -263,42 +235,40 @@ def evaluate(cfg, name, size, device):
     return dict(zip(KINDS, fraction.numpy(), strict=True), share=(good / (bad + good)).numpy(), samples=p.flatten(0, 1),
                 fields=torch.stack(fields), L=supervision_loss(x_theta, x, grid, cfg.nets, cfg.seed + 2).numpy())
 
-
 def equal_loss_ridge(cfg, L, device):
     """The ridge, from cfg.ridge up, with which the regression on polar features has supervision loss L, by bisection:
-    C4 is about extrapolation *given* the supervision loss, and with one ridge for both, P2's PAT has half of it."""
+    C4 is about extrapolation *given* the supervision loss, and with one ridge for both, P2's PAT has half of it. None
+    where no ridge does, to a tenth of L."""
+    def loss(ridge):
+        x_theta = fit_krr(cfg, polar, cfg.bandwidth, ridge, grid, device)
+        return supervision_loss(x_theta, D, grid, cfg.nets, cfg.seed + 2).mean()
+
     grid, low, high = time_grid(cfg), np.log10(cfg.ridge), 0.0
     for _ in range(7):
-        x_theta = fit_krr(cfg, polar, cfg.bandwidth, 10**((low + high) / 2), grid, device)
-        less = supervision_loss(x_theta, D, grid, cfg.nets, cfg.seed + 2).mean() < L
-        low, high = ((low + high) / 2, high) if less else (low, (low + high) / 2)
-    return 10**low
-
+        middle = (low + high) / 2
+        low, high = (middle, high) if loss(10**middle) < L else (low, middle)
+    return 10**low if abs(loss(10**low) / L - 1) < 0.1 else None
 
 def interval(values):
     """95% interval of the mean over repetitions (K,), Student's t -> (low, high)."""
     half = STUDENT[len(values) - 2] * values.std(ddof=1) / len(values)**0.5
     return values.mean() - half, values.mean() + half
 
-
 def wilson(p, n):
     """95% interval of a fraction p of n (Wilson's score interval, sensible at 0 and 1 too) -> (low, high)."""
     centre, half = p + 1.96**2 / (2 * n), 1.96 * (p * (1 - p) / n + 1.96**2 / (4 * n**2))**0.5
     return (centre - half) / (1 + 1.96**2 / n), (centre + half) / (1 + 1.96**2 / n)
 
-
 def claim(text, paper, ours, ci95, low=-np.inf, high=np.inf):
-    """One row of the table. Claimed is that the true value lies in [low, high]; the verdict follows from the interval.
-    """
+    """A row of the table: claimed is that the true value lies in [low, high], and the interval decides."""
     inside, outside = low <= ci95[0] and ci95[1] <= high, ci95[1] < low or ci95[0] > high
     return dict(claim=text, paper=paper, ours=float(ours), ci95=[float(c) for c in ci95],
                 verdict="holds" if inside else "contradicted" if outside else "not resolved")
 
-
 def check(cfg):
     """-> the device; ValueError for what cannot be measured."""
     for name in "n steps batch lr points width widths bandwidth bandwidths ridge ridges".split():
-        if (least := np.min(getattr(cfg, name), initial=1)) <= 0:
+        if not (least := np.min(getattr(cfg, name), initial=1)) > 0:                 # not >: nan is wrong, too
             raise ValueError(f"{name} must be positive, not {least:g}")
     if not 2 <= cfg.nets <= 10 or cfg.n % cfg.nets:
         raise ValueError(f"nets must be 2 to 10, and a divisor of n = {cfg.n}, not {cfg.nets}")
@@ -308,9 +278,8 @@ def check(cfg):
         raise ValueError(f"device {cfg.device!r} is not available here: expected auto, cpu or cuda")
     return torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
 
-
 def measure(cfg):
-    """Every model, at every setting of the sweep, and the claims, written to results.json."""
+    """Every model, at every setting of the sweep, and the claims -> what goes to results.json."""
     device, started, models = check(cfg), time.time(), {}
     kernels = sorted({(h, ridge) for h in (*cfg.bandwidths, cfg.bandwidth) for ridge in (*cfg.ridges, cfg.ridge)})
     sizes = {"P1": (widths := sorted({*cfg.widths, cfg.width})), "P2": kernels, "P3": widths}
@@ -319,41 +288,47 @@ def measure(cfg):
     for name, size in tqdm(todo, desc="models", disable=None, leave=False):
         models[name, size] = evaluate(cfg, name, size, device)
     print(f"{len(todo)} models, {cfg.nets} of each, fitted and sampled on {device}: {time.time() - started:.1f} s")
-    equal = cfg.bandwidth, equal_loss_ridge(cfg, models[XY, main["P2"]]["L"].mean(), device)
-    models[RSC, equal] = evaluate(cfg, RSC, equal, device)
-    best = best_homogeneous()
-    print(f"P2 at equal loss, and the best fit that P3 could have: {time.time() - started:.1f} s since the start")
 
+    rows = [(pair, pair if size == main[pair] else "", size, models[baseline, size], models[pat, size])
+            for pair, (baseline, pat) in PAIRS.items() for size in sizes[pair]]
+    base = models[XY, main["P2"]]
+    if ridge := equal_loss_ridge(cfg, base["L"].mean(), device):
+        size = cfg.bandwidth, ridge
+        rows.insert(len(widths) + len(kernels), ("P2", "P2 at equal L,", size, base, evaluate(cfg, RSC, size, device)))
+    else:
+        print(f"P2 at equal L is left out: no ridge between {cfg.ridge:g} and 1 gives the PAT the baseline's L")
     claims, sweep, shown = [], [], {}
-    for pair, names in PAIRS.items():
-        for size in [*sizes[pair], *[equal] * (pair == "P2")]:
-            label = pair if size == main[pair] else "P2 at equal L," if size == equal else ""
-            base, pat = models[names[0], main["P2"] if size == equal else size], models[names[1], size]
-            row = {k: [base[k].mean(), pat[k].mean(), *interval(pat[k] - base[k])] for k in ("L", *CLAIMS)}
-            sweep.append(row | dict(pair=pair, size=size, label=label))
-            for k, (text, bound) in CLAIMS.items() if label else ():
-                claims.append(claim(f"{label} {text}", text[-3:], row[k][1] - row[k][0], row[k][2:], **bound))
-            if label == pair:
-                worse = np.maximum(base["L"], pat["L"])
-                claims.append(claim(f"{pair} supervision is nearly perfect: L of the worse of both < .01", "0",
-                                    worse.mean(), interval(worse), high=0.01))
-                for name, m in zip(names, (base, pat), strict=True):
-                    shown[name] = dict(samples=m["samples"], fields=m["fields"], L=m["L"].mean(), fraction={
-                        k: [m[k].mean(), *wilson(m[k].mean(), cfg.n)] for k in KINDS})
+    for pair, label, size, base, pat in rows:
+        row = {k: [base[k].mean(), pat[k].mean(), *interval(pat[k] - base[k])] for k in ("L", *CLAIMS)}
+        sweep.append(row | dict(pair=pair, size=size, label=label))
+        for k, (text, bound) in CLAIMS.items() if label else ():
+            claims.append(claim(f"{label} {text}", text[-3:], row[k][1] - row[k][0], row[k][2:], **bound))
+        if label == pair:
+            worse = np.maximum(base["L"], pat["L"])
+            claims.append(claim(f"{pair} supervision is nearly perfect: L of the worse of both < .01", "0",
+                                worse.mean(), interval(worse), high=0.01))
+            for name, m in zip(PAIRS[pair], (base, pat), strict=True):
+                shown[name] = dict(samples=m["samples"], fields=m["fields"], L=m["L"].mean(), fraction={
+                    k: [m[k].mean(), *wilson(m[k].mean(), cfg.n)] for k in KINDS})
+    best = best_homogeneous()
     claims.append(claim("P3 could fit the four points: least L of any radial-equivariant f < .001", "0", best,
                         (best, best), high=1e-3))
     mix = [np.stack([models[PAIRS[p][1], main[p]][k] for k in KINDS]) for p in PAIRS]          # of (4, K)
     apart = np.max([np.abs(a - b).sum(0) / 2 for a in mix for b in mix], axis=0)
     claims.append(claim("R2 the three PATs' samples are alike: total variation of the kinds < .1", "0", apart.mean(),
                         interval(apart), high=0.1))
-    save(cfg, device, started, dict(models=shown, sweep=sweep, best_homogeneous=best, t=SHOWN), claims)
-
+    arrays = json.loads(json.dumps(dict(models=shown, sweep=sweep, best_homogeneous=best, t=SHOWN),
+                                   default=lambda a: a.tolist()), parse_float=lambda v: float(f"{float(v):.4g}"))
+    git = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=ROOT, capture_output=True, text=True)  # or empty
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {os.cpu_count()} cores"
+    return dict(script="exp_toy2d", preset=cfg.preset, seed=cfg.seed, device=name, commit=git.stdout.strip(),
+                versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
+                seconds=round(time.time() - started, 1), config=vars(cfg), claims=claims, arrays=arrays)
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Drawing
+# Drawing, and the command as in all experiments
 
 BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"              # supervision; bad, good, memorized
-
 
 def caption(results):
     """What the figure says, in numbers and verdicts that follow from the claims."""
@@ -372,30 +347,27 @@ def caption(results):
         f"for any radial-equivariant model is {best:.4f}. Brackets: 95%, {cfg['n']:,} samples. Arrows: "
         "$(x_\\theta - z)/3$; colours: first coordinate of $x_\\theta$, in steps of .5; circles: $\\alpha_t x_i$."])
 
-
 def draw_model(axes, m, cfg, times):
     """Samples, their histogram, and the field at three times: one column."""
-    p, colours = np.array(m["samples"]), (RED, GREEN, GREY, "#BBBBBB")
-    kind, note = kind_of(torch.from_numpy(p), cfg["margin"]).numpy(), dict(fontsize=8, ha="center", va="center")
+    p, note = np.array(m["samples"]), dict(fontsize=8, ha="center", va="center")
+    kind, colours = kind_of(torch.from_numpy(p), cfg["margin"]).numpy(), (RED, GREEN, GREY, "#BBBBBB")
     for k, colour in enumerate(colours):
         axes[0].plot(*p[kind == k].T, ".", ms=2.5, color=colour)
     axes[0].plot(*D[:2].T, "^", *D[2:].T, "s", ms=5, color="black", mfc="white")
-    for y, k, colour in ((0.52, "bad", RED), (0.28, "good", GREEN), (-0.28, "memorized", GREY)):
+    for y, k, colour in zip((0.52, 0.28, -0.28), KINDS, colours, strict=False):
         percent = "{:.1f}% [{:.1f}, {:.1f}]".format(*(100 * v for v in m["fraction"][k]))
         axes[0].text(0, y, f"{k} {percent}", color=colour, **note)
     axes[0].text(0, -0.52, f"supervision loss L = {m['L']:.4f}", color=BLUE, **note)
     axes[1].hist([p[kind == k, 0] for k in range(4)], np.linspace(-1.35, 1.35, 55), stacked=True, color=colours)
-    axes[1].set(ylim=(0, 0.045 * cfg["n"]))
+    grid = FIELD.transpose(2, 0, 1)
     for ax, t, x in zip(axes[2:], times, np.array(m["fields"]), strict=True):
-        x = x.reshape(FIELD.shape)
-        ax.contourf(*FIELD.transpose(2, 0, 1), x[..., 0], np.linspace(-1.5, 1.5, 7), cmap="PuOr", extend="both")
-        ax.quiver(*FIELD.transpose(2, 0, 1), *(x - FIELD).transpose(2, 0, 1), angles="xy", scale_units="xy", scale=3,
-                  width=0.006)
+        x = x.reshape(FIELD.shape).transpose(2, 0, 1)
+        ax.contourf(*grid, x[0], np.linspace(-1.5, 1.5, 7), cmap="PuOr", extend="both")
+        ax.quiver(*grid, *(x - grid), angles="xy", scale_units="xy", scale=3, width=0.006)
         ax.plot(*((1 - t) * D).T, "o", ms=4, color="black", mfc="white")
     for ax in axes:
-        ax.set(xlim=(-1.3, 1.3), yticks=[], **({} if ax is axes[1] else dict(ylim=(-0.65, 0.65))))
-        ax.tick_params(labelbottom=ax is axes[-1])
-
+        ax.set(xlim=(-1.3, 1.3), ylim=(-0.65, 0.65), yticks=[])
+    axes[1].set(ylim=(0, 0.045 * cfg["n"]))
 
 def draw_sweep(ax, rows):
     """Baseline -> PAT in every setting, a column each."""
@@ -413,7 +385,6 @@ def draw_sweep(ax, rows):
     ax.set_xticks(np.arange(len(rows)) + 0.5, [size(s) for s in rows], fontsize=8)
     ax.tick_params(length=0)
 
-
 def plot(path):
     """results.json -> results.png beside it."""
     import matplotlib
@@ -424,62 +395,37 @@ def plot(path):
     a = results["arrays"]
     fig = plt.figure(figsize=(13.2, 9.8))
     outer = fig.add_gridspec(1, 3, left=0.07, right=0.99, top=0.94, bottom=0.335, wspace=0.05)
-    for j, names in enumerate(PAIRS.values()):
+    labels = "samples,\ntraining data", "histogram of x\n(cut off)", *(f"field, t = {t:g}" for t in a["t"])
+    for j, (pair, names) in enumerate(PAIRS.items()):
         inner = outer[j].subgridspec(5, 2, height_ratios=(1.15, 1.3, 1, 1, 1), hspace=0.1, wspace=0.04)
+        axes = inner.subplots(sharex=True)                   # (5, 2)
         for i, name in enumerate(names):
-            axes = [fig.add_subplot(inner[k, i]) for k in range(5)]
-            draw_model(axes, a["models"][name], results["config"], a["t"])
-            axes[0].set_title(f"{list(PAIRS)[j]} {('baseline', 'PAT')[i]}\n{name}", fontsize=10)
-            for ax, label in zip(axes, ("samples,\ntraining data", "histogram of x\n(cut off)", *(
-                    f"field, t = {t:g}" for t in a["t"])), strict=True):
-                if i + j == 0: ax.set_ylabel(label, fontsize=9)
-    tables = [[s for s in a["sweep"] if s["pair"] == pair] for pair in PAIRS]
+            draw_model(axes[:, i], a["models"][name], results["config"], a["t"])
+            axes[0, i].set_title(f"{pair} {('baseline', 'PAT')[i]}\n{name}", fontsize=10)
+        for ax, label in zip(axes[:, 0] if j == 0 else (), labels, strict=False):
+            ax.set_ylabel(label, fontsize=9)
+    tables = {pair: [s for s in a["sweep"] if s["pair"] == pair] for pair in PAIRS}
     below = fig.add_gridspec(1, 3, left=0.07, right=0.99, top=0.275, bottom=0.15, wspace=0.03,
-                             width_ratios=[len(rows) for rows in tables])
-    for j, (pair, rows) in enumerate(zip(PAIRS, tables, strict=True)):
-        draw_sweep(ax := fig.add_subplot(below[j]), rows)
+                             width_ratios=[len(rows) for rows in tables.values()]).subplots()
+    for ax, pair in zip(below, PAIRS, strict=True):
+        draw_sweep(ax, tables[pair])
         ax.set_title(f"{pair}, baseline \u2192 PAT", fontsize=10)
-    labels = ("bad, %", "good, %", "good / (good\n+ bad), %", "1000 L")
-    fig.axes[-3].set_yticks(np.arange(4) + 0.5, labels, fontsize=8)
+    below[0].set_yticks(np.arange(4) + 0.5, ("bad, %", "good, %", "good / (good\n+ bad), %", "1000 L"), fontsize=8)
     fig.text(0.07, 0.02, caption(results), fontsize=9.5)
     fig.savefig(png := Path(path).with_suffix(".png"), dpi=90)
     plt.close(fig)
     with Image.open(png) as picture:                         # 256 colours: a third of the size
         picture.convert("RGB").quantize(256).save(png, optimize=True)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The results file and the command line, as train.py and sample.py have them for the experiments that need those
-
-def results_path(cfg):
-    return (Path(cfg.out) if cfg.out else ROOT / "out" / "exp_toy2d" / cfg.preset) / "results.json"
-
-
-def save(cfg, device, started, arrays, claims):
-    def plain(a):                                            # arrays as lists, rounded to four digits
-        if isinstance(a, dict): return {k: plain(v) for k, v in a.items()}
-        if isinstance(a, list | tuple) or np.ndim(a): return [plain(v) for v in a]
-        return a if isinstance(a, str | bool | int) else float(f"{float(a):.4g}")
-
-    git = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=ROOT, capture_output=True, text=True)  # or empty
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {os.cpu_count()} cores"
-    results = dict(script="exp_toy2d", preset=cfg.preset, seed=cfg.seed, device=name,
-                   seconds=round(time.time() - started, 1), commit=git.stdout.strip(),
-                   versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
-                   config=dataclasses.asdict(cfg), claims=claims, arrays=plain(arrays))
-    path = results_path(cfg)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_text(json.dumps(results))
-    os.replace(path.with_suffix(".tmp"), path)
-
-
 def main(cfg):
     """Measure, or not (--redraw); draw from the file; print the claims."""
-    path = results_path(cfg)
+    path = (Path(cfg.out) if cfg.out else ROOT / "out" / "exp_toy2d" / cfg.preset) / "results.json"
+    if cfg.redraw and not path.exists(): raise FileNotFoundError(f"nothing to redraw: there is no {path}")
     if not cfg.redraw:
-        measure(cfg)
-    elif not path.exists():
-        raise FileNotFoundError(f"nothing to redraw: there is no {path}")
+        text = json.dumps(measure(cfg))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".tmp").write_text(text)            # never half a file
+        path.with_suffix(".tmp").replace(path)
     plot(path)
     print(f"\n{'claim':74s} {'paper':>10s} {'ours':>9s} {'95% interval':>18s}  verdict")
     for c in json.loads(path.read_text())["claims"]:
@@ -487,15 +433,13 @@ def main(cfg):
               f"{c['verdict']}")
     print(f"\n{path.with_suffix('.png')}\n{path}")
 
-
-if __name__ == "__main__":
+if __name__ == "__main__":                                   # a bad value is one line on stderr, and exit status 1
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)               # --preset picks the defaults of
     peek.add_argument("--preset", default="laptop")                                  # all other flags
-    name = peek.parse_known_args()[0].preset
+    preset = peek.parse_known_args()[0].preset
     try:
-        if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}: expected {', '.join(PRESETS)}")
-        main(tyro.cli(Config, default=PRESETS[name], description=__doc__))
+        if preset not in PRESETS: raise ValueError(f"unknown preset {preset!r}: expected {', '.join(PRESETS)}")
+        main(tyro.cli(Config, default=PRESETS[preset], description=__doc__))
     except SystemExit as e:                                  # tyro exits with 2 for a wrong flag, 0 for --help
         sys.exit(1 if e.code else 0)
     except (ValueError, OSError) as e:

@@ -146,6 +146,17 @@ def test_intervals_and_verdicts():
             assert toy.claim("c", "0", 1, ci, **bound) == train.claim("c", "0", 1, ci, **bound)
 
 
+def test_ridge_at_equal_loss():
+    """The one it finds gives the loss asked for, to 10%; where no ridge does, there is none to be reported as equal."""
+    cfg, grid = dataclasses.replace(SMALL, points=100, times=10), toy.time_grid(dataclasses.replace(SMALL, times=10))
+    loss = lambda ridge: toy.supervision_loss(toy.fit_krr(cfg, toy.polar, 1.0, ridge, grid, CPU), toy.D, grid, 2,
+                                              cfg.seed + 2).mean()
+    want = loss(1e-3)
+    assert abs(loss(toy.equal_loss_ridge(cfg, want, CPU)) / want - 1) < 0.1
+    for L in (0.5 * loss(cfg.ridge), 2 * loss(1.0)):
+        assert toy.equal_loss_ridge(cfg, L, CPU) is None
+
+
 # ---- a tiny run, beside empirical_score.py alone --------------------------------------------------------------------
 
 def command(*argv, script=ROOT / "exp_toy2d.py"):
@@ -205,6 +216,7 @@ def test_bad_input_is_one_line(argv, message, tmp_path):
 @pytest.mark.parametrize("field, message", [
     (dict(n=0), "n must be positive, not 0"),
     (dict(ridges=(1e-6, 0.0)), "ridges must be positive, not 0"),
+    (dict(lr=float("nan")), "lr must be positive, not nan"),
     (dict(nets=1), "nets must be 2 to 10"),
     (dict(margin=0.2), "margin must lie between 0 and .2"),
     (dict(times=1), "times must be at least 2"),
@@ -213,6 +225,11 @@ def test_bad_input_is_one_line(argv, message, tmp_path):
 def test_bad_values_are_refused(field, message):
     with pytest.raises(ValueError, match=message):
         toy.check(dataclasses.replace(toy.Config(), **field))
+
+
+def test_a_diverged_network_is_refused():
+    with pytest.raises(ValueError, match="width 8 diverged: the loss is"):
+        toy.fit_mlp(dataclasses.replace(SMALL, steps=5, lr=1e30), toy.D, 8, False, toy.time_grid(SMALL), CPU)
 
 
 def test_singular_kernels_are_refused():

@@ -16,9 +16,9 @@ are (b). The curves rise for both architectures (c), as the paper's do (grey). T
 ordinary training on the same D_region (black), does not: it is not the number of images that makes a network memorize.
 The drawn targets have the same minimum as the exact one. At a few hundred steps they lag behind it, so the comparison
 of the three trains longer: then the fractions of copies agree, and another target moves the network by a tenth of what
-another seed does (printed, with what each costs).
-Every finished network leaves its scores in out/exp_freedom/<preset>/runs/; the same command goes on after an interrupt.
-(It has a training loop of its own, train.py's with another target, and so it is longer than the other experiments.)
+another seed does (printed, with what each costs). Every finished network leaves its scores in
+out/exp_freedom/<preset>/runs/; the same command goes on after an interrupt. (With a training loop of its own, it is
+longer than the other experiments.)
 """
 import copy
 import dataclasses
@@ -53,7 +53,6 @@ class Net:
     batch: int  # images a step
     lr: float  # of AdamW, constant after the warmup
 
-
 @dataclass
 class Config:
     preset: Literal["laptop", "gpu", "paper"] = "laptop"  # where the defaults of all other fields come from
@@ -80,7 +79,6 @@ class Config:
     device: str = "cpu"  # cpu, auto, cuda, mps; networks as small as the laptop preset's are at home on a CPU
     redraw: bool = False  # draw the figure again from results.json, and measure nothing
     out: str = ""  # folder of the results; default out/exp_freedom/<preset>
-
 
 PRESETS = {
     "laptop": Config(),
@@ -110,19 +108,16 @@ def subsets(y, per_class, ratio, seed, balanced=True):
     order = [rng.permutation(np.flatnonzero(y == label)) for label in labels]
     return tuple(np.sort(np.concatenate([o[:m] for o in order])) for m in (per_class, want))
 
-
 def calibrated_l2(E, x, n=50):
     """C.7: |x - x_1|^2 over the mean of |x - x_i|^2, i = 1 .. n, x_i the i-th nearest in D_score. -> (B,): 0 for a
     copy, near 1 for an image that is no closer to one of them than to fifty."""
     d2, _ = E.nearest(x.cpu().double(), n)                   # (B, n), ascending
     return d2[:, 0] / d2.mean(1)
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Three targets for x_theta(z, t), all of mean x_*(z, t), so that the loss has the same minimum (C.7)
 
 TARGETS = ("exact", "sampled", "faiss")
-
 
 def faiss_posterior(x, k):
     """x (N, *shape) -> posterior(z, t), the softmax r_z of C.7 over the k points that weigh most, found by Faiss:
@@ -150,7 +145,6 @@ def faiss_posterior(x, k):
         return torch.softmax(-d2 / (2 * t**2), 1), i
     return posterior
 
-
 def make_target(kind, x, y, k=100):
     """D_score x, y -> target(z, t, y, keep, generator), like z: over the class y where the label is kept (keep (B,) is
     True), and over all of D_score where it is dropped, since there the network is not told y either. The draws depend
@@ -160,26 +154,23 @@ def make_target(kind, x, y, k=100):
         groups = {None: x, **{c: x[y == c] for c in y.unique().tolist()}}
         posterior = {c: faiss_posterior(points, k) for c, points in groups.items()}
 
-    def draw(z, t, y, generator):
-        if kind == "exact":                                  # differs from the paper: Eq. (6) itself is affordable
-            return E.posterior_mean(z, t, y)
-        if kind == "sampled":                                # Eq. (7), y ~ r_z, neither searched nor truncated
-            return x[E.sample_posterior(z, t, y, generator)]
-        out = torch.empty_like(z)                            # Eq. (7) as the paper computes it
-        for c in [None] if y is None else y.unique().tolist():
-            rows = slice(None) if c is None else y == c
-            w, i = posterior[c](z[rows], t[rows])
-            out[rows] = groups[c][i.cpu().gather(1, torch.multinomial(w.cpu(), 1, generator=generator))[:, 0]]
-        return out
-
     def target(z, t, y, keep, generator):
         out = torch.empty_like(z)
         for rows, label in ((keep, y[keep]), (~keep, None)):
-            if rows.any():
-                out[rows] = draw(z[rows], t[rows], label, generator)
+            if not rows.any():
+                continue
+            if kind == "exact":                              # differs from the paper: Eq. (6) itself is affordable
+                out[rows] = E.posterior_mean(z[rows], t[rows], label)
+            elif kind == "sampled":                          # Eq. (7), y ~ r_z, neither searched nor truncated
+                out[rows] = x[E.sample_posterior(z[rows], t[rows], label, generator)]
+            else:                                            # Eq. (7) as the paper computes it
+                for c in [None] if label is None else label.unique().tolist():
+                    mine = rows if c is None else keep & (y == c)
+                    w, i = posterior[c](z[mine], t[mine])
+                    drawn = torch.multinomial(w.cpu(), 1, generator=generator)
+                    out[mine] = groups[c][i.cpu().gather(1, drawn)[:, 0]]
         return out
     return target
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One network: train it, generate images, score them
@@ -197,10 +188,8 @@ def fit(cfg, net, kind, ratio, seed, device):
     torch.manual_seed(seed)
     model = build_model(net.model, shape[1], shape[0], classes, prediction="x").to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    averaged = [e for e, p in zip(ema.parameters(), model.parameters(), strict=True) if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=net.lr, betas=(0.9, 0.999), weight_decay=0,
-                                  fused=device.type != "mps")
+    weights, averaged = [*model.parameters()], [*ema.parameters()]
+    optimizer = torch.optim.AdamW(weights, net.lr, (0.9, 0.999), weight_decay=0, fused=device.type != "mps")
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None        # or the clock would show nothing
     clock = np.zeros((net.steps, 2))
@@ -220,8 +209,7 @@ def fit(cfg, net, kind, ratio, seed, device):
             out = model(z, t, torch.where(keep, y, classes))
         loss = (out.float() - x).square().mean()
         loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = net.lr * min(1.0, (step + 1) / max(1, cfg.warmup))
+        optimizer.param_groups[0]["lr"] = net.lr * min(1.0, (step + 1) / max(1, cfg.warmup))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():                                # or the average would keep the graph of every step
@@ -230,7 +218,6 @@ def fit(cfg, net, kind, ratio, seed, device):
     if not loss.isfinite():
         raise ValueError(f"{net.model} diverged: the loss is {loss.item()} at lr {net.lr:g}")
     return ema, EmpiricalScore(x_score, y_score), 1000 * np.median(clock, axis=0)
-
 
 def run(cfg, arch, kind, ratio, seed):
     """Calibrated l2 of n_samples images of one network, and a few of them. Cached by all that the result depends on, so
@@ -266,7 +253,6 @@ def run(cfg, arch, kind, ratio, seed):
     os.replace(path.with_suffix(".tmp"), path)
     return result
 
-
 def start_worker():
     """One thread, so that results do not depend on the number of workers. Ctrl-C lets a worker finish what it does; it
     ends with the process that started it, however that ends."""
@@ -274,20 +260,18 @@ def start_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
-
 def run_all(cfg, specs):
     """{spec: result} for specs (arch, kind, ratio, seed), several at once."""
-    bar = tqdm(total=len(specs), desc="networks", disable=None, leave=False)
-    if cfg.workers == 1:
-        return {spec: (run(cfg, *spec), bar.update())[0] for spec in specs}
-    with ProcessPoolExecutor(cfg.workers, multiprocessing.get_context("spawn"), start_worker) as pool:
-        jobs = {pool.submit(run, cfg, *spec): spec for spec in specs}
-        try:
-            return {jobs[job]: (job.result(), bar.update())[0] for job in as_completed(jobs)}
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
+    with tqdm(total=len(specs), desc="networks", disable=None, leave=False) as bar:
+        if cfg.workers == 1:
+            return {spec: (run(cfg, *spec), bar.update())[0] for spec in specs}
+        with ProcessPoolExecutor(cfg.workers, multiprocessing.get_context("spawn"), start_worker) as pool:
+            jobs = {pool.submit(run, cfg, *spec): spec for spec in specs}
+            try:
+                return {jobs[job]: (job.result(), bar.update())[0] for job in as_completed(jobs)}
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Measuring
@@ -303,6 +287,12 @@ def interval(f, n):
         half = max(half, stdtrit(len(f) - 1, 0.975) * d.std(ddof=1) / len(f)**0.5)
     return d.mean() - half, d.mean() + half
 
+PAPER = {"transformer": ((1, 2, 3, 4, 8, 25.6), (0.08, 0.41, 0.67, 0.76, 0.82, 0.85)),           # read off Fig. 5c
+         "unet": ((1, 2, 4, 8, 25.6), (0, 0.01, 0.05, 0.59, 0.80))}
+
+def paper_rise(arch, first, last):
+    """What the paper's curve, a straight line between its points, rises by from one ratio to another."""
+    return f"{np.diff(np.interp((first, last), *PAPER[arch]))[0]:+.2f}"
 
 def shift(exact, other):
     """How far another target moves the network, beside what another seed does: predictions (seeds, ...) of the networks
@@ -315,7 +305,6 @@ def shift(exact, other):
                       sum(d(exact[s], exact[u]) + d(other[s], other[u]) for s, u in of_seed) for of_seed in pairs])
     half = stdtrit(len(ratio) - 1, 0.975) * ratio.std(ddof=1) / len(ratio)**0.5
     return ratio.mean() - 1, (ratio.mean() - 1 - half, ratio.mean() - 1 + half)
-
 
 def check(cfg):
     """What can be wrong, before anything is trained or written. -> |D_score|, the |D_region| of all ratios."""
@@ -338,7 +327,6 @@ def check(cfg):
         faiss_posterior(torch.zeros(1, 1), 1)               # ImportError if it is not there
     return size, [len(subsets(data["y"], cfg.per_class, r, cfg.seed, cfg.balanced)[1]) for r in cfg.ratios]
 
-
 def measure(cfg):
     """Train or find all networks; write fractions, scores, images and claims to results.json."""
     size, sizes = check(cfg)
@@ -358,9 +346,9 @@ def measure(cfg):
     phase(f"{len(specs)} networks, {len(found)} of them trained before, in {sum(found):.0f} s")
 
     scores = lambda arch, kind: np.array([[done[arch, kind, r, s]["score"] for s in seeds] for r in at(arch, kind)])
-    curves = {arch: {kind: scores(arch, kind) for kind in (cfg.target, "dsm")}                   # (ratios, seeds, n)
-              for arch in ("transformer", "unet")}
-    fraction = {arch: {kind: (v < cfg.threshold).mean(2) for kind, v in c.items()} for arch, c in curves.items()}
+    curves = {arch: {kind: scores(arch, kind) for kind in (cfg.target, "dsm")} for arch in PAPER}
+    each = lambda f: {arch: {kind: f(v) for kind, v in c.items()} for arch, c in curves.items()}  # v (ratios, seeds, n)
+    fraction = each(lambda v: (v < cfg.threshold).mean(2))
     targets = {kind: np.array([np.mean(np.array(done["compare", kind, last, s]["score"]) < cfg.threshold)
                                for s in seeds]) for kind in kinds}                               # (seeds,)
     ms = {kind: np.mean([done["compare", kind, last, s]["ms"] for s in seeds], axis=0) for kind in kinds}
@@ -374,8 +362,8 @@ def measure(cfg):
         return train.claim(text, paper, np.mean(pair[1] - pair[0]), ci95, **bound)
 
     grows = f"fraction of copies at ratio {last:g} minus at {first:g}"
-    claims = [row(f"C3 {getattr(cfg, arch).model}: {grows}: > 0", paper, fraction[arch][cfg.target][[0, -1]], low=0)
-              for arch, paper in (("transformer", "+.77"), ("unet", "+.80"))]
+    claims = [row(f"C3 {getattr(cfg, arch).model}: {grows}: > 0", paper_rise(arch, first, last),
+                  fraction[arch][cfg.target][[0, -1]], low=0) for arch in fraction]
     claims += [row(f"control, plain DSM, {getattr(cfg, arch).model}: the same: < .05", "not shown",
                    fraction[arch]["dsm"][[0, -1]], high=0.05) for arch in fraction]
     claims += [row(f"targets: fraction of copies with {kind} minus exact: within .1", "0",
@@ -385,43 +373,39 @@ def measure(cfg):
         claims += [train.claim(f"targets: {kind} moves x_theta by this part of what a seed does: < .2", "0",
                                *shift(probe["exact"], probe[kind]), high=0.2) for kind in kinds[1:]]
     thresholds = np.linspace(0, 1, 51)
-    each = lambda d, f: {k: each(v, f) if isinstance(v, dict) else f(v) for k, v in d.items()}
     arrays = dict(ratio=np.array(sizes) / size, d_score=size, n_seeds=cfg.n_seeds, fraction=fraction, targets=targets,
-                  ms=ms, interval=each(fraction, lambda v: [interval(f, cfg.n_samples) for f in v]),
-                  sweep=each(curves, lambda v: (v[..., None] < thresholds).mean((1, 2))), thresholds=thresholds,
+                  ms=ms, thresholds=thresholds, sweep=each(lambda v: (v[..., None] < thresholds).mean((1, 2))),
+                  interval=each(lambda v: [interval(f, cfg.n_samples) for f in (v < cfg.threshold).mean(2)]),
                   images=[np.array(done["transformer", cfg.target, r, cfg.seed]["images"]) for r in (first, last)])
     started = phase.started - sum(found) / cfg.workers       # `seconds` is what all of it takes
     train.save_results("exp_freedom", cfg, device, started, arrays, claims)
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Drawing
 
 BLUE, SKY, GREY = "#0072B2", "#56B4E9", "#555555"            # supervision is blue: here there is more and more of it
-PAPER = {"transformer": ((1, 2, 3, 4, 8, 25.6), (0.08, 0.41, 0.67, 0.76, 0.82, 0.85)),           # read off Fig. 5c
-         "unet": ((1, 2, 4, 8, 25.6), (0, 0.01, 0.05, 0.59, 0.80))}
 STYLE = {"transformer": ("-", BLUE, "o"), "unet": ("--", SKY, "s")}
-
 
 def caption(results):
     """What the figure says, in words and numbers that follow from the claims."""
     a, c, cfg = results["arrays"], results["claims"], results["config"]
     number = lambda c: f"{c['ours']:+.2f} ({c['ci95'][0]:+.2f} to {c['ci95'][1]:+.2f})"
+    rises = {"holds": "memorizes more", "contradicted": "memorizes less",
+             "not resolved": "may or may not memorize more"}
+    other = rises | {"holds": "does not memorize more", "contradicted": "memorizes more"}
+    agree = {"holds": "agree", "contradicted": "differ", "not resolved": "agree or not: unresolved"}
     lines = [f"{cfg['data']}, $|D_{{score}}|$ = {a['d_score']}, {a['n_seeds']} seed(s), {cfg['n_samples']} images "
              "each, bands: 95%. From the smallest region to the largest, the fraction of copies changes by"]
-    for rise, control, arch in zip(c[:2], c[2:4], STYLE, strict=True):
-        verb = {"holds": "memorizes more", "contradicted": "memorizes less",
-                "not resolved": "may or may not memorize more"}[rise["verdict"]]
-        other = {"holds": "does not", "contradicted": "does as well", "not resolved": "may or may not"}
-        lines.append(f"{number(rise)} for {cfg[arch]['model']}, which {verb}; trained on the same images by plain DSM "
-                     f"it {other[control['verdict']]}: {number(control)}.")
-    agree = {"holds": "agree", "contradicted": "differ", "not resolved": "agree or not: unresolved"}
-    verdict = "; ".join(f"exact and {k} {agree[row['verdict']]}"
-                        for k, row in zip([*a["targets"]][1:], c[4:], strict=False))
-    return "\n".join([*lines, f"Targets at ratio {cfg['ratios'][-1]:g}, {cfg['compare']['steps']} steps: " + "; ".join(
-        f"{k} {np.mean(f):.2f}, {a['ms'][k][0]:.2g} of {a['ms'][k][1]:.3g} ms a step" for k, f in a["targets"].items())
-        + f".\nFrom the same seeds, {verdict}."])
-
+    lines += [f"{number(rise)} for {cfg[arch]['model']}, which {rises[rise['verdict']]}; trained on the same images by "
+              f"plain DSM it {other[control['verdict']]}: {number(control)}."
+              for rise, control, arch in zip(c[:2], c[2:4], STYLE, strict=True)]
+    costs = "; ".join(f"{k} {np.mean(f):.2f}, {a['ms'][k][0]:.2g} of {a['ms'][k][1]:.3g} ms a step"
+                      for k, f in a["targets"].items())
+    same = "; ".join(f"exact and {k} {agree[row['verdict']]}"
+                     for k, row in zip([*a["targets"]][1:], c[4:], strict=False))
+    lines += [f"Targets at ratio {cfg['ratios'][-1]:g}, {cfg['compare']['steps']} steps: {costs}.",
+              f"From the same seeds, {same}."]
+    return "\n".join(lines)
 
 def plot(path):
     """results.json -> results.png beside it."""
@@ -432,15 +416,13 @@ def plot(path):
     a, cfg = results["arrays"], results["config"]
     kind, ratios = cfg["target"], np.array(a["ratio"])
     fig = plt.figure(figsize=(13, 8.2))
-    strips = fig.add_gridspec(1, 2, left=0.065, right=0.985, top=0.94, bottom=0.78, wspace=0.15)
-    panels = fig.add_gridspec(1, 2, left=0.065, right=0.985, top=0.715, bottom=0.2, wspace=0.15, width_ratios=(1.3, 1))
-    for letter, which, place in (("a", 0, strips[0]), ("b", -1, strips[1])):
+    place = lambda top, bottom, widths: fig.add_gridspec(1, 2, left=0.065, right=0.985, top=top, bottom=bottom,
+                                                         wspace=0.15, width_ratios=widths).subplots()
+    for ax, letter, which in zip(place(0.94, 0.78, (1, 1)), "ab", (0, -1), strict=True):
         images = np.array(a["images"][which], np.uint8)      # (2, shown, H, W, 1 or 3), and a white line between them:
-        images = np.pad(np.broadcast_to(images, (*images.shape[:-1], 3)), ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0)),
-                        constant_values=255)
-        _, n, H, W, _ = images.shape
-        ax = fig.add_subplot(place)
-        ax.imshow(images.transpose(0, 2, 1, 3, 4).reshape(2 * H, n * W, 3))
+        images = np.pad(images, ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0)), constant_values=255)
+        _, n, H, W, C = images.shape
+        ax.imshow(images.transpose(0, 2, 1, 3, 4).reshape(2 * H, n * W, C), cmap="gray", vmin=0, vmax=255)
         copies = f"{100 * np.mean(a['fraction']['transformer'][kind][which]):.0f}% copies"
         ax.set_title(f"({letter}) $|D_{{region}}| = {ratios[which]:.3g}\\,|D_{{score}}|$: {copies} "
                      f"({cfg['transformer']['model']})")
@@ -449,7 +431,7 @@ def plot(path):
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
 
-    ax, sweep = fig.add_subplot(panels[0]), fig.add_subplot(panels[1])
+    ax, sweep = place(0.715, 0.2, (1.3, 1))
     shades = plt.get_cmap("Blues")(np.linspace(0.35, 1, len(ratios)))
     for arch, (line, colour, marker) in STYLE.items():
         for which, c, label in ((kind, colour, "target $x_*$ of $D_{score}$"), ("dsm", "black", "control: plain DSM")):
@@ -477,7 +459,6 @@ def plot(path):
     fig.text(0.065, 0.02, caption(results), fontsize=9.5, linespacing=1.4)
     fig.savefig(Path(path).with_suffix(".png"), dpi=90)
     plt.close(fig)
-
 
 if __name__ == "__main__":
     cli(lambda cfg: train.experiment("exp_freedom", cfg, measure, plot), PRESETS)

@@ -11,10 +11,11 @@ true score of the Gaussian, which nobody showed it: it underfits s_*, but only o
 Noisy points z_t = (1 - t) x + t eps of such data are N(0, ((1 - t)^2 + t^2) I), so that the truth is known,
 s_gt(z, t) = -z / ((1 - t)^2 + t^2), and a network can be held against both scores, s_* and s_gt, in both regions.
 
-What you should see. On training points (blue) the error to s_* (solid) falls below that to s_gt (dashed); on fresh
-points (red) it stays above, but by (b) only for t below .4: later the shells overlap, and so do the regions. s_gt is
-approached in the first hundreds of iterations only, then left on fresh points too; and the error to s_* there, which
-the paper does not show, does not grow: it falls, and stops far from 0. With 10,000 points nothing is left to select.
+What you should see. On training points (blue) the error to s_* (solid) falls below that to s_gt (dashed), by (b) for t
+above .1; on fresh points (red) it stays above, but only for t below .4: later the shells overlap, and so do the
+regions. s_gt is approached in the first hundreds of iterations only, then left on fresh points too; and the error to
+s_* there, which the paper does not show, does not grow: it falls, and stops far from 0. With 10,000 points nothing is
+left to select.
 """
 import argparse
 import json
@@ -203,7 +204,7 @@ def measure(cfg):
         claim(f"Fig 10 {few}, supervision: error to s_* / error to s_gt < 1", "< 1", ratio(sup[0]), high=1),
         claim(f"Fig 10 {few}, true p_t: error to s_* / error to s_gt > 1", "> 1", ratio(ext[0]), low=1),
         claim("Fig 10 supervision: error to s_gt plateaus, end / half-way in .9 to 1.1", "1",
-              sup[0, :, -1, 1] / sup[0, :, len(at) // 2, 1], 0.9, 1.1),
+              sup[0, :, -1, 1] / sup[0, :, (len(at) - 1) // 2, 1], 0.9, 1.1),
         claim("Fig 10 true p_t: s_gt is approached, error to it: end / minimum < 1.1", "1",
               since_minimum(ext[0, ..., 1]), high=1.1),
         claim("control: true p_t, error to s_* grows: end / minimum > 1.02", "not shown",
@@ -260,9 +261,9 @@ def plot(path):
     fig.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=6, fontsize=9.5, frameon=False)
     rows = [f"{r['claim'].removeprefix('Fig 10 ')}:  {r['ours']:.2f}  ({r['ci95'][0]:.2f} to {r['ci95'][1]:.2f}),  "
             f"{r['verdict']}" for r in results["claims"][:5]]
-    rows += [f"Lines: means over {cfg['seeds']} seeds; bands: 95% intervals. {cfg['depth']} layers of {cfg['width']}, "
-             f"Adam at {cfg['lr']:g}/{cfg['slowdown']:g}; $\\lambda(t) = t^4/(1-t)^2$. {a['diverged']} of "
-             f"{a['networks']} networks diverged."]
+    rows += [f"Lines: geometric means over {cfg['seeds']} seeds, less those with a diverged network "
+             f"({a['diverged']} of {a['networks']}); bands: 95%. {cfg['depth']} layers of {cfg['width']}, Adam at "
+             f"{cfg['lr']:g}/{cfg['slowdown']:g}; $\\lambda(t) = t^4/(1-t)^2$."]
     fig.text(0.055, 0.015, "\n".join(rows), fontsize=9.5)
     fig.savefig(Path(path).with_suffix(".png"), dpi=90); plt.close(fig)
 
@@ -296,5 +297,5 @@ if __name__ == "__main__":                                   # a bad value is on
         main(tyro.cli(Config, default=PRESETS[preset], description=__doc__))
     except SystemExit as e:                                  # tyro exits with 2 for a wrong flag, 0 for --help
         sys.exit(1 if e.code else 0)
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {str(e).splitlines()[0]}")
+    except (ValueError, OSError, KeyboardInterrupt) as e:
+        sys.exit(f"error: {(str(e) or type(e).__name__).splitlines()[0]}")

@@ -442,7 +442,5 @@ if __name__ == "__main__":                                   # a bad value is on
         main(tyro.cli(Config, default=PRESETS[preset], description=__doc__))
     except SystemExit as e:                                  # tyro exits with 2 for a wrong flag, 0 for --help
         sys.exit(1 if e.code else 0)
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {str(e).splitlines()[0]}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    except (ValueError, OSError, KeyboardInterrupt) as e:
+        sys.exit(f"error: {(str(e) or type(e).__name__).splitlines()[0]}")

@@ -202,6 +202,24 @@ def test_a_figure_is_drawn_from_its_json_alone(tiny, tmp_path):
     assert (tmp_path / "results.png").read_bytes() == (tiny[0] / "results.png").read_bytes()
 
 
+def test_the_caption_says_what_the_verdicts_say(tiny):
+    results = json.loads((tiny[0] / "results.json").read_text())
+    for rise, control, want in (("contradicted", "holds", "memorizes less; {} does not memorize more:"),
+                                ("contradicted", "contradicted", "memorizes less; {} memorizes more:"),
+                                ("holds", "contradicted", "memorizes more; {} memorizes more:"),
+                                ("not resolved", "holds", "may or may not memorize more; {} does not memorize more:")):
+        results["claims"][0]["verdict"], results["claims"][2]["verdict"] = rise, control
+        want = want.format("trained on the same images by plain DSM it")
+        assert f"for SiT-micro/4, which {want}" in exp_freedom.caption(results), (rise, control)
+
+
+def test_the_papers_rise_is_that_of_the_same_ratios(tiny):
+    """Not that from 1 to 25.6, whatever the ratios here."""
+    assert [exp_freedom.paper_rise(arch, 1, 25.6) for arch in ("transformer", "unet")] == ["+0.77", "+0.80"]
+    rows = json.loads((tiny[0] / "results.json").read_text())["claims"]                          # ratios 1 and 4
+    assert [r["paper"] for r in rows[:2]] == ["+0.68", "+0.05"]
+
+
 def test_an_interrupted_sweep_goes_on(tiny):
     """A lost run is trained again, here without worker processes, to the same scores; the others are only read."""
     out, _ = tiny

@@ -251,6 +251,13 @@ def test_a_seed_that_diverged_is_left_out_and_counted(monkeypatch):
         g.measure(cfg)
 
 
+def test_a_plateau_is_not_read_off_one_evaluation():
+    """Where only the start and the end were evaluated, half-way is not the end, whose ratio to itself is 1."""
+    results = g.measure(replace(SMALL, iterations=300, eval_every=300, lr=1e-2, batch=32, device="cpu"))
+    row = next(c for c in results["claims"] if "plateaus" in c["claim"])
+    assert len(results["arrays"]["iterations"]) == 2 and row["ci95"][0] < row["ci95"][1] and row["verdict"] != "holds"
+
+
 @pytest.mark.parametrize("change, message", [
     (dict(seeds=1), "seeds must be at least 2, not 1"),
     (dict(points=(100,)), "points must be two sizes or more, ascending"),

@@ -12,10 +12,9 @@ Noisy points z_t = (1 - t) x + t eps of such data are N(0, ((1 - t)^2 + t^2) I),
 s_gt(z, t) = -z / ((1 - t)^2 + t^2), and a network can be held against both scores, s_* and s_gt, in both regions.
 
 What you should see. On training points (blue) the error to s_* (solid) falls below that to s_gt (dashed), by (b) for t
-above .1; on fresh points (red) it stays above, but only for t below .4: later the shells overlap, and so do the
-regions. s_gt is approached in the first hundreds of iterations only, then left on fresh points too; and the error to
-s_* there, which the paper does not show, does not grow: it falls, and stops far from 0. With 10,000 points nothing is
-left to select.
+above .1; on fresh points (red) it stays above, but only for t below .4, where shells do not overlap. s_gt is approached
+in the first hundreds of iterations only, then left on fresh points too; and the error to s_* there, which the paper
+does not show, does not grow: it falls, and stops far from 0. With 10,000 points nothing is left to select.
 """
 import argparse
 import json

@@ -298,13 +298,15 @@ def shift(exact, other):
     """How far another target moves the network, beside what another seed does: predictions (seeds, ...) of the networks
     of two targets -> (ratio - 1, interval). The ratio is of mean squared distances between networks of different
     seeds, of different targets over the same target: 1 if the targets give the same networks up to the noise of seeds.
-    """
-    seeds, d = range(len(exact)), lambda a, b: np.mean((a - b)**2)
-    pairs = [[(s, u) for u in seeds if u != s] for s in seeds]
-    ratio = np.array([sum(d(exact[s], other[u]) + d(other[s], exact[u]) for s, u in of_seed) /
-                      sum(d(exact[s], exact[u]) + d(other[s], other[u]) for s, u in of_seed) for of_seed in pairs])
-    half = stdtrit(len(ratio) - 1, 0.975) * ratio.std(ddof=1) / len(ratio)**0.5
-    return ratio.mean() - 1, (ratio.mean() - 1 - half, ratio.mean() - 1 + half)
+    The interval is the jackknife's, over three seeds or more: each distance is of two seeds, so that those of one seed
+    are not independent of those of the next."""
+    n, (exact, other) = len(exact), (np.reshape(a, (len(a), -1)) for a in (exact, other))
+    d = lambda a, b: np.mean((a[:, None] - b)**2, axis=2) * (1 - np.eye(n))                      # (seeds, seeds)
+    pairs = np.stack([d(exact, other) + d(other, exact), d(exact, exact) + d(other, other)])
+    ratio = lambda kept: np.divide(*pairs[:, kept][:, :, kept].sum((1, 2))) - 1
+    without = np.array([ratio(np.delete(np.arange(n), s)) for s in range(n)])
+    half = stdtrit(n - 1, 0.975) * ((n - 1) * without.var())**0.5
+    return ratio(np.arange(n)), (ratio(np.arange(n)) - half, ratio(np.arange(n)) + half)
 
 def check(cfg):
     """What can be wrong, before anything is trained or written. -> |D_score|, the |D_region| of all ratios."""
@@ -368,7 +370,7 @@ def measure(cfg):
                    fraction[arch]["dsm"][[0, -1]], high=0.05) for arch in fraction]
     claims += [row(f"targets: fraction of copies with {kind} minus exact: within .1", "0",
                    (targets["exact"], targets[kind]), low=-0.1, high=0.1) for kind in kinds[1:]]
-    if cfg.n_seeds > 1:
+    if cfg.n_seeds > 2:                                      # two have one distance, and no interval
         probe = {kind: [np.array(done["compare", kind, last, s]["probe"]) for s in seeds] for kind in kinds}
         claims += [train.claim(f"targets: {kind} moves x_theta by this part of what a seed does: < .2", "0",
                                *shift(probe["exact"], probe[kind]), high=0.2) for kind in kinds[1:]]

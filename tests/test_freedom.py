@@ -146,6 +146,15 @@ def test_shift_is_zero_for_the_same_distribution_and_sees_another_mean():
     assert abs(moved - 0.125) < 0.03 and low < moved < high
 
 
+@pytest.mark.parametrize("n", [3, 5])
+def test_the_interval_of_shift_covers(n):
+    rng, hit = np.random.default_rng(1), 0
+    for _ in range(400):
+        low, high = exp_freedom.shift(rng.standard_normal((n, 100)), 0.45 + rng.standard_normal((n, 100)))[1]
+        hit += low <= 0.45**2 / 2 <= high
+    assert hit >= 0.93 * 400
+
+
 # ---- intervals -------------------------------------------------------------------------------------------------------
 
 def test_intervals_cover_and_never_collapse():
@@ -162,7 +171,7 @@ def test_intervals_cover_and_never_collapse():
 # ---- the script ------------------------------------------------------------------------------------------------------
 
 TINY = ["--transformer.steps=4", "--transformer.batch=8", "--unet.steps=2", "--unet.batch=4", "--per-class=5",
-        "--compare.steps=4", "--compare.batch=8", "--ratios", "1", "4", "--n-seeds=2",
+        "--compare.steps=4", "--compare.batch=8", "--ratios", "1", "4", "--n-seeds=3",
         "--n-samples=10", "--sample-steps=2", "--device=cpu"]
 
 

@@ -15,8 +15,8 @@ What you should see. At |D_region| = |D_score| few generated images are copies f
 are (b). The curves rise for both architectures (c), as the paper's do (grey). The control that the paper leaves out,
 ordinary training on the same D_region (black), does not: it is not the number of images that makes a network memorize.
 The drawn targets have the same minimum as the exact one. At a few hundred steps they lag behind it, so the comparison
-of the three trains longer: then the fractions of copies agree, and another target moves the network by a tenth of what
-another seed does (printed, with what each costs). Every finished network leaves its scores in
+of the three trains longer: then the fractions of copies are within hundredths, and another target moves the network by
+about a tenth of what another seed does (printed, with what each costs). Every finished network leaves its scores in
 out/exp_freedom/<preset>/runs/; the same command goes on after an interrupt. (With a training loop of its own, it is
 longer than the other experiments.)
 """
@@ -115,7 +115,8 @@ def calibrated_l2(E, x, n=50):
     return d2[:, 0] / d2.mean(1)
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Three targets for x_theta(z, t), all of mean x_*(z, t), so that the loss has the same minimum (C.7)
+# Three targets for x_theta(z, t), of mean x_*(z, t), so that the loss has the same minimum (C.7). That of faiss leaves
+# out what lies beyond k neighbours: near t = 1, where all points weigh alike, its mean is off if there are more than k
 
 TARGETS = ("exact", "sampled", "faiss")
 

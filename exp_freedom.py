@@ -53,6 +53,7 @@ class Net:
     batch: int  # images a step
     lr: float  # of AdamW, constant after the warmup
 
+
 @dataclass
 class Config:
     preset: Literal["laptop", "gpu", "paper"] = "laptop"  # where the defaults of all other fields come from
@@ -65,7 +66,7 @@ class Config:
     per_class: int = 19  # images of each class in D_score
     ratios: tuple[float, ...] = (1, 2, 4, 8)  # |D_region| / |D_score|, ascending
     balanced: bool = True  # refuse ratios for which a class is too small; --no-balanced: it gives what it has
-    k: int = 100  # neighbours that Faiss looks for
+    k: int = 200  # neighbours that Faiss looks for: here all of D_score, which leaves no bias near t = 1
     warmup: int = 50  # steps over which the learning rate rises
     ema: float = 0.999  # decay of the averaged weights, reached gradually
     label_dropout: float = 0.1  # fraction of labels replaced by the null label
@@ -108,6 +109,7 @@ def subsets(y, per_class, ratio, seed, balanced=True):
     order = [rng.permutation(np.flatnonzero(y == label)) for label in labels]
     return tuple(np.sort(np.concatenate([o[:m] for o in order])) for m in (per_class, want))
 
+
 def calibrated_l2(E, x, n=50):
     """C.7: |x - x_1|^2 over the mean of |x - x_i|^2, i = 1 .. n, x_i the i-th nearest in D_score. -> (B,): 0 for a
     copy, near 1 for an image that is no closer to one of them than to fifty."""
@@ -119,6 +121,7 @@ def calibrated_l2(E, x, n=50):
 # out what lies beyond k neighbours: near t = 1, where all points weigh alike, its mean is off if there are more than k
 
 TARGETS = ("exact", "sampled", "faiss")
+
 
 def faiss_posterior(x, k):
     """x (N, *shape) -> posterior(z, t), the softmax r_z of C.7 over the k points that weigh most, found by Faiss:
@@ -145,6 +148,7 @@ def faiss_posterior(x, k):
         d2 = (z[:, None] - (1 - t)[:, :, None] * x[i]).square().sum(2)                           # (B, k), float64
         return torch.softmax(-d2 / (2 * t**2), 1), i
     return posterior
+
 
 def make_target(kind, x, y, k=100):
     """D_score x, y -> target(z, t, y, keep, generator), like z: over the class y where the label is kept (keep (B,) is
@@ -220,6 +224,7 @@ def fit(cfg, net, kind, ratio, seed, device):
         raise ValueError(f"{net.model} diverged: the loss is {loss.item()} at lr {net.lr:g}")
     return ema, EmpiricalScore(x_score, y_score), 1000 * np.median(clock, axis=0)
 
+
 def run(cfg, arch, kind, ratio, seed):
     """Calibrated l2 of n_samples images of one network, and a few of them. Cached by all that the result depends on, so
     that a sweep goes on where it was, and another ratio or threshold costs no more than what is new."""
@@ -254,12 +259,14 @@ def run(cfg, arch, kind, ratio, seed):
     os.replace(path.with_suffix(".tmp"), path)
     return result
 
+
 def start_worker():
     """One thread, so that results do not depend on the number of workers. Ctrl-C lets a worker finish what it does; it
     ends with the process that started it, however that ends."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
 
 def run_all(cfg, specs):
     """{spec: result} for specs (arch, kind, ratio, seed), several at once."""
@@ -291,9 +298,11 @@ def interval(f, n):
 PAPER = {"transformer": ((1, 2, 3, 4, 8, 25.6), (0.08, 0.41, 0.67, 0.76, 0.82, 0.85)),           # read off Fig. 5c
          "unet": ((1, 2, 4, 8, 25.6), (0, 0.01, 0.05, 0.59, 0.80))}
 
+
 def paper_rise(arch, first, last):
     """What the paper's curve, a straight line between its points, rises by from one ratio to another."""
     return f"{np.diff(np.interp((first, last), *PAPER[arch]))[0]:+.2f}"
+
 
 def shift(exact, other):
     """How far another target moves the network, beside what another seed does: predictions (seeds, ...) of the networks
@@ -308,6 +317,7 @@ def shift(exact, other):
     without = np.array([ratio(np.delete(np.arange(n), s)) for s in range(n)])
     half = stdtrit(n - 1, 0.975) * ((n - 1) * without.var())**0.5
     return ratio(np.arange(n)), (ratio(np.arange(n)) - half, ratio(np.arange(n)) + half)
+
 
 def check(cfg):
     """What can be wrong, before anything is trained or written. -> |D_score|, the |D_region| of all ratios."""
@@ -329,6 +339,7 @@ def check(cfg):
     if cfg.target == "faiss":
         faiss_posterior(torch.zeros(1, 1), 1)               # ImportError if it is not there
     return size, [len(subsets(data["y"], cfg.per_class, r, cfg.seed, cfg.balanced)[1]) for r in cfg.ratios]
+
 
 def measure(cfg):
     """Train or find all networks; write fractions, scores, images and claims to results.json."""
@@ -389,6 +400,7 @@ def measure(cfg):
 BLUE, SKY, GREY = "#0072B2", "#56B4E9", "#555555"            # supervision is blue: here there is more and more of it
 STYLE = {"transformer": ("-", BLUE, "o"), "unet": ("--", SKY, "s")}
 
+
 def caption(results):
     """What the figure says, in words and numbers that follow from the claims."""
     a, c, cfg = results["arrays"], results["claims"], results["config"]
@@ -409,6 +421,7 @@ def caption(results):
     lines += [f"Targets at ratio {cfg['ratios'][-1]:g}, {cfg['compare']['steps']} steps: {costs}.",
               f"From the same seeds, {same}."]
     return "\n".join(lines)
+
 
 def plot(path):
     """results.json -> results.png beside it."""

@@ -41,6 +41,7 @@ from empirical_score import EmpiricalScore
 
 ROOT = Path(__file__).resolve().parent
 
+
 @dataclass
 class Config:
     preset: Literal["laptop", "gpu", "paper"] = "laptop"  # where the defaults of all other fields come from
@@ -75,17 +76,21 @@ PRESETS = {  # differs from the paper: it states no sizes, so that "paper" can o
 
 D = torch.tensor([[-1, 0], [-0.2, 0], [0.2, 0], [1, 0]], dtype=torch.float64)    # (S1)
 
+
 def polar(x):                                                # (..., 2) -> (..., 3): r, cos theta, sin theta
     r = x.norm(dim=-1, keepdim=True)
     return torch.cat([r, x / r.clamp_min(1e-12)], dim=-1)
 
+
 def unpolar(p):                                              # (..., 3) -> (..., 2), whatever the length of (cos, sin)
     return p[..., :1] * torch.nn.functional.normalize(p[..., 1:], dim=-1)
+
 
 def noisy(x, t, g):
     """z_t = alpha_t x + sigma_t eps of random points of x (N, d), one for every t (...). -> (..., d)"""
     i = torch.randint(len(x), t.shape, generator=g)
     return (1 - t)[..., None] * x[i] + t[..., None] * torch.randn(*t.shape, x.shape[1], generator=g, dtype=x.dtype)
+
 
 def posterior_mean(x, z, t):
     """x_*(z, t) for z (..., d) and t (...): what a perfectly supervised model predicts."""
@@ -102,6 +107,7 @@ def mlp(weights, z, t, equivariant=False):
     r = z.norm(dim=-1, keepdim=True).clamp_min(1e-12) if equivariant else 1.0
     h = torch.baddbmm(b1, torch.cat([z / r, t[..., None]], dim=-1), W1).relu()
     return r * torch.baddbmm(b2, h, W2)
+
 
 def fit_mlp(cfg, x, width, equivariant, grid, device):
     """Train K networks to predict v. -> x_theta
@@ -133,9 +139,11 @@ def fit_mlp(cfg, x, width, equivariant, grid, device):
         return z - grid[i] * mlp(weights, z.float().to(device), t, equivariant).to(z)
     return x_theta
 
+
 def kernel(a, b, h):                                         # (..., m, p), (..., n, p) -> (..., m, n)
     a, b, half = a / h, b / h, lambda c: c.square().sum(-1, keepdim=True) / 2
     return (a @ b.mT).sub_(half(a)).sub_(half(b).mT).exp_()  # exp(-|a - b|^2 / 2 h^2), in place: 4 times as fast
+
 
 def fit_krr(cfg, features, h, ridge, grid, device):
     """P2: x_theta by kernel ridge regression of x_* on features(z_t), in closed form, one for every time of the grid:
@@ -152,6 +160,7 @@ def fit_krr(cfg, features, h, ridge, grid, device):
             raise ValueError(f"ridge {ridge:g} is too small for bandwidth {h:g}: the kernel matrix is singular")
         models.append((a, torch.cholesky_solve((target - mean).to(device), factor), mean))
     return lambda z, i: (kernel(features(z).to(device), models[i][0], h) @ models[i][1]).to(z) + models[i][2]
+
 
 def best_homogeneous(angles=180, radii=200, times=16):
     """The least L of any f(a z) = a f(z), by quadrature. Given the angle, x_theta = r g(angle, t), and least squares
@@ -180,6 +189,7 @@ def sample(x_theta, z, grid):
         z = keep * z + (1 - keep) * (x + ahead) / 2
     return x_theta(z, len(grid) - 1)
 
+
 def kind_of(p, margin):
     """Samples (..., 2) -> 0, 1, 2, 3. On the axis, that is |y| <= margin: bad, |x| < .2 - margin; good, .2 + margin <
     |x| < 1 - margin; memorized, |x| within the margin of .2 or 1. Elsewhere: off the axis, or |x| > 1 + margin."""
@@ -189,8 +199,10 @@ def kind_of(p, margin):
     kind[axis & (x < 0.2 - margin)] = 0
     return kind
 
+
 def variance(x):
     return (x - x.mean(0)).square().sum(1).mean()
+
 
 def supervision_loss(x_theta, x, grid, nets, seed, n=500):
     """L (K,): n fresh z_t at every time of the grid, the trapezoid rule over t."""
@@ -211,8 +223,10 @@ FIELD = np.stack(np.meshgrid(np.linspace(-1.3, 1.3, 14), np.linspace(-0.6, 0.6, 
 SHOWN = (0.5, 0.2, 0.05)                                     # the times of the fields
 STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)       # t_.975 with 1 .. 9 degrees of freedom
 
+
 def time_grid(cfg):
     return torch.linspace(1, 1e-3**0.5, cfg.times, dtype=torch.float64)**2           # 1 to .001, finer towards 0
+
 
 def evaluate(cfg, name, size, device):
     """Fit the model `name`, of a width or a (bandwidth, ridge), and measure all about it, by repetition where (K,)."""
@@ -235,6 +249,7 @@ def evaluate(cfg, name, size, device):
     return dict(zip(KINDS, fraction.numpy(), strict=True), share=(good / (bad + good)).numpy(), samples=p.flatten(0, 1),
                 fields=torch.stack(fields), L=supervision_loss(x_theta, x, grid, cfg.nets, cfg.seed + 2).numpy())
 
+
 def equal_loss_ridge(cfg, L, device):
     """The ridge, from cfg.ridge up, with which the regression on polar features has supervision loss L, by bisection:
     C4 is about extrapolation *given* the supervision loss, and with one ridge for both, P2's PAT has half of it. None
@@ -249,21 +264,25 @@ def equal_loss_ridge(cfg, L, device):
         low, high = (middle, high) if loss(10**middle) < L else (low, middle)
     return 10**low if abs(loss(10**low) / L - 1) < 0.1 else None
 
+
 def interval(values):
     """95% interval of the mean over repetitions (K,), Student's t -> (low, high)."""
     half = STUDENT[len(values) - 2] * values.std(ddof=1) / len(values)**0.5
     return values.mean() - half, values.mean() + half
+
 
 def wilson(p, n):
     """95% interval of a fraction p of n (Wilson's score interval, sensible at 0 and 1 too) -> (low, high)."""
     centre, half = p + 1.96**2 / (2 * n), 1.96 * (p * (1 - p) / n + 1.96**2 / (4 * n**2))**0.5
     return (centre - half) / (1 + 1.96**2 / n), (centre + half) / (1 + 1.96**2 / n)
 
+
 def claim(text, paper, ours, ci95, low=-np.inf, high=np.inf):
     """A row of the table: claimed is that the true value lies in [low, high], and the interval decides."""
     inside, outside = low <= ci95[0] and ci95[1] <= high, ci95[1] < low or ci95[0] > high
     return dict(claim=text, paper=paper, ours=float(ours), ci95=[float(c) for c in ci95],
                 verdict="holds" if inside else "contradicted" if outside else "not resolved")
+
 
 def check(cfg):
     """-> the device; ValueError for what cannot be measured."""
@@ -277,6 +296,7 @@ def check(cfg):
     if cfg.device not in ("auto", "cpu", "cuda") or (cfg.device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"device {cfg.device!r} is not available here: expected auto, cpu or cuda")
     return torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
+
 
 def measure(cfg):
     """Every model, at every setting of the sweep, and the claims -> what goes to results.json."""
@@ -330,6 +350,7 @@ def measure(cfg):
 
 BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"              # supervision; bad, good, memorized
 
+
 def caption(results):
     """What the figure says, in numbers and verdicts that follow from the claims."""
     rows = {r["claim"][:12]: r for r in results["claims"]}
@@ -346,6 +367,7 @@ def caption(results):
         f"four points: its L is {P3:.4f}, the least possible",
         f"for any radial-equivariant model is {best:.4f}. Brackets: 95%, {cfg['n']:,} samples. Arrows: "
         "$(x_\\theta - z)/3$; colours: first coordinate of $x_\\theta$, in steps of .5; circles: $\\alpha_t x_i$."])
+
 
 def draw_model(axes, m, cfg, times):
     """Samples, their histogram, and the field at three times: one column."""
@@ -369,6 +391,7 @@ def draw_model(axes, m, cfg, times):
         ax.set(xlim=(-1.3, 1.3), ylim=(-0.65, 0.65), yticks=[])
     axes[1].set(ylim=(0, 0.045 * cfg["n"]))
 
+
 def draw_sweep(ax, rows):
     """Baseline -> PAT in every setting, a column each."""
     for i, s in enumerate(rows):
@@ -384,6 +407,7 @@ def draw_sweep(ax, rows):
     ax.set(xlim=(0, len(rows)), ylim=(4, 0), yticks=[])
     ax.set_xticks(np.arange(len(rows)) + 0.5, [size(s) for s in rows], fontsize=8)
     ax.tick_params(length=0)
+
 
 def plot(path):
     """results.json -> results.png beside it."""
@@ -416,6 +440,7 @@ def plot(path):
     plt.close(fig)
     with Image.open(png) as picture:                         # 256 colours: a third of the size
         picture.convert("RGB").quantize(256).save(png, optimize=True)
+
 
 def main(cfg):
     """Measure, or not (--redraw); draw from the file; print the claims."""

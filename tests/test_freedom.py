@@ -171,7 +171,7 @@ def test_intervals_cover_and_never_collapse():
 # ---- the script ------------------------------------------------------------------------------------------------------
 
 TINY = ["--transformer.steps=4", "--transformer.batch=8", "--unet.steps=2", "--unet.batch=4", "--per-class=5",
-        "--compare.steps=4", "--compare.batch=8", "--ratios", "1", "4", "--n-seeds=3",
+        "--compare.steps=4", "--compare.batch=8", "--ratios", "1", "4", "--n-seeds=2", "--compare-seeds=3",
         "--n-samples=10", "--sample-steps=2", "--device=cpu"]
 
 

@@ -96,7 +96,7 @@ def test_the_dial_goes_from_digits_to_fields(tmp_path):
     for name, classes in sets.items():
         data = train.load_data(exp_scaling.dataset(cfg, name))
         assert len(data["x"]) == (100 if name == "onset" else 300) and data["meta"]["num_classes"] == classes
-        assert abs(data["x"].mean()) < 0.1 and abs(data["x"].std() - 1) < (0.1 if name == "dial1" else 1e-3)
+        assert abs(data["x"].mean()) < 0.1 and abs(data["x"].std() - 0.5) < (0.05 if name == "dial1" else 1e-3)
     ends = [train.load_data(exp_scaling.dataset(cfg, f"dial{a:g}"))["x"].reshape(300, -1) for a in (0, 0.5, 1)]
     middle = ends[1] - ends[1].mean()
     fit = np.linalg.lstsq(np.stack([np.ravel(ends[0] - ends[0].mean()), np.ravel(ends[2])], 1), np.ravel(middle))
@@ -254,6 +254,7 @@ def test_a_figure_is_drawn_from_its_json_alone(tiny, tmp_path):
     (dict(repa_depth=3), "repa_depth 3 is more than the 2 blocks of SiT-nano/2"),
     (dict(lambdas=(0.25, 0.5)), "lambdas must ascend from 0"),
     (dict(amounts=(0, 2)), "amounts of texture lie between 0 and 1"),
+    (dict(contrast=0), "contrast must be positive"),
     (dict(n_trajectories=1), "n_trajectories must be at least 2"),
 ])
 def test_bad_values(fields, message):

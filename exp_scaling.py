@@ -850,20 +850,23 @@ def draw_fig6(axes, a):
 
 def draw_fig7(axes, a):
     recipes = list(a["fits"])
-    sets = ([r for r in recipes if "REPA" in r], [recipes[0], *recipes[-2:]])
-    for ax, names, title in zip(axes[:2], sets, ("(f) Fig. 7b, REPA", "(g) Fig. 7c, architectures"), strict=True):
-        for name, colour in zip(names, ("black", "#56B4E9", "#009E73", "#CC79A7"), strict=False):
-            L, FD, C = np.array([[r["L"], r["FD"], r["compute"]] for r in a["table"] if r["recipe"] == name]).T
-            ax.scatter(L, FD, 12 + 25 * (np.log10(C) - 10).clip(0), color=colour, alpha=0.8, label=name)
+    repa, colours = [r for r in recipes if "REPA" in r], {recipes[0]: "black"}
+    colours |= {r: (0.8, 0.75 - 0.6 * k / len(repa), 0.7) for k, r in enumerate(repa[1:])}
+    colours |= dict(zip(recipes[-2:], ("#009E73", "#999933"), strict=True))
+    for ax, names, title in ((axes[0], repa, "(f) Fig. 7b, REPA"),
+                             (axes[1], [recipes[0], *recipes[-2:]], "(g) Fig. 7c, architectures"),
+                             (axes[2], recipes, "(h) Compute to L")):
+        for name in names:
+            C, L, FD = np.array([[r[k] for k in ("compute", "L", "FD")] for r in a["table"] if r["recipe"] == name]).T
+            if ax is axes[2]:
+                ax.plot(*np.array([C, L])[:, np.argsort(C)], "o-", color=colours[name], ms=4, lw=1, label=name)
+                continue
+            ax.scatter(L, FD, 12 + 25 * (np.log10(C) - 10).clip(0), color=[colours[name]], alpha=0.8, label=name)
             ends = np.array([L.min(), L.max()])
-            ax.plot(ends, np.polyval(a["fits"][name], ends), color=colour, lw=1.3)
+            ax.plot(ends, np.polyval(a["fits"][name], ends), color=colours[name], lw=1.3)
         ax.set(xlabel="supervision loss L (v-space, per dimension)", ylabel="Fréchet distance", title=title)
         ax.legend(fontsize=8)
-    for name, colour in zip(recipes, ("black", "#56B4E9", "#009E73", "#CC79A7", BLUE, RED, GREY) * 3, strict=False):
-        C, L = np.array([[r["compute"], r["L"]] for r in a["table"] if r["recipe"] == name]).T
-        axes[2].plot(*np.array([C, L])[:, np.argsort(C)], "o-", color=colour, ms=4, lw=1, label=name)
-    axes[2].set(xscale="log", xlabel="training compute (FLOPs)", ylabel="L", title="(h) compute to L")
-    axes[2].legend(fontsize=7)
+    axes[2].set(xscale="log", xlabel="training compute (FLOPs)", ylabel="L")
 
 
 def plot(path):

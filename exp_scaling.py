@@ -79,7 +79,7 @@ class Config:
     amounts: tuple[float, ...] = (0, 0.25, 0.5, 0.75, 1)  # of texture in the dial: 0 is digits alone, 1 fields alone
     lambdas: tuple[float, ...] = (0, 0.25, 0.5, 1)  # of REPA; the first must be 0
     repa_depth: int = 1  # the block after which REPA looks at the tokens
-    contrast: float = 0.5  # standard deviation of the pixels of every set: about that of images in [-1, 1]
+    contrast: float = 1  # standard deviation of the pixels of every set; 1 as in latents, .5 as in images in [-1, 1]
     n_data: int = 20_000  # training images of each set
     n_onset: int = 5_000  # training images of the onset's: fewer, so that memorization comes early
     n_trajectories: int = 2048  # and as many noised training images
@@ -289,7 +289,7 @@ def paths(cfg, job):
     training = [cfg.n_onset if job.data == "onset" else cfg.n_data, cfg.batch, cfg.lr, cfg.warmup, cfg.ema,
                 cfg.contrast, cfg.label_dropout, cfg.seed, cfg.repa_depth if job.lam else 0]
     measuring = [cfg.n_trajectories, cfg.n_times, cfg.n]
-    folder = train.results_path("exp_scaling", cfg).parent / "runs" / f"{job.name()}_{digest(job.name(), training)}"
+    folder = train.results_path("exp_scaling", cfg).parent / "runs" / f"{job.name()}_{digest(job.name(), [*map(float, training)])}"
     return folder, [folder / f"measured_{k}_{digest(measuring)}.npz" for k in job.lengths]
 
 

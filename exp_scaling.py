@@ -18,7 +18,7 @@ and gravel (the *onset* of memorization). The effect is about 1% of the levels: 
 and starting noise, and intervals (95%) are of paired differences, over 2,048 points or trajectories. They do not cover
 the seed of the training: one network of each kind is trained.
 
-Where the paper leaves it open: Fig. 3 is taken to be x-space, and Fig. 7 v-space, |x_theta - x_*|^2 / t^2 (t_min = .025,
+Where the paper leaves it open: Fig. 3 is taken to be x-space, and Fig. 7 v-space, |x_theta - x_*|^2 / t^2 (t_min .025,
 half a step of the grid), as the ratio of their published levels, 3.8, suggests; the script measures that ratio. E^ext
 in v-space is all t_min, and in the JSON only. So are the unconditional errors (of a quarter of the points; the headline
 is class-conditional) and the paper's count of compute, 2 x MACs, forward only, beside the true FLOPs.

@@ -24,15 +24,16 @@ in v-space is all t_min, and in the JSON only. So are the unconditional errors (
 is class-conditional) and the paper's count of compute, 2 x MACs, forward only, beside the true FLOPs.
 
 What came out. *Fig. 3:* the supervision half holds, the extrapolation half is contradicted, on the fields, over size
-and over length. Their limit says why: x_theta of the true density has E^ext = .6515, below all these networks (.738 to
-.653) and reached from above. So E^ext can only rise where a network has not begun to learn the structure: with contrast
-.5 (tried, not the default) SiT-nano is above SiT-pico by .0016 +- .0002 after 800 steps and .0024 +- .0003 after 1,600,
-while both are on a plateau of E^sup near .066; the two larger ones leave it, and fall to the limit (.0583, .1239). The
-ratio of v- to x-space is 4.7 at unit variance, near the paper's 3.8, and 8.8 at contrast .5: it depends on the data.
+and over length. Their limit says why: x_theta of the true density has E^ext = .6515, below all these networks (.767 to
+.653), which reach it from above. So E^ext can rise only where a network has not begun to learn the structure: with
+contrast .5 (tried, not the default) a SiT of width 32 and depth 2 is above one of depth 1 by .0016 +- .0002 after 800
+steps and .0024 +- .0003 after 1,600, both on a plateau of E^sup near .066; the two larger ones leave it, and fall to
+the limits (E^sup .0583, E^ext .1239). The ratio of v- to x-space is 4.7 at unit variance, near the paper's 3.8, and 8.8
+at contrast .5: it depends on the data.
 *Fig. 6:* REPA changes the network no more along trajectories than on training points (1.02 times), and a change of seed
 does the same. *Fig. 7:* U-Nets have a far lower distance than transformers at equal L, as the paper says; attention or
 not, and REPA or not, is not resolved. (REPA is one block deep here, its teacher a small classifier, the runs short.)
-DIAL
+*Dial, onset:* not yet run at this size.
 
 Networks and their measurements are kept in out/exp_scaling/<preset>/runs/, named by what they depend on: the same
 command goes on after an interrupt, another length or trajectory count costs no more than what is new.

@@ -1,0 +1,911 @@
+"""
+Figures 3, 6 and 7: selective underfitting, REPA, and the scaling law taken apart; and when Figure 3 is true.
+
+Fig. 3 (C.5): as compute grows, the error against the empirical score x_* falls on noised training points and *grows*
+along the model's own trajectories. Both are E_t |x_theta(z_t, t) - x_*(z_t, t)|^2 / d, x_theta = z - t v_theta:
+
+    E^sup   z_t = (1 - t) x + t eps, x from the training set        E^ext   z_t on the ODE's way from noise, w = 1
+
+Fig. 6: REPA changes the learned score more along trajectories than on training points. Fig. 7 (Eq. 5): Frechet distance
+= f_extrapolation(L), a straight line in the supervision loss L, lower for REPA and for convolutions.
+
+    python exp_scaling.py                # trains everything; about 25 minutes on 2 CPU cores that do nothing else
+    python exp_scaling.py --only fig3    # or fig6, fig7, dial, onset: the networks of one part; the rest if it is there
+
+Everything is trained here, on four kinds of images: random 1/f fields (16 x 16; the true posterior mean is a Wiener
+filter, the limit of both errors), digits, mixtures of the two (the *dial*), and crops of photographs of brick, grass
+and gravel (the *onset* of memorization). The effect is about 1% of the levels: all networks get the same points, noise
+and starting noise, and intervals (95%) are of paired differences, over 2,048 points or trajectories. They do not cover
+the seed of the training: one network of each kind is trained.
+
+Where the paper leaves it open: Fig. 3 is taken to be x-space, and Fig. 7 v-space, |x_theta - x_*|^2 / t^2 (t_min .025,
+half a step of the grid), as the ratio of their published levels, 3.8, suggests; the script measures that ratio. E^ext
+in v-space is all t_min, and in the JSON only. So are the unconditional errors (of a quarter of the points; the headline
+is class-conditional) and the paper's count of compute, 2 x MACs, forward only, beside the true FLOPs.
+
+What came out. *Fig. 3:* the supervision half holds, the extrapolation half is contradicted, on the fields, over size
+and over length. Their limit says why: x_theta of the true density has E^ext = .6515, below all these networks (.767 to
+.653), which reach it from above. So E^ext can rise only where a network has not begun to learn the structure: with
+contrast .5 (tried, not the default) a SiT of width 32 and depth 2 is above one of depth 1 by .0016 +- .0002 after 800
+steps and .0024 +- .0003 after 1,600, both on a plateau of E^sup near .066; the two larger ones leave it, and fall to
+the limits (E^sup .0583, E^ext .1239). The ratio of v- to x-space is 4.7 at unit variance, near the paper's 3.8, and 8.8
+at contrast .5: it depends on the data.
+*Fig. 6:* REPA changes the network no more along trajectories than on training points (1.02 times), and a change of seed
+does the same. *Fig. 7:* U-Nets have a far lower distance than transformers at equal L, as the paper says; attention or
+not, and REPA or not, is not resolved. (REPA is one block deep here, its teacher a small classifier, the runs short.)
+*Dial, onset:* not yet run at this size.
+
+Networks and their measurements are kept in out/exp_scaling/<preset>/runs/, named by what they depend on: the same
+command goes on after an interrupt, another length or trajectory count costs no more than what is new.
+(Three figures, five sweeps, their data, REPA and the Frechet distance make this file longer than the others.)
+"""
+import copy
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.special import stdtrit
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import train
+from empirical_score import EmpiricalScore
+from model import build_model
+from sample import cli, noise, pick_device
+
+
+@dataclass
+class Ladder:
+    models: tuple[str, ...]  # names of model.py, small to large
+    lengths: tuple[int, ...]  # training iterations after which each is measured: checkpoints of one run
+
+
+@dataclass
+class Config:
+    preset: Literal["laptop", "gpu"] = "laptop"  # where the defaults of all other fields come from
+    only: Literal["all", "fig3", "fig6", "fig7", "dial", "onset"] = "all"  # what to train for
+    fig3: Ladder = field(default_factory=lambda: Ladder(
+        ("SiT-pico/4", "SiT-nano/4", "SiT-micro/4", "SiT-tiny/4"), (400, 800, 1600)))
+    fig7: Ladder = field(default_factory=lambda: Ladder(("SiT-nano/2", "SiT-micro/2"), (400, 800)))
+    unets: Ladder = field(default_factory=lambda: Ladder(("UNet-pico", "UNet-nano"), (200, 400)))
+    dial: Ladder = field(default_factory=lambda: Ladder(("SiT-nano/4", "SiT-micro/4", "SiT-tiny/4"), (800,)))
+    onset: Ladder = field(default_factory=lambda: Ladder(
+        ("SiT-nano/4", "SiT-micro/4", "SiT-tiny/4"), (250, 500, 1000, 2000)))
+    amounts: tuple[float, ...] = (0, 0.25, 0.5, 0.75, 1)  # of texture in the dial: 0 is digits alone, 1 fields alone
+    lambdas: tuple[float, ...] = (0, 0.25, 0.5, 1)  # of REPA; the first must be 0
+    repa_depth: int = 1  # the block after which REPA looks at the tokens
+    contrast: float = 1  # standard deviation of the pixels of every set; 1 as in latents, .5 as in images in [-1, 1]
+    n_data: int = 20_000  # training images of each set
+    n_onset: int = 5_000  # training images of the onset's: fewer, so that memorization comes early
+    n_trajectories: int = 2048  # and as many noised training images
+    n_times: int = 20  # times t = (k + 1/2)/n_times, which are also the steps of Heun's method
+    batch: int = 128  # images a step
+    lr: float = 1e-3  # of AdamW, constant after the warmup
+    warmup: int = 50  # steps over which the learning rate rises
+    ema: float = 0.999  # decay of the averaged weights, reached gradually
+    label_dropout: float = 0.1  # fraction of labels replaced by the null label
+    n: int = 50  # neighbours in calibrated l2
+    threshold: float = 0.25  # of calibrated l2, below which a sample is a copy
+    workers: int = 2  # networks trained at once, in processes of one thread each; 1: in this process, for a GPU
+    seed: int = 0  # of data, weights, batches and noise
+    device: str = "cpu"  # cpu, auto, cuda, mps; networks as small as the laptop preset's are at home on a CPU
+    redraw: bool = False  # draw the figure again from results.json, and measure nothing
+    out: str = ""  # folder of the results; default out/exp_scaling/<preset>
+
+
+FOUR = ("SiT-tiny/4", "SiT-S/4", "SiT-B/4", "SiT-L/4")
+PRESETS = {
+    "laptop": Config(),
+    # the same sets, with more images and networks from the paper's ladder
+    "gpu": Config("gpu", fig3=Ladder(FOUR, (1000, 2000, 4000)),
+                  fig7=Ladder(("SiT-tiny/2", "SiT-S/2", "SiT-B/2"), (1000, 2000, 4000)),
+                  unets=Ladder(("UNet-tiny", "UNet-XS", "UNet-S"), (1000, 2000, 4000)),
+                  dial=Ladder(FOUR[:3], (2000,)), onset=Ladder(FOUR[:3], (1000, 2000, 4000, 8000)), n_data=100_000,
+                  n_onset=20_000, repa_depth=3, batch=256, lr=3e-4, warmup=200, workers=1, device="auto"),
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The data: images of 16 x 16, of mean 0 and one variance, and digits once more, 8 x 8, for the Fréchet distance
+
+def spectrum(side):
+    """(side, side) variance of the Fourier modes (orthonormal FFT) of the fields: 1/f amplitude, pixel variance 1."""
+    f = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.fftfreq(side)[None])
+    S = 1 / np.maximum(f, 1 / side)**2                       # the mean of an image varies like its longest wave
+    return S / S.mean()
+
+
+def fields(n, side, rng):
+    """(n, 1, side, side) Gaussian random fields of that spectrum."""
+    white = np.fft.fft2(rng.standard_normal((n, 1, side, side)), norm="ortho")
+    return np.fft.ifft2(white * np.sqrt(spectrum(side)), norm="ortho").real
+
+
+def digits(n, side, rng, part="x"):
+    """n digits of mnist5k, each shifted at random by up to two pixels, averaged down to side x side; and the labels."""
+    data = train.load_data("mnist5k")
+    N = len(data[part])
+    i = rng.permutation(np.arange(-(-n // N) * N) % N)[:n]
+    x, shift = np.full((n, 1, 32, 32), -1.0, dtype=np.float32), rng.integers(0, 5, (n, 2))
+    for k in range(n):
+        x[k, :, shift[k, 0]:shift[k, 0] + 28, shift[k, 1]:shift[k, 1] + 28] = data[part][i[k]]
+    w = 32 // side
+    return x.reshape(n, 1, side, w, side, w).mean((3, 5)), data[part.replace("x", "y")][i]
+
+
+def crops(n, side, rng):
+    """n crops from three photographs of scikit-image, in one of the 8 symmetries of the square; which of the three."""
+    from skimage import data
+    images = [getattr(data, name)() / 127.5 - 1 for name in ("brick", "grass", "gravel")]
+    y, x = rng.integers(0, 3, n), np.empty((n, 1, side, side))
+    for k in range(n):
+        r, c = (rng.integers(0, s - side + 1) for s in images[y[k]].shape)
+        crop = np.rot90(images[y[k]][r:r + side, c:c + side], rng.integers(4))
+        x[k, 0] = crop.T if rng.integers(2) else crop
+    return x, y
+
+
+def dataset(cfg, name):
+    """Folder of the set `name`, made if it is not there: "textures", "onset" (textures, fewer of them), "digits8", or
+    "dial<a>": (1 - a) digit + a field. So dial0 is digits, and dial1 the fields, whose labels then mean nothing."""
+    n = cfg.n_onset if name == "onset" else cfg.n_data
+    folder = train.results_path("exp_scaling", cfg).parent / "data" / f"{name}_{n}_{cfg.contrast:g}_{cfg.seed}"
+    if folder.exists():
+        return folder
+    rng, held = np.random.default_rng([cfg.seed, 0]), {}
+    if name in ("textures", "onset"):
+        x, y = crops(n, 16, rng)
+    else:
+        x, y = digits(n, side := 8 if name == "digits8" else 16, rng)
+        if name == "digits8":
+            held = dict(zip(("x_heldout", "y_heldout"), digits(2000, 8, rng, "x_heldout"), strict=True))
+        elif a := float(name.removeprefix("dial")):
+            x = (1 - a) * x + a * fields(n, side, rng)
+    mean, scale = (0, 1) if name == "dial1" else (x.mean(), x.std())      # dial1 has them, in the mean over all sets
+    arrays = {k: v.astype(np.int64) if k[0] == "y" else (cfg.contrast * (v - mean) / scale).astype(np.float32)
+              for k, v in (dict(x=x, y=y) | held).items()}
+    meta = dict(name=name, num_classes=int(y.max()) + 1, shape=list(x.shape[1:]),
+                scaling=f"mean 0, standard deviation {cfg.contrast:g}",
+                source="scikit-image" if name in ("textures", "onset") else "mnist5k, and random fields")
+    train.save_dataset(folder, arrays, meta)
+    return folder
+
+
+class Wiener:
+    """The velocity of the fields' true density N(0, S), S the spectrum times contrast^2, in Fourier space mode by mode.
+    It is linear in z, and has the interface of a network: its errors are those of a perfect generalizer.
+
+        E[x|z] = alpha S / (alpha^2 S + sigma^2) z,   E[eps|z] = sigma / (alpha^2 S + sigma^2) z,   v = E[eps - x|z]
+    """
+    prediction = "v"
+
+    def __init__(self, side, contrast=1.0, num_classes=10):
+        self.S, self.num_classes = torch.from_numpy(contrast**2 * spectrum(side)).float(), num_classes
+
+    def __call__(self, z, t, y=None):
+        t, S = torch.as_tensor(t).reshape(-1, 1, 1, 1), self.S.to(z.device)
+        gain = (t - (1 - t) * S) / ((1 - t)**2 * S + t**2)
+        return torch.fft.ifft2(torch.fft.fft2(z) * gain).real
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# REPA, and what measures a Fréchet distance: two networks that have as little as possible in common
+
+class Teacher(nn.Module):
+    """Convolutions; trained to tell the labels. Its features at the SiT's token grid are what REPA aligns to.
+
+    It differs from Judge in architecture, input statistics and seed. Were they the same network, REPA would be trained
+    towards the very features by which its samples are judged, and the distance could fall without better images."""
+    def __init__(self, patch, classes, dim=48):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.SiLU(),
+                                  nn.Conv2d(32, dim, 3, padding=1, stride=patch), nn.SiLU())
+        self.head = nn.Linear(dim, classes)
+
+    def tokens(self, x):                                     # (B, 1, H, H) -> (B, T, dim), T in the SiT's order
+        return self.body(x).flatten(2).transpose(1, 2)
+
+    def forward(self, x):
+        return self.head(self.tokens(x).mean(1))
+
+
+class Judge(nn.Module):
+    """A perceptron; trained to tell the labels. Its 64 features stand for Inception's 2048."""
+    def __init__(self, pixels, classes, dim=64):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(pixels, 256), nn.SiLU(), nn.Linear(256, dim), nn.SiLU())
+        self.head = nn.Linear(dim, classes)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def classifier(cfg, kind, patch=2):
+    """The Teacher or the Judge, trained on digits8 or found; with its held-out accuracy as .accuracy."""
+    data, other = train.load_data(dataset(cfg, "digits8")), kind == "teacher"
+    classes, pixels = data["meta"]["num_classes"], data["x"][0].size
+    torch.manual_seed(cfg.seed + (2000 if other else 1000))
+    net = Teacher(patch, classes) if other else Judge(pixels, classes)
+    name = f"{kind}{patch}.pt" if other else f"{kind}.pt"
+    path = dataset(cfg, "digits8").parent / f"{dataset(cfg, 'digits8').name}_{name}"
+    x, y, x_held, y_held = (torch.from_numpy(np.array(data[k])) for k in ("x", "y", "x_heldout", "y_heldout"))
+    if path.exists():
+        net.load_state_dict(torch.load(path, weights_only=True))
+    else:
+        optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.05)
+        for step in range(800):
+            i = train.step_indices(step, min(256, len(x)), len(x), cfg.seed + 3)
+            F.cross_entropy(net(x[i]), y[i]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.save(net.state_dict(), path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+    net.eval().requires_grad_(False)
+    net.accuracy = (net(x_held).argmax(1) == y_held).double().mean().item()
+    return net
+
+
+def repa_loss(tokens, target, projector):
+    """REPA: mean over images and tokens of -cos(projector(token), teacher's token). tokens (B, T, width)."""
+    return -F.cosine_similarity(projector(tokens).float(), target, dim=-1).mean()
+
+
+def frechet(mean1, cov1, mean2, cov2):
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2), the squared Wasserstein distance of two Gaussians (FID)."""
+    w, U = np.linalg.eigh(cov1)
+    root = U * np.sqrt(w.clip(0)) @ U.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ cov2 @ root).clip(0)).sum()
+    return float(np.square(mean1 - mean2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * cross)
+
+
+def gaussian(features):                                      # (n, dim) -> mean, covariance, in float64
+    features = np.asarray(features, dtype=np.float64)
+    return features.mean(0), np.cov(features.T)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One network: train it; measure it at each of its lengths
+
+class Job(NamedTuple):
+    data: str  # a name that dataset() knows
+    model: str
+    lengths: tuple
+    lam: float = 0.0  # of REPA
+    seed: int = 0  # added to cfg.seed
+
+    def name(self): return f"{self.data}_{self.model.replace('/', '-')}_{self.lam:g}_{self.seed}"
+
+
+def digest(*what):
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:10]
+
+
+def paths(cfg, job):
+    """The folder of the run, and one file of measurements for each length; named by all that they depend on."""
+    training = [cfg.n_onset if job.data == "onset" else cfg.n_data, cfg.batch, cfg.lr, cfg.warmup, cfg.ema,
+                cfg.contrast, cfg.label_dropout, cfg.seed, cfg.repa_depth if job.lam else 0]
+    training = [float(v) for v in training]                  # 1 and 1.0 are the same
+    measuring = [cfg.n_trajectories, cfg.n_times, cfg.n]
+    folder = train.results_path("exp_scaling", cfg).parent / "runs" / f"{job.name()}_{digest(job.name(), training)}"
+    return folder, [folder / f"measured_{k}_{digest(measuring)}.npz" for k in job.lengths]
+
+
+def save(path, write):                                       # never half a file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".tmp"), "wb") as f:
+        write(f)
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def fit(cfg, job, device, upto):
+    """Train to step `upto`, from where an earlier call ended. -> EMA model at `upto`, which is also on disk."""
+    data, folder = train.load_data(dataset(cfg, job.data)), paths(cfg, job)[0]
+    x, y = (torch.from_numpy(np.array(data[k])).to(device) for k in "xy")
+    shape, classes, seed = tuple(x.shape[1:]), data["meta"]["num_classes"], cfg.seed + job.seed
+    torch.manual_seed(seed)
+    model = build_model(job.model, shape[1], shape[0], classes).to(device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    if (folder / f"step_{upto}.pt").exists():
+        ema.load_state_dict(torch.load(folder / f"step_{upto}.pt", map_location=device, weights_only=True))
+        return ema
+    trained, seen = nn.ModuleDict(dict(model=model)), []
+    if job.lam:                                              # drawn after the model, whose weights it leaves alone
+        teacher = classifier(cfg, "teacher", model.patch).to(device)
+        target = torch.cat([teacher.tokens(xb) for xb in x.split(1024)])                         # (N, T, 48)
+        width, dim = model.pos_embed.shape[-1], target.shape[-1]
+        hidden = min(2048, 4 * width)
+        trained["projector"] = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
+                                             nn.Linear(hidden, dim)).to(device)
+        model.blocks[cfg.repa_depth - 1].register_forward_hook(lambda block, args, out: seen.append(out))
+    weights = [p for p in trained.parameters() if p.requires_grad]
+    averaged = [e for e, p in zip(ema.parameters(), model.parameters(), strict=True) if p.requires_grad]
+    current = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0, fused=device.type != "mps")
+    done = 0
+    if (folder / "last.pt").exists():
+        state = torch.load(folder / "last.pt", map_location=device, weights_only=True)
+        if state["step"] < upto:
+            trained.load_state_dict(state["trained"])
+            ema.load_state_dict(state["ema"])
+            optimizer.load_state_dict(state["optimizer"])
+            done = state["step"]
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    for step in tqdm(range(done, upto), desc=job.name(), leave=False, disable=True if cfg.workers > 1 else None):
+        i = train.step_indices(step, cfg.batch, len(x), seed)
+        t, eps, drop = train.step_noise(step, (cfg.batch, *shape), seed, device)
+        label = torch.where(drop < cfg.label_dropout, classes, y[i])
+        seen.clear()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = train.dsm_loss(model, x[i], label, t, eps, "v")
+            if job.lam:
+                loss = loss + job.lam * repa_loss(seen[0], target[i], trained["projector"])
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, current, 1 - min(cfg.ema, (1 + step) / (10 + step)))
+    if not loss.isfinite():
+        raise ValueError(f"{job.name()} diverged: the loss is {loss.item()} at lr {cfg.lr:g}")
+    state = dict(trained=trained.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=upto)
+    save(folder / "last.pt", lambda f: torch.save(state, f))
+    save(folder / f"step_{upto}.pt", lambda f: torch.save(ema.state_dict(), f))
+    return ema
+
+
+@functools.lru_cache(1)
+def probe(folder, n, n_times, seed, device):
+    """Common random numbers: what every network of one data set is asked, the same for all. The empirical score at the
+    noised training points does not depend on the network, and is computed once."""
+    data, started = train.load_data(folder), time.time()
+    E = EmpiricalScore(data["x"], data["y"], device=device)
+    i = torch.from_numpy(np.random.default_rng([seed, 1]).permutation(np.arange(-(-n // E.N) * E.N) % E.N)[:n])
+    x, y_sup = torch.from_numpy(data["x"][i.numpy()]).to(device), torch.from_numpy(data["y"][i.numpy()]).to(device)
+    t = (torch.arange(n_times, dtype=torch.float32) + 0.5) / n_times
+    eps, z1 = noise(range(n), E.shape, seed + 1).to(device), noise(range(n), E.shape, seed + 2).to(device)
+    z = torch.stack([torch.lerp(x, eps, tk) for tk in t.tolist()])       # (T, n, C, H, W): the same eps at all t
+    y_ext, few = torch.arange(n, device=device) % data["meta"]["num_classes"], -(-n // 4)
+    x_star = torch.stack([E.posterior_mean(zk, tk, y_sup) for zk, tk in zip(z, t.tolist(), strict=True)])
+    x_free = torch.stack([E.posterior_mean(zk[:few], tk) for zk, tk in zip(z, t.tolist(), strict=True)])
+    return SimpleNamespace(E=E, t=t.tolist(), z=z, y_sup=y_sup, z1=z1, y_ext=y_ext, x_star=x_star, x_free=x_free,
+                           few=few, seconds=time.time() - started)
+
+
+@torch.no_grad()
+def data_prediction(model, z, t, y):                         # x_theta = z - t v_theta, (B, C, H, W), in pieces
+    y = torch.full((len(z),), model.num_classes, device=z.device) if y is None else y
+    return torch.cat([zb - t * model(zb, t, yb) for zb, yb in zip(z.split(512), y.split(512), strict=True)])
+
+
+@torch.no_grad()
+def trajectories(model, z1, y, t):
+    """Heun's method from z1 at 1 over the times t (ascending) down to 0, w = 1. -> z and x_theta at these times, both
+    (T, B, C, H, W), t ascending, and the samples. sample.sample would evaluate the network twice at every z."""
+    paths, means, ends = [], [], []
+    for z, yb in zip(z1.split(512), y.split(512), strict=True):
+        path, mean = [], []
+        for a, b in pairwise([1.0, *t[::-1], 0.0]):
+            v = model(z, a, yb)
+            if a < 1:
+                path.append(z)
+                mean.append(z - a * v)
+            z = z + (b - a) / 2 * (v + model(z + (b - a) * v, b, yb))
+        paths.append(torch.stack(path[::-1]))
+        means.append(torch.stack(mean[::-1]))
+        ends.append(z)
+    return torch.cat(paths, 1), torch.cat(means, 1), torch.cat(ends)
+
+
+def per_dim(a):                                              # |a|^2 / d: (T, B, C, H, W) -> (B, T) float64 numpy
+    return a.flatten(2).double().square().mean(2).T.cpu().numpy()
+
+
+def evaluate(model, p, n=50):
+    """E^sup and E^ext of one model, (n_trajectories, T), x-space, per dimension; `_free`: the same without labels, the
+    null label against x_* over all of D, on the first quarter. Samples, their neighbours, and the seconds spent on
+    the empirical score and altogether."""
+    started, out = time.time(), {}
+    out["sup"] = per_dim(torch.stack([data_prediction(model, z, t, p.y_sup) for z, t in zip(p.z, p.t, strict=True)])
+                         - p.x_star)
+    out["sup_free"] = per_dim(torch.stack([data_prediction(model, z[:p.few], t, None)
+                                           for z, t in zip(p.z, p.t, strict=True)]) - p.x_free)
+    path, x_theta, samples = trajectories(model, p.z1, p.y_ext, p.t)
+    free = torch.stack([data_prediction(model, z[:p.few], t, None) for z, t in zip(path, p.t, strict=True)])
+    before = time.time()
+    out["ext"] = per_dim(x_theta - torch.stack([p.E.posterior_mean(z, t, p.y_ext)
+                                                for z, t in zip(path, p.t, strict=True)]))
+    out["ext_free"] = per_dim(free - torch.stack([p.E.posterior_mean(z[:p.few], t)
+                                                  for z, t in zip(path, p.t, strict=True)]))
+    empirical = time.time() - before
+    d2 = p.E.nearest(samples.double(), min(n, p.E.N))[0].cpu().numpy()                           # (B, n), ascending
+    out |= dict(calibrated=d2[:, 0] / d2.mean(1), distance=np.sqrt(d2[:, 0] / p.E.D),
+                samples=samples.half().cpu().numpy(), seconds=np.array([empirical, time.time() - started, 0]))
+    return out
+
+
+def run(cfg, job):
+    """Train and measure one network, or find it done."""
+    device = pick_device(cfg.device)
+    for steps, path in zip(job.lengths, paths(cfg, job)[1], strict=True):
+        if not path.exists():
+            started = time.time()
+            p = probe(str(dataset(cfg, job.data)), cfg.n_trajectories, cfg.n_times, cfg.seed, device)
+            exact = job.model == "Wiener"
+            result = evaluate(Wiener(16, cfg.contrast) if exact else fit(cfg, job, device, steps), p, cfg.n)
+            result["seconds"] += [p.seconds, p.seconds, 0]   # of the probe, which counts once
+            result["seconds"][2] = time.time() - started
+            p.seconds = 0
+            save(path, lambda f, result=result: np.savez(f, **result))
+
+
+def start_worker():
+    """One thread, so that results do not depend on the number of workers. Ctrl-C lets a worker finish what it does; it
+    ends with the process that started it, however that ends."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+PARTS = ("fig3", "fig6", "fig7", "dial", "onset")
+
+
+def jobs(cfg, part):
+    """The networks that a part of the figure needs."""
+    if part in ("fig6", "fig7"):
+        sit = [Job("digits8", m, cfg.fig7.lengths, lam) for m in cfg.fig7.models for lam in cfg.lambdas]
+        # what changes from seed to seed is the control for what REPA changes
+        control = [Job("digits8", cfg.fig7.models[-1], cfg.fig7.lengths[-1:], 0, 1)]
+        return sit + (control if part == "fig6" else
+                      [Job("digits8", m + kind, cfg.unets.lengths) for m in cfg.unets.models for kind in ("", "-conv")])
+    if part == "dial":
+        return [Job(f"dial{a:g}", m, cfg.dial.lengths) for a in cfg.amounts for m in cfg.dial.models]
+    if part == "onset":
+        return [Job("onset", m, cfg.onset.lengths) for m in cfg.onset.models]
+    return [Job("dial1", m, cfg.fig3.lengths) for m in cfg.fig3.models] + [Job("dial1", "Wiener", (0,))]
+
+
+def run_all(cfg, todo):
+    """Run these jobs, several at once, in their order; one network's lengths, wherever they are asked for, in one."""
+    lengths = {}
+    for job in todo:
+        lengths.setdefault(job._replace(lengths=()), set()).update(job.lengths)
+    todo = [job._replace(lengths=tuple(sorted(steps))) for job, steps in lengths.items()]
+    todo = [job for job in todo if not all(path.exists() for path in paths(cfg, job)[1])]
+    for name in {job.data for job in todo}:                  # here, or two processes would write the same file
+        dataset(cfg, name)
+    for m in {job.model for job in todo if job.lam}:
+        classifier(cfg, "teacher", int(m.split("/")[1]))
+    bar = tqdm(total=len(todo), desc="networks", disable=None, leave=False)
+    if cfg.workers == 1 or len(todo) < 2:
+        for job in todo:
+            run(cfg, job), bar.update()
+        return
+    with ProcessPoolExecutor(cfg.workers, multiprocessing.get_context("spawn"), start_worker) as pool:
+        try:
+            for result in as_completed([pool.submit(run, cfg, job) for job in todo]):
+                result.result(), bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From errors to claims
+
+@functools.cache
+def step_flops(model, side, classes, batch):
+    """(true FLOPs of a training step, forward and backward; the paper's count, 2 x MACs x batch, forward only, which
+    by torch's counter comes out as the FLOPs of the forward)."""
+    with torch.device("meta"):                               # shapes without numbers
+        net, z = build_model(model, side, 1, classes), torch.empty(batch, 1, side, side)
+        t, y = torch.empty(batch), torch.zeros(batch, dtype=torch.long)
+    counts = []
+    for step in (lambda: net(z, t, y).sum().backward(), lambda: net(z, t, y)):
+        with FlopCounterMode(display=False) as counter:
+            step()
+        counts.append(counter.get_total_flops())
+    return tuple(counts)
+
+
+def mean_ci(v):                                              # (n,) -> mean and its 95% interval, (3,)
+    half = 1.96 * v.std(ddof=1) / len(v)**0.5
+    return np.array([v.mean(), v.mean() - half, v.mean() + half])
+
+
+def slopes(compute, E):
+    """compute (S, L), E (S, L, n) with common random numbers -> {which: slope of E per decade of compute, (3,) with its
+    95% interval}: of one line through all, over size at equal length, over length at equal size.
+
+    A slope is linear in E, so each trajectory has one, and their spread is that of the paired differences."""
+    x, out = np.log10(compute), {}
+    for which, axis in (("all", None), ("size", 0), ("length", 1)):
+        c = x - x.mean(axis, keepdims=True)
+        if (c**2).sum() > 1e-12:                             # else there is but one length
+            out[which] = mean_ci(np.einsum("sl,sln->n", c / (c**2).sum(), E))
+    return out
+
+
+def ladder(cfg, data, models, lengths):
+    """All that is said about one ladder: levels, paired differences and slopes, in x- and v-space, with labels and
+    without ("_free"), and along t."""
+    runs = [[np.load(p) for p in paths(cfg, Job(data, m, lengths))[1]] for m in models]
+    t = (np.arange(cfg.n_times) + 0.5) / cfg.n_times
+    side, classes = runs[0][0]["samples"].shape[-1], 3 if data == "onset" else 10
+    per_step = np.array([step_flops(m, side, classes, cfg.batch) for m in models], dtype=float)  # (S, 2)
+    compute = per_step[:, :1] * np.array(lengths)                                                # (S, L)
+    out = dict(models=models, lengths=lengths, compute=compute, compute_paper=per_step[:, 1:] * np.array(lengths), t=t,
+               d=side**2, memorized=[[(r["calibrated"] < cfg.threshold).mean() for r in row] for row in runs],
+               distance=[[r["distance"].mean() for r in row] for row in runs])
+    for key in ("sup", "ext", "sup_free", "ext_free"):
+        E_t = np.array([[r[key] for r in row] for row in runs])                                  # (S, L, n, T)
+        for space, E in (("x", E_t.mean(3)), ("v", (E_t / t**2).mean(3))):
+            over = lambda base, E=E: np.apply_along_axis(mean_ci, 2, E - base)                   # paired, (S, L, 3)
+            out[f"{key}_{space}"] = dict(mean=E.mean(2), slope=slopes(compute, E), over_smallest=over(E[:1]),
+                                         over_first=over(E[:1, :1]))
+        out[f"{key}_x"]["along_t"] = np.apply_along_axis(mean_ci, 0, E_t[-1, -1] - E_t[0, -1]).T  # (T, 3)
+        out[f"{key}_x"]["level_t"] = E_t[-1, -1].mean(0)
+    sup = np.array(runs[-1][-1]["sup"])                      # the largest network's: is Fig 7 to Fig 3 as v to x?
+    ratio = lambda v: (v / t**2).mean() / v.mean()
+    out["v_over_x"] = [ratio(sup), *train.bootstrap(sup, ratio)]
+    return out
+
+
+def row(text, paper, value, **bounds):                       # value (3,): what came out, and its 95% interval
+    return train.claim(text, paper, value[0], tuple(value[1:]), **bounds)
+
+
+def part_fig3(cfg):
+    a = ladder(cfg, "dial1", cfg.fig3.models, cfg.fig3.lengths)
+    limit = np.load(paths(cfg, Job("dial1", "Wiener", (0,)))[1][0])
+    a["limit"] = {k: mean_ci(limit[k].mean(1)) for k in ("sup", "ext")}
+    best = np.load(paths(cfg, Job("dial1", cfg.fig3.models[-1], cfg.fig3.lengths))[1][-1])
+    a["limit"]["room"] = mean_ci((limit["ext"] - best["ext"]).mean(1))   # paired: from the same starting noise
+    last = a["ext_x"]["over_smallest"][-1][-1]
+    claims = [row("Fig 3 supervision error per decade of compute, 1/f fields: < 0", "< 0", a["sup_x"]["slope"]["all"],
+                  high=0.0),
+              row("Fig 3 extrapolation error per decade of compute, 1/f fields: > 0", "> 0",
+                  a["ext_x"]["slope"]["all"], low=0.0)]
+    claims += [row(f"Fig 3 the same over {k} alone, at equal {other}: > 0", "> 0", a["ext_x"]["slope"][k], low=0.0)
+               for k, other in (("size", "length"), ("length", "size")) if k in a["ext_x"]["slope"]]
+    claims += [row("Fig 3 extrapolation error, largest minus smallest, longest trained: > 0", "> 0", last, low=0.0),
+               row("Fig 3 supervision, v-space over x-space: within 1.5 times of 3.8", "3.8", a["v_over_x"],
+                   low=3.8 / 1.5, high=3.8 * 1.5),
+               row("Fig 3 why: extrapolation error, true density minus largest network: > 0", "not shown",
+                   a["limit"]["room"], low=0.0)]
+    return a, claims
+
+
+def part_dial(cfg):
+    out, claims = dict(amounts=cfg.amounts, ladders=[]), []
+    for a in cfg.amounts:
+        out["ladders"].append(ladder(cfg, f"dial{a:g}", cfg.dial.models, cfg.dial.lengths))
+        what = {0: "digits alone", 1: "fields alone"}.get(a, f"{1 - a:g} digit + {a:g} field")
+        claims.append(row(f"dial, {what}: extrapolation error over size: > 0", "> 0",
+                          out["ladders"][-1]["ext_x"]["slope"]["size"], low=0.0))
+    return out, claims
+
+
+def part_onset(cfg):
+    a, lengths = ladder(cfg, "onset", cfg.onset.models, cfg.onset.lengths), cfg.onset.lengths
+    name, path = cfg.onset.models[-1], paths(cfg, Job("onset", cfg.onset.models[-1], lengths))[1]
+    first, last = np.load(path[0]), np.load(path[-1])
+    moved = lambda f: mean_ci(f(last) - f(first))            # paired by the starting noise
+    # one more each way, or an interval of copies that are all there, or none, would have no width
+    hit = lambda r: np.append(r["calibrated"] < cfg.threshold, [r is last, r is first]).astype(float)
+    return a, [
+        row(f"onset, textures: extrapolation error over size after {lengths[0]} steps: > 0", "> 0",
+            a["ext_x"]["over_smallest"][-1][0], low=0.0),
+        row(f"onset, {name}: extrapolation error, step {lengths[-1]} minus {lengths[0]}: < 0", "not shown",
+            moved(lambda r: r["ext"].mean(1)), high=0.0),
+        row(f"onset, {name}: memorized fraction, the same difference: > 0", "not shown", moved(hit), low=0.0)]
+
+
+def part_fig6(cfg):
+    """|x_theta' - x_theta|^2 / d of the network with REPA and the one without, and of two seeds without."""
+    base = Job("digits8", cfg.fig7.models[-1], cfg.fig7.lengths)
+    others = {f"REPA, lambda = {lam:g}": base._replace(lam=lam) for lam in cfg.lambdas[1:]}
+    others["control: another seed"] = base._replace(seed=1)
+    upto, device, found, path = base.lengths[-1], pick_device(cfg.device), {}, None
+    for name, job in others.items():
+        file = paths(cfg, job)[0] / f"change_{upto}_{digest(cfg.n_trajectories, cfg.n_times)}.npz"
+        if not file.exists():
+            p = probe(str(dataset(cfg, job.data)), cfg.n_trajectories, cfg.n_times, cfg.seed, device)
+            at_points = lambda net, p=p: torch.stack([data_prediction(net, z, t, p.y_sup)
+                                                      for z, t in zip(p.z, p.t, strict=True)])
+            if path is None:                                 # the baseline's, the same for all
+                one = fit(cfg, base, device, upto)
+                path, x_ext, _ = trajectories(one, p.z1, p.y_ext, p.t)
+                x_sup = at_points(one)
+            two = fit(cfg, job, device, upto)
+            on_path = torch.stack([data_prediction(two, z, t, p.y_ext) for z, t in zip(path, p.t, strict=True)])
+            result = dict(sup=per_dim(at_points(two) - x_sup), ext=per_dim(on_path - x_ext))
+            save(file, lambda f, result=result: np.savez(f, **result))
+        found[name] = np.load(file)
+    # supervision points and trajectories are independent draws, each resampled with the other, which does no harm
+    both = {k: np.stack([v["ext"].mean(1), v["sup"].mean(1)], 1) for k, v in found.items()}      # (n, 2)
+    ratio = lambda v: v[:, 0].mean() / v[:, 1].mean()
+    of = lambda v, f: np.array([f(v), *train.bootstrap(v, f)])
+    strong, control = both[f"REPA, lambda = {cfg.lambdas[-1]:g}"], both["control: another seed"]
+    excess = of(np.concatenate([strong, control], 1), lambda v: ratio(v[:, :2]) / ratio(v[:, 2:]))
+    t = (np.arange(cfg.n_times) + 0.5) / cfg.n_times
+    arrays = dict(t=t, ratio={k: of(v, ratio) for k, v in both.items()}, model=base.model, steps=upto,
+                  change={k: {r: dict(mean=mean_ci(v[r].mean(1)), along_t=np.apply_along_axis(mean_ci, 0, v[r]).T)
+                              for r in ("sup", "ext")} for k, v in found.items()})
+    return arrays, [
+        row(f"Fig 6 change by REPA ({cfg.lambdas[-1]:g}), trajectories over training points: > 1", "> 1",
+            of(strong, ratio), low=1.0),
+        row("Fig 6 control: that ratio over the ratio of a change of seed: > 1", "not shown", excess, low=1.0)]
+
+
+def shift(one, two):
+    """Vertical distance, line of recipe `one` minus line of `two`, at equal L. Each (L (m,), FD (m,), L (R, m), FD (R,
+    m)): as measured, and resampled. -> (3,), at the middle of where both ranges of L overlap (or of the gap between).
+
+    The interval has the error of the samples (bootstrap, paired) and the scatter of the points about the lines."""
+    low, high = (f([g(one[0]), g(two[0])]) for f, g in ((max, np.min), (min, np.max)))
+    at = (low + high) / 2
+    line = lambda L, FD: np.polyval(np.polyfit(L, FD, 1), at)
+    estimate = line(*one[:2]) - line(*two[:2])
+    spread = np.std([line(*a) - line(*b) for a, b in zip(zip(*one[2:], strict=True), zip(*two[2:], strict=True),
+                                                         strict=True)], ddof=1)
+    free, variance = sum(len(r[0]) - 2 for r in (one, two)), spread**2
+    for L, FD, *_ in (one, two):
+        rest = ((FD - np.polyval(np.polyfit(L, FD, 1), L))**2).sum() / max(1, len(L) - 2)
+        variance += rest * (1 / len(L) + (at - L.mean())**2 / ((L - L.mean())**2).sum())
+    half = stdtrit(max(1, free), 0.975) * variance**0.5
+    return np.array([estimate, estimate - half, estimate + half])
+
+
+def part_fig7(cfg, resamples=100):
+    """Fréchet distance against supervision loss for every recipe."""
+    judge, data = classifier(cfg, "judge"), train.load_data(dataset(cfg, "digits8"))
+    features = lambda x: torch.cat([judge.body(b) for b in x.split(2048)]).double().numpy()
+    reference = gaussian(features(torch.from_numpy(np.array(data["x"]))))
+    recipes = {f"SiT, REPA {lam:g}": [Job("digits8", m, cfg.fig7.lengths, lam) for m in cfg.fig7.models]
+               for lam in cfg.lambdas}
+    for kind, name in (("", "U-Net, attention"), ("-conv", "U-Net, conv only")):
+        recipes[name] = [Job("digits8", m + kind, cfg.unets.lengths) for m in cfg.unets.models]
+    n, t = cfg.n_trajectories, (np.arange(cfg.n_times) + 0.5) / cfg.n_times
+    draws = np.random.default_rng(cfg.seed).integers(n, size=(resamples, n))                     # the same for all
+    table, lines = [], {}
+    for name, group in recipes.items():
+        points = []
+        for job in group:
+            true, paper = step_flops(job.model, 8, 10, cfg.batch)
+            for steps, path in zip(job.lengths, paths(cfg, job)[1], strict=True):
+                r = np.load(path)
+                L, f = (r["sup"] / t**2).mean(1), features(torch.from_numpy(r["samples"]).float())
+                distance = lambda f: frechet(*gaussian(f), *reference)
+                points.append((L.mean(), distance(f), [L[i].mean() for i in draws], [distance(f[i]) for i in draws]))
+                table.append(dict(recipe=name, model=job.model, steps=steps, compute=true * steps, L=L.mean(),
+                                  compute_paper=paper * steps, FD=points[-1][1], FD_half=distance(f[:n // 2]),
+                                  FD_sd=float(np.std(points[-1][3]))))
+        lines[name] = tuple(np.array([p[k] for p in points]) if k < 2 else np.array([p[k] for p in points]).T
+                            for k in range(4))
+    fits = {name: np.polyfit(L, FD, 1) for name, (L, FD, *_) in lines.items()}
+    plain, names = lines[f"SiT, REPA {cfg.lambdas[0]:g}"], list(recipes)
+    claims = [row(f"Fig 7b FD at equal L, REPA {lam:g} minus none: < 0", "< 0",
+                  shift(lines[f"SiT, REPA {lam:g}"], plain), high=0.0) for lam in cfg.lambdas[1:]]
+    claims += [row(f"Fig 7c FD at equal L, {name} minus SiT: < 0", "< 0", shift(lines[name], plain), high=0.0)
+               for name in names[-2:]]
+    claims.append(row("Fig 7c FD at equal L, U-Net conv only minus with attention: < 0", "< 0",
+                      shift(lines[names[-1]], lines[names[-2]]), high=0.0))
+    teacher = classifier(cfg, "teacher", int(cfg.fig7.models[0].split("/")[1]))
+    how = (f"FD: squared Frechet distance of {len(reference[0])} features, n = {n} samples, Heun, NFE "
+           f"{2 * cfg.n_times + 2}, w = 1, EMA {cfg.ema}, reference: the {len(data['x'])} training images")
+    return dict(table=table, fits=fits, accuracy=judge.accuracy, teacher_accuracy=teacher.accuracy, how=how), claims
+
+
+def check(cfg):
+    """What can be wrong, before anything is trained or written."""
+    for name in ("n_data", "n_onset", "n_trajectories", "n_times", "batch", "workers", "n", "repa_depth"):
+        if getattr(cfg, name) < (least := 2 if name in ("n_trajectories", "n_data", "n_onset") else 1):
+            raise ValueError(f"{name} must be at least {least}, not {getattr(cfg, name)}")
+    for name, side in (("fig3", 16), ("dial", 16), ("onset", 16), ("fig7", 8), ("unets", 8)):
+        models, lengths = (rungs := getattr(cfg, name)).models, rungs.lengths
+        if len(models) < 2 and name in ("fig3", "dial", "onset") or not models or not lengths:
+            raise ValueError(f"{name} needs two models at least, and a length")
+        if min(lengths) < 1 or list(lengths) != sorted(set(lengths)):
+            raise ValueError(f"{name}.lengths must be positive and ascend, not {lengths}")
+        if len(models) * len(lengths) < 3 and name in ("fig7", "unets"):
+            raise ValueError(f"a line through the points of {name} needs three, models x lengths, not fewer")
+        for model in models:
+            if "SiT" not in model and name == "fig7":
+                raise ValueError(f"fig7.models are SiTs, which have the tokens that REPA aligns, not {model}")
+            if "UNet" not in model and name == "unets":
+                raise ValueError(f"unets.models are U-Nets, not {model}")
+            with torch.device("meta"):
+                net = build_model(model, side, 1, 10)
+            if name == "fig7" and cfg.repa_depth > len(net.blocks):
+                raise ValueError(f"repa_depth {cfg.repa_depth} is more than the {len(net.blocks)} blocks of {model}")
+    if not cfg.contrast > 0:
+        raise ValueError(f"contrast must be positive, not {cfg.contrast:g}")
+    if len(cfg.lambdas) < 2 or cfg.lambdas[0] != 0 or list(cfg.lambdas) != sorted(set(cfg.lambdas)):
+        raise ValueError(f"lambdas must ascend from 0, and be two at least, not {cfg.lambdas}")
+    if not cfg.amounts or min(cfg.amounts) < 0 or max(cfg.amounts) > 1:
+        raise ValueError(f"amounts of texture lie between 0 and 1, not {cfg.amounts}")
+
+
+def measure(cfg):
+    """Train or find the networks of the parts asked for; write what they say, with claims, to results.json. Parts that
+    were not asked for, but whose networks are all there, are written along."""
+    check(cfg)
+    phase = train.phases()
+    analyse = dict(fig3=part_fig3, fig6=part_fig6, fig7=part_fig7, dial=part_dial, onset=part_onset)
+    wanted = PARTS if cfg.only == "all" else (cfg.only,)
+    found = lambda part: all(p.exists() for job in jobs(cfg, part) for p in paths(cfg, job)[1])
+    before = {p for part in PARTS for job in jobs(cfg, part) for p in paths(cfg, job)[1] if p.exists()}
+    run_all(cfg, [job for part in wanted for job in jobs(cfg, part)])
+    phase("networks")
+    arrays, claims = {}, []
+    for part in PARTS:
+        if part in wanted or found(part):
+            arrays[part], its = analyse[part](cfg)
+            claims += its
+            phase(part)
+    used = {p for part in arrays for job in jobs(cfg, part) for p in paths(cfg, job)[1]}
+    seconds = {p: np.load(p)["seconds"] for p in used}       # of the empirical score, of measuring, of all
+    total = np.sum([*seconds.values()], axis=0)
+    earlier = sum(s[2] for p, s in seconds.items() if p in before)
+    print(f"{len(used)} checkpoints, {len(used & before)} of them found: {total[2]:.0f} s of one worker, of which "
+          f"{100 * total[1] / total[2]:.0f}% measuring, in it {100 * total[0] / total[2]:.0f}% the empirical score")
+    if "fig7" in arrays:
+        print_table(arrays["fig7"])
+    arrays["seconds"] = dict(empirical=total[0], measuring=total[1], all=total[2])
+    started = phase.started - earlier / cfg.workers          # `seconds` is what all of it takes
+    train.save_results("exp_scaling", cfg, pick_device(cfg.device), started, arrays, claims)
+
+
+def print_table(a):
+    """The decomposition: compute -> L for supervision, L -> FD for extrapolation."""
+    print(f"\n{a['how']}\nheld-out accuracy: {a['accuracy']:.3f} of the network that judges, "
+          f"{a['teacher_accuracy']:.3f} of REPA's teacher\n{'recipe':18s} {'model':16s} {'steps':>6s} {'FLOPs':>9s} "
+          f"{'L':>7s} {'FD':>8s} {'(sd)':>7s} {'at n/2':>8s}")
+    for r in a["table"]:
+        print(f"{r['recipe']:18s} {r['model']:16s} {r['steps']:6d} {r['compute']:9.2e} {r['L']:7.4f} {r['FD']:8.3f} "
+              f"{r['FD_sd']:7.3f} {r['FD_half']:8.3f}")
+    for recipe, (slope, offset) in a["fits"].items():
+        print(f"{recipe:18s} FD = {slope:.3g} L {offset:+.3g}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Drawing
+
+BLUE, RED, GREY = "#0072B2", "#D55E00", "#777777"            # supervision, extrapolation: the same in every figure
+
+
+def draw_fig3(axes, a):
+    ax, right = axes[0], axes[0].twinx()
+    x = np.array(a["compute"])                               # (S, L)
+    for axis, key, colour, marker in ((ax, "sup", BLUE, "o"), (right, "ext", RED, "s")):
+        e = a[f"{key}_x"]                                    # levels from paired differences, which have more digits
+        y = e["mean"][0][0] + np.array(e["over_first"])[..., 0]
+        for j in range(x.shape[1]):
+            paired = np.array(e["over_smallest"])[:, j]      # (S, 3)
+            low, high = np.abs(paired[:, 1:].T - paired[:, 0])
+            axis.errorbar(x[:, j], y[:, j], (low, high), fmt=marker, color=colour, ms=4 + 2 * j, mfc="w", capsize=2)
+        slope, low, high = e["slope"]["all"]
+        ends = np.log10([x.min(), x.max()])
+        axis.plot(10**ends, y.mean() + slope * (ends - np.log10(x).mean()), color=colour, lw=2)
+        limit, span = a["limit"][key][0], np.ptp(y)
+        axis.set_ylim(y.min() - 0.6 * span, y.max() + 0.6 * span)
+        if abs(limit - y.mean()) < 2 * span:                 # else it would leave the ladder no room
+            axis.set_ylim(min(y.min(), limit) - 0.4 * span, max(y.max(), limit) + 0.4 * span)
+            axis.axhline(limit, color=colour, ls=":", lw=1.3)
+        axis.set_ylabel(f"$E^{{{key}}}$ of $|x_\\theta - x_*|^2/d$; limit (dotted): {limit:.4f}", color=colour)
+        axis.tick_params(axis="y", colors=colour)
+        ax.text(0.03, 0.95 if key == "ext" else 0.03, f"{key}: {slope:+.2g} [{low:+.2g}, {high:+.2g}] a decade",
+                transform=ax.transAxes, color=colour, fontsize=9, va="top" if key == "ext" else "bottom")
+    ax.set(xscale="log", xlabel="training compute (FLOPs); larger marker: longer", title="(a) Fig. 3, 1/f fields")
+    ax = axes[1]
+    for key, colour in (("sup", BLUE), ("ext", RED)):
+        mean, low, high = np.array(a[f"{key}_x"]["along_t"]).T
+        ax.plot(a["t"], mean, color=colour, label=f"$E^{{{key}}}$")
+        ax.fill_between(a["t"], low, high, color=colour, alpha=0.2, lw=0)
+    ax.axhline(0, color=GREY, lw=0.8)
+    ax.set(xlabel="t", title=f"(b) {a['models'][-1]} minus {a['models'][0]}, {a['lengths'][-1]} steps (95%)",
+           ylabel="change of the error, x-space")
+    ax.legend()
+
+
+def draw_dial(axes, a):
+    for key, colour, marker in (("sup", BLUE, "o"), ("ext", RED, "s")):
+        s = np.array([la[f"{key}_x"]["slope"]["size"] for la in a["ladders"]])                   # (amounts, 3)
+        axes[0].errorbar(a["amounts"], s[:, 0], np.abs(s[:, 1:] - s[:, :1]).T, fmt=marker + "-", color=colour,
+                         capsize=3, label=f"$E^{{{key}}}$ (95%)")
+    axes[0].axhline(0, color=GREY, lw=0.8)
+    axes[0].set(xlabel="a of (1 - a) digit + a field, standardized", ylabel="slope over size, per decade of compute",
+                title="(c) The dial: when does it grow?")
+    axes[0].set_yscale("symlog", linthresh=1e-4)
+    axes[0].legend()
+
+
+def draw_onset(axes, a):
+    ax, right = axes[0], axes[0].twinx()
+    for k, (model, line) in enumerate(zip(a["models"], (":", "--", "-", "-.") * 3, strict=False)):
+        ax.plot(a["lengths"], a["ext_x"]["mean"][k], line, color=RED, marker="s", ms=4, label=model)
+        right.plot(a["lengths"], a["memorized"][k], line, color="black", lw=1.2)
+        right.plot(a["lengths"], a["distance"][k], line, color=GREY, lw=1.2)
+    ax.set(xscale="log", xlabel="training steps", title="(d) The onset, real textures")
+    ax.set_ylabel("$E^{ext}$, x-space", color=RED)
+    right.set(ylim=(-0.03, 1.03))
+    right.set_ylabel("black: memorized; grey: distance to nearest", fontsize=9)
+    ax.legend(fontsize=8, loc="center left")
+
+
+def draw_fig6(axes, a):
+    names = list(a["change"])
+    for name, style in zip((names[-2], names[-1]), ("-", ":"), strict=True):
+        for region, colour in (("sup", BLUE), ("ext", RED)):
+            mean, low, high = np.array(a["change"][name][region]["along_t"]).T
+            axes[0].plot(a["t"], mean, style, color=colour, label=f"{name}, {region}")
+            axes[0].fill_between(a["t"], low, high, color=colour, alpha=0.15, lw=0)
+    axes[0].set(xlabel="t", ylabel="$|x_\\theta' - x_\\theta|^2/d$", yscale="log",
+                title=f"(e) Fig. 6, {a['model']} (95%)")
+    axes[0].legend(fontsize=8)
+
+
+def draw_fig7(axes, a):
+    recipes = list(a["fits"])
+    repa, colours = [r for r in recipes if "REPA" in r], {recipes[0]: "black"}
+    colours |= {r: (0.8, 0.75 - 0.6 * k / len(repa), 0.7) for k, r in enumerate(repa[1:])}
+    colours |= dict(zip(recipes[-2:], ("#009E73", "#999933"), strict=True))
+    for ax, names, title in ((axes[0], repa, "(f) Fig. 7b, REPA"),
+                             (axes[1], [recipes[0], *recipes[-2:]], "(g) Fig. 7c, architectures"),
+                             (axes[2], recipes, "(h) Compute to L")):
+        for name in names:
+            C, L, FD = np.array([[r[k] for k in ("compute", "L", "FD")] for r in a["table"] if r["recipe"] == name]).T
+            if ax is axes[2]:
+                ax.plot(*np.array([C, L])[:, np.argsort(C)], "o-", color=colours[name], ms=4, lw=1, label=name)
+                continue
+            ax.scatter(L, FD, 12 + 25 * (np.log10(C) - 10).clip(0), color=[colours[name]], alpha=0.8, label=name)
+            ends = np.array([L.min(), L.max()])
+            ax.plot(ends, np.polyval(a["fits"][name], ends), color=colours[name], lw=1.3)
+        ax.set(xlabel="supervision loss L (v-space, per dimension)", ylabel="Fréchet distance", title=title)
+        ax.legend(fontsize=8)
+    axes[2].set(xscale="log", xlabel="training compute (FLOPs)", ylabel="L")
+
+
+def plot(path):
+    """results.json -> results.png beside it."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    results = json.loads(Path(path).read_text())
+    a = results["arrays"]
+    fig, axes = plt.subplots(2, 4, figsize=(22, 12))
+    fig.subplots_adjust(left=0.04, right=0.965, top=0.965, bottom=0.26, wspace=0.4, hspace=0.24)
+    axes = axes.ravel()
+    for part, draw, which in (("fig3", draw_fig3, (0, 1)), ("dial", draw_dial, (2,)), ("onset", draw_onset, (3,)),
+                              ("fig6", draw_fig6, (4,)), ("fig7", draw_fig7, (5, 6, 7))):
+        if part in a:
+            draw(axes[list(which)], a[part])
+        for k in () if part in a else which:
+            axes[k].text(0.5, 0.5, f"not measured: --only {part}", ha="center", color=GREY)
+            axes[k].set_axis_off()
+    lines = [f"{c['verdict']:12s} {c['claim']:74s} {c['ours']:9.3g} [{c['ci95'][0]:.3g}, {c['ci95'][1]:.3g}]"
+             for c in results["claims"]]
+    half = -(-len(lines) // 2)
+    for k, column in enumerate((lines[:half], lines[half:])):
+        fig.text(0.02 + 0.49 * k, 0.2, "\n".join(column), fontsize=9, family="monospace", va="top", linespacing=1.35)
+    fig.savefig(Path(path).with_suffix(".png"), dpi=80)
+    plt.close(fig)
+
+
+if __name__ == "__main__":
+    cli(lambda cfg: train.experiment("exp_scaling", cfg, measure, plot), PRESETS)

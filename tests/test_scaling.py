@@ -1,0 +1,269 @@
+"""exp_scaling.py: its estimators against closed forms, its distances, counts and losses by other means; a tiny run."""
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+import exp_scaling
+import train
+from empirical_score import EmpiricalScore
+from exp_scaling import Config, Job, Ladder, Wiener, evaluate, fields, fit, frechet, shift, slopes, spectrum
+from model import build_model
+from sample import noise, sample
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def at(x, y, n=64, n_times=6, classes=2):
+    """What probe() gives, for points x (N, C, H, W) that are not on disk."""
+    E, t = EmpiricalScore(x, y), [(k + 0.5) / n_times for k in range(n_times)]
+    i = torch.arange(n) % len(x)
+    z = torch.stack([(1 - tk) * x[i] + tk * noise(range(n), x.shape[1:], 1) for tk in t])
+    few = -(-n // 4)
+    return SimpleNamespace(E=E, t=t, z=z, y_sup=y[i], z1=noise(range(n), x.shape[1:], 2), few=few,
+                           y_ext=torch.arange(n) % classes,
+                           x_star=torch.stack([E.posterior_mean(zk, tk, y[i]) for zk, tk in zip(z, t, strict=True)]),
+                           x_free=torch.stack([E.posterior_mean(zk[:few], tk) for zk, tk in zip(z, t, strict=True)]))
+
+
+# ---- the estimators, against closed forms ----------------------------------------------------------------------------
+
+def test_errors_on_one_point_are_exact():
+    """With one point, x_* is that point wherever one asks; a network that always answers c errs by |c - x|^2 / d."""
+    x, c = torch.full((1, 1, 4, 4), 2.0), torch.linspace(-1, 1, 16).view(1, 1, 4, 4)
+    class Constant:
+        num_classes = 1
+        def __call__(self, z, t, y):
+            return (z - c) / max(t, 1e-6)
+    out = evaluate(Constant(), at(x, torch.zeros(1, dtype=torch.long), classes=1))
+    want = (c - x).square().mean().item()
+    for key in ("sup", "ext", "sup_free", "ext_free"):
+        assert out[key].shape == (64 if "free" not in key else 16, 6)
+        assert np.abs(out[key] - want).max() < 1e-4 * want, key
+
+
+def test_errors_on_gaussian_data_are_its_posterior_variance():
+    """Where the empirical score has collapsed on x, the error of the true posterior mean is the posterior variance,
+    S sigma^2 / (alpha^2 S + sigma^2) in the mean over the modes."""
+    x = torch.from_numpy(fields(2000, 16, np.random.default_rng(0))).float()
+    p = at(x, torch.arange(2000) % 2, n=1000)
+    sup = evaluate(Wiener(16), p)["sup"]
+    S = spectrum(16)
+    for k, t in enumerate(p.t[:4]):                          # up to t = .58
+        want = (S * t**2 / ((1 - t)**2 * S + t**2)).mean()
+        assert abs(sup[:, k].mean() - want) < 4 * sup[:, k].std() / 1000**0.5 + 1e-4 * want, t
+
+
+def test_trajectories_are_heuns():
+    torch.manual_seed(0)
+    model = build_model("SiT-nano/2", 4, 1, 3)
+    torch.nn.init.normal_(model.final_layer.linear.weight)
+    z1, y, t = noise(range(6), (1, 4, 4), 0), torch.arange(6) % 3, [0.1, 0.4, 0.8]
+    path, x_theta, end = exp_scaling.trajectories(model, z1, y, t)
+    want = sample(model, z1, y, t_grid=[1, 0.8, 0.4, 0.1, 0], solver="heun", steps=1)
+    assert (path.flip(0) - want[1:4]).abs().max() < 1e-5 and (end - want[4]).abs().max() < 1e-5
+    again = torch.stack([exp_scaling.data_prediction(model, z, tk, y) for z, tk in zip(path, t, strict=True)])
+    assert (x_theta - again).abs().max() < 1e-5
+
+
+# ---- the fields, and what is known of them ---------------------------------------------------------------------------
+
+def test_wiener_filter_is_gaussian_conditioning():
+    side = 6
+    modes = np.fft.fft2(np.eye(side**2).reshape(-1, side, side), norm="ortho")                   # (D, side, side)
+    C = np.einsum("aij,ij,bij->ab", modes, spectrum(side), modes.conj()).real                    # covariance of pixels
+    assert abs(np.trace(C) / side**2 - 1) < 1e-12
+    z = torch.randn(5, 1, side, side, generator=torch.Generator().manual_seed(0))
+    for t in (0.0, 0.2, 0.7, 1.0):
+        gain = np.linalg.inv((1 - t)**2 * C + t**2 * np.eye(side**2))
+        x, eps = ((f @ gain @ z.view(5, -1).double().numpy().T).T for f in ((1 - t) * C, t * np.eye(side**2)))
+        assert np.abs(Wiener(side)(z, t).view(5, -1).numpy() - (eps - x)).max() < 1e-4
+    x = fields(40_000, side, np.random.default_rng(1)).reshape(40_000, -1)
+    assert np.abs(x.T @ x / 40_000 - C).max() < 0.04
+
+
+def test_the_dial_goes_from_digits_to_fields(tmp_path):
+    cfg = replace(Config(), n_data=300, n_onset=100, out=str(tmp_path))
+    sets = dict(dial0=10, dial1=10, digits8=10, textures=3, onset=3) | {"dial0.5": 10}
+    for name, classes in sets.items():
+        data = train.load_data(exp_scaling.dataset(cfg, name))
+        assert len(data["x"]) == (100 if name == "onset" else 300) and data["meta"]["num_classes"] == classes
+        assert abs(data["x"].mean()) < 0.1 and abs(data["x"].std() - 1) < (0.1 if name == "dial1" else 1e-3)
+    ends = [train.load_data(exp_scaling.dataset(cfg, f"dial{a:g}"))["x"].reshape(300, -1) for a in (0, 0.5, 1)]
+    middle = ends[1] - ends[1].mean()
+    fit = np.linalg.lstsq(np.stack([np.ravel(ends[0] - ends[0].mean()), np.ravel(ends[2])], 1), np.ravel(middle))
+    assert fit[1][0] < 1e-3 * np.square(middle).sum()        # a mixture of the two, image by image
+
+
+# ---- Fréchet distance, FLOPs, REPA -----------------------------------------------------------------------------------
+
+def test_frechet_distance():
+    a, b = np.array([1.0, 4.0, 0.25]), np.array([9.0, 1.0, 4.0])                                 # analytic: commuting
+    want = 3 * 4 + np.square(np.sqrt(a) - np.sqrt(b)).sum()
+    assert abs(frechet(np.zeros(3), np.diag(a), np.full(3, 2.0), np.diag(b)) - want) < 1e-12
+    rng = np.random.default_rng(0)
+    (m1, C1), (m2, C2) = (exp_scaling.gaussian(rng.standard_normal((50, 8)) @ rng.standard_normal((8, 8)) + k)
+                          for k in range(2))
+    root = scipy.linalg.sqrtm(C1 @ C2)
+    want = np.square(m1 - m2).sum() + np.trace(C1 + C2 - 2 * root.real)
+    assert abs(frechet(m1, C1, m2, C2) - want) < 1e-8 * want and abs(frechet(m1, C1, m1, C1)) < 1e-8
+    flat = np.outer(m1, m1)                                  # rank one: the root of a singular matrix
+    assert abs(frechet(m1, flat, m1, flat)) < 1e-6
+
+
+def test_flops_of_sit_xl_are_the_published_ones():
+    true, paper = exp_scaling.step_flops("SiT-XL/2", 32, 1000, 1)
+    assert abs(paper / 2e9 / 118.6 - 1) < 0.03               # GMACs, forward
+    assert 2.9 < true / paper < 3.1
+    assert exp_scaling.step_flops("UNet-pico", 8, 10, 6)[0] == 3 * exp_scaling.step_flops("UNet-pico", 8, 10, 2)[0]
+
+
+def test_repa_loss_by_hand():
+    g = torch.Generator().manual_seed(0)
+    tokens, target = torch.randn(3, 5, 4, generator=g), torch.randn(3, 5, 4, generator=g)
+    want = 0.0
+    for b in range(3):
+        for k in range(5):
+            u, v = 2 * tokens[b, k].double() + 1, target[b, k].double()
+            want -= (u @ v / (u.norm() * v.norm())).item() / 15
+    assert abs(exp_scaling.repa_loss(tokens, target, lambda a: 2 * a + 1).item() - want) < 1e-6
+
+
+def test_teachers_tokens_lie_where_the_sits_do():
+    """An image that changes in one patch changes the features of that token, and of its neighbours, but not beyond."""
+    teacher, x = exp_scaling.Teacher(2, 10), torch.zeros(2, 1, 8, 8)
+    x[1, :, 6:, 6:] = 3.0                                    # the last patch, row 3, column 3
+    moved = (teacher.tokens(x)[1] - teacher.tokens(x)[0]).norm(dim=1).view(4, 4)
+    assert moved.argmax() == 15 and (moved[:2] == 0).all() and (moved[:, :2] == 0).all()
+
+
+# ---- slopes and shifts -----------------------------------------------------------------------------------------------
+
+def test_slopes_are_least_squares_and_paired():
+    rng = np.random.default_rng(0)
+    compute = np.outer([1e9, 7e9, 3e10], [100, 200, 800.0])
+    common = 5 * rng.standard_normal((1, 1, 400))            # what all networks share must not widen the interval
+    E = 0.3 * np.log10(compute)[..., None] + common + 0.01 * rng.standard_normal((3, 3, 400))
+    out = slopes(compute, E)
+    want = np.polyfit(np.log10(compute).ravel(), E.mean(2).ravel(), 1)[0]
+    assert abs(out["all"][0] - want) < 1e-9
+    for value, low, high in out.values():
+        assert low < 0.3 < high and high - low < 0.01 and low < value < high
+    two = np.log10(compute)[..., None] * 0 + np.log10([1, 7, 30])[:, None, None] - 2 * np.log10([1, 2, 8])[:, None]
+    out = slopes(compute, two + common)                      # +1 a decade of size, -2 a decade of length
+    assert abs(out["size"][0] - 1) < 1e-9 and abs(out["length"][0] + 2) < 1e-9
+    assert set(slopes(compute[:, :1], E[:, :1])) == {"all", "size"}
+
+
+def test_shift_of_a_line_at_equal_loss():
+    rng = np.random.default_rng(0)
+    def line(L, offset, noise):
+        FD = 40 * L + offset + noise * rng.standard_normal(len(L))
+        L_draws = L + 1e-4 * rng.standard_normal((50, len(L)))
+        return L, FD, L_draws, FD + 0.01 * rng.standard_normal((50, len(L)))
+    one, two = line(np.linspace(0.7, 0.9, 6), -3.0, 0), line(np.linspace(0.8, 1.0, 6), 0.0, 0)
+    value, low, high = shift(one, two)
+    assert abs(value + 3) < 1e-9 and low < -3 < high and high - low < 0.2
+    hit = [low <= -3 <= high for low, high in (shift(line(one[0], -3, 0.5), line(two[0], 0, 0.5))[1:]
+                                               for _ in range(300))]
+    assert np.mean(hit) > 0.92                               # the scatter of the points is in the interval
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+def test_an_interrupted_training_goes_on(tmp_path):
+    """Two legs give the weights of one, with REPA's projector; and REPA's extra loss does change them."""
+    cfg = replace(Config(), n_data=200, batch=16, out=str(tmp_path), workers=1)
+    job, cpu = Job("digits8", "SiT-nano/2", (3, 6), 0.5), torch.device("cpu")
+    fit(cfg, job, cpu, 3)
+    two_legs = fit(cfg, job, cpu, 6).state_dict()
+    other = replace(cfg, out=str(tmp_path / "again"))
+    one_leg = fit(other, job, cpu, 6).state_dict()
+    assert max((one_leg[k] - two_legs[k]).abs().max() for k in one_leg) < 1e-6
+    plain = fit(other, job._replace(lam=0.0), cpu, 6).state_dict()
+    assert (plain["blocks.0.attn.qkv.weight"] - one_leg["blocks.0.attn.qkv.weight"]).abs().max() > 1e-5
+
+
+# ---- the script ------------------------------------------------------------------------------------------------------
+
+TINY = ["--n-trajectories=48", "--n-times=4", "--n-data=300", "--n-onset=120", "--batch=16", "--workers=1",
+        "--fig3.models", "SiT-nano/4", "SiT-micro/4", "--fig3.lengths", "2", "4",
+        "--fig7.models", "SiT-nano/2", "--fig7.lengths", "2", "4", "6", "--lambdas", "0", "1",
+        "--unets.models", "UNet-pico", "--unets.lengths", "1", "2", "3",
+        "--dial.models", "SiT-nano/4", "SiT-micro/4", "--dial.lengths", "2", "--amounts", "0", "1",
+        "--onset.models", "SiT-nano/4", "SiT-micro/4", "--onset.lengths", "2", "4"]
+
+
+def command(*argv):
+    return subprocess.run([sys.executable, ROOT / "exp_scaling.py", *argv], capture_output=True, text=True, timeout=200,
+                          env=os.environ | dict(OMP_NUM_THREADS="1"))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    out = tmp_path_factory.mktemp("scaling")
+    first = command(*TINY, "--only=fig3", f"--out={out}")
+    assert first.returncode == 0, first.stderr[-2000:]
+    alone = json.loads((out / "results.json").read_text())
+    kept = {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("*.npz")}
+    done = command(*TINY, f"--out={out}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert kept == {p: p.stat().st_mtime_ns for p in kept}   # what --only=fig3 trained is found again
+    return out, done.stdout, alone
+
+
+def test_results_follow_the_contract(tiny):
+    out, printed, alone = tiny
+    results = json.loads((out / "results.json").read_text())
+    assert results["script"] == "exp_scaling" and results["preset"] == "laptop" and results["seconds"] > 0
+    assert {"config", "seed", "versions", "device", "commit", "arrays", "claims"} <= set(results)
+    assert set(results["arrays"]) == {"fig3", "fig6", "fig7", "dial", "onset", "seconds"}
+    for row in results["claims"]:
+        assert set(row) == {"claim", "paper", "ours", "ci95", "verdict"}
+        assert row["verdict"] in ("holds", "not resolved", "contradicted")
+        assert row["claim"] in printed and len(row["claim"]) <= 74, row["claim"]
+        assert all(map(np.isfinite, (row["ours"], *row["ci95"]))) and row["ci95"][0] <= row["ci95"][1]
+    assert set(alone["arrays"]) == {"fig3", "seconds"} and alone["claims"] == results["claims"][:len(alone["claims"])]
+    fig3 = results["arrays"]["fig3"]
+    assert np.shape(fig3["compute"]) == (2, 2) and fig3["compute"][1][1] == pytest.approx(2 * fig3["compute"][1][0])
+    assert "the empirical score" in printed and "held-out accuracy" in printed
+    assert (out / "results.png").stat().st_size > 20_000 and (out / "results.json").stat().st_size < 300_000
+
+
+def test_a_figure_is_drawn_from_its_json_alone(tiny, tmp_path):
+    (tmp_path / "results.json").write_bytes((tiny[0] / "results.json").read_bytes())
+    exp_scaling.plot(tmp_path / "results.json")
+    assert (tmp_path / "results.png").read_bytes() == (tiny[0] / "results.png").read_bytes()
+
+
+@pytest.mark.parametrize("fields, message", [
+    (dict(fig3=Ladder(("SiT-nano/4",), (1, 2))), "fig3 needs two models at least"),
+    (dict(onset=Ladder(("SiT-nano/4", "SiT-micro/4"), (2, 1))), "onset.lengths must be positive and ascend"),
+    (dict(dial=Ladder(("SiT-nano/4", "SiT-huge/4"), (1,))), "unknown model 'SiT-huge/4'"),
+    (dict(fig7=Ladder(("UNet-nano",), (1, 2, 3))), "fig7.models are SiTs"),
+    (dict(unets=Ladder(("SiT-nano/2",), (1, 2, 3))), "unets.models are U-Nets"),
+    (dict(fig7=Ladder(("SiT-nano/2",), (1, 2))), "a line through the points of fig7 needs three"),
+    (dict(repa_depth=3), "repa_depth 3 is more than the 2 blocks of SiT-nano/2"),
+    (dict(lambdas=(0.25, 0.5)), "lambdas must ascend from 0"),
+    (dict(amounts=(0, 2)), "amounts of texture lie between 0 and 1"),
+    (dict(contrast=0), "contrast must be positive"),
+    (dict(n_trajectories=1), "n_trajectories must be at least 2"),
+])
+def test_bad_values(fields, message):
+    with pytest.raises(ValueError) as error:
+        exp_scaling.check(replace(Config(), **fields))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_bad_input_is_one_line(tmp_path):
+    done = command("--n-times=0", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 1 and not (tmp_path / "out").exists()
+    assert done.stderr == "error: n_times must be at least 1, not 0\n"

@@ -139,7 +139,7 @@ class EmpiricalScore:
         self.N, self.D = self.x.shape                                                            # x (N, D), a view
         gpu = self.device.type == "cuda"                     # there, a matrix product must be large to be fast; on a
         self.chunk = chunk or max(1, min(2**(27 if gpu else 22) // self.D, 2**(16 if gpu else 13)))  # CPU, fit caches
-        self.piece = max(1, self.chunk // 16)                # pairs of query and point at once
+        self.piece = min(self.chunk, max(256, self.chunk // 16))         # pairs of query and point at once
         self.block = max(1, 2**(26 if gpu else 21) // self.chunk)                                # queries at once
         self.group = process_group
         rank, world = (dist.get_rank(process_group), dist.get_world_size(process_group)) if process_group else (0, 1)

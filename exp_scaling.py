@@ -844,6 +844,8 @@ def draw_onset(axes, a):
         right.plot(a["lengths"], a["memorized"][k], line, color="black", lw=1.2)
         right.plot(a["lengths"], a["distance"][k], line, color=GREY, lw=1.2)
     ax.set(xscale="log", xlabel="training steps", title="(d) The onset, real textures")
+    ax.set_xticks(a["lengths"], [str(k) for k in a["lengths"]])
+    ax.minorticks_off()
     ax.set_ylabel("$E^{ext}$, x-space", color=RED)
     right.set(ylim=(-0.03, 1.03))
     right.set_ylabel("black: memorized; grey: distance to nearest", fontsize=9)
@@ -881,6 +883,7 @@ def draw_fig7(axes, a):
         ax.set(xlabel="supervision loss L (v-space, per dimension)", ylabel="Fréchet distance", title=title)
         ax.legend(fontsize=8)
     axes[2].set(xscale="log", xlabel="training compute (FLOPs)", ylabel="L")
+    axes[2].xaxis.set_minor_formatter("")
 
 
 def plot(path):
@@ -890,9 +893,10 @@ def plot(path):
     import matplotlib.pyplot as plt
     results = json.loads(Path(path).read_text())
     a = results["arrays"]
-    fig, axes = plt.subplots(2, 4, figsize=(22, 12))
-    fig.subplots_adjust(left=0.04, right=0.965, top=0.965, bottom=0.26, wspace=0.4, hspace=0.24)
+    fig, axes = plt.subplots(3, 3, figsize=(15, 17.5))
+    fig.subplots_adjust(left=0.055, right=0.95, top=0.98, bottom=0.27, wspace=0.42, hspace=0.25)
     axes = axes.ravel()
+    axes[8].set_axis_off()
     for part, draw, which in (("fig3", draw_fig3, (0, 1)), ("dial", draw_dial, (2,)), ("onset", draw_onset, (3,)),
                               ("fig6", draw_fig6, (4,)), ("fig7", draw_fig7, (5, 6, 7))):
         if part in a:
@@ -902,10 +906,8 @@ def plot(path):
             axes[k].set_axis_off()
     lines = [f"{c['verdict']:12s} {c['claim']:74s} {c['ours']:9.3g} [{c['ci95'][0]:.3g}, {c['ci95'][1]:.3g}]"
              for c in results["claims"]]
-    half = -(-len(lines) // 2)
-    for k, column in enumerate((lines[:half], lines[half:])):
-        fig.text(0.02 + 0.49 * k, 0.2, "\n".join(column), fontsize=9, family="monospace", va="top", linespacing=1.35)
-    fig.savefig(Path(path).with_suffix(".png"), dpi=80)
+    fig.text(0.03, 0.235, "\n".join(lines), fontsize=9.5, family="monospace", va="top", linespacing=1.3)
+    fig.savefig(Path(path).with_suffix(".png"), dpi=66)
     plt.close(fig)
 
 

@@ -238,7 +238,8 @@ def test_an_interrupted_sweep_goes_on(tiny):
     before = json.loads(lost.read_text())
     lost.unlink()
     net = json.loads((out / "results.json").read_text())["config"]
-    cfg = dataclasses.replace(Config(), **{k: net[k] for k in ("per_class", "n_seeds", "n_samples", "sample_steps")},
+    cfg = dataclasses.replace(Config(), **{k: net[k] for k in
+                                             ("per_class", "n_seeds", "compare_seeds", "n_samples", "sample_steps")},
                               ratios=(1.0, 4.0), transformer=Net(**net["transformer"]), unet=Net(**net["unet"]),
                               compare=Net(**net["compare"]),
                               workers=1, device="cpu", threshold=0.5, out=str(out))

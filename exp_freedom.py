@@ -22,15 +22,12 @@ longer than the other experiments.)
 """
 import copy
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
-import multiprocessing
 import os
-import signal
-import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -226,9 +223,11 @@ def fit(cfg, net, kind, ratio, seed, device):
     return ema, EmpiricalScore(x_score, y_score), 1000 * np.median(clock, axis=0)
 
 
-def run(cfg, arch, kind, ratio, seed):
-    """Calibrated l2 of n_samples images of one network, and a few of them. Cached by all that the result depends on, so
-    that a sweep goes on where it was, and another ratio or threshold costs no more than what is new."""
+def run(cfg, spec):
+    """Spec (arch, kind, ratio, seed) -> calibrated l2 of n_samples images of one network, and a few of them. Cached by
+    all that the result depends on, so that a sweep goes on where it was, and another ratio or threshold costs no more
+    than what is new."""
+    arch, kind, ratio, seed = spec
     net, device = getattr(cfg, arch), pick_device(cfg.device)
     names = ["data", "per_class", "balanced", "warmup", "ema", "label_dropout", "n_samples", "sample_steps", "n",
              "seed", *(["k"] if kind == "faiss" else [])]
@@ -260,27 +259,6 @@ def run(cfg, arch, kind, ratio, seed):
     os.replace(path.with_suffix(".tmp"), path)
     return result
 
-
-def start_worker():
-    """One thread, so that results do not depend on the number of workers. Ctrl-C lets a worker finish what it does; it
-    ends with the process that started it, however that ends."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-
-
-def run_all(cfg, specs):
-    """{spec: result} for specs (arch, kind, ratio, seed), several at once."""
-    with tqdm(total=len(specs), desc="networks", disable=None, leave=False) as bar:
-        if cfg.workers == 1:
-            return {spec: (run(cfg, *spec), bar.update())[0] for spec in specs}
-        with ProcessPoolExecutor(cfg.workers, multiprocessing.get_context("spawn"), start_worker) as pool:
-            jobs = {pool.submit(run, cfg, *spec): spec for spec in specs}
-            try:
-                return {jobs[job]: (job.result(), bar.update())[0] for job in as_completed(jobs)}
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Measuring
@@ -359,7 +337,7 @@ def measure(cfg):
     both = {"transformer and U-Net": specs,
             "comparison of the targets": [("compare", kind, last, s) for s in trials for kind in kinds]}
     for what, part in both.items():
-        done |= (new := run_all(cfg, part))
+        done |= (new := train.run_jobs(functools.partial(run, cfg), part, cfg.workers))
         found += (earlier := [d["seconds"] for d in new.values() if d.get("found")])
         phase(f"{what}: {len(part)} networks, {len(earlier)} of them trained before, in {sum(earlier):.0f} s")
 

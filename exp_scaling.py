@@ -45,12 +45,8 @@ import copy
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
-import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -236,6 +232,17 @@ class Judge(nn.Module):
         return self.head(self.body(x))
 
 
+def save(path, write):                                       # never half a file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".tmp"), "wb") as f:
+        write(f)
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def times(cfg):                                              # (T,): the middles of the steps of Heun's method
+    return (np.arange(cfg.n_times) + 0.5) / cfg.n_times
+
+
 def classifier(cfg, kind, patch=2):
     """The Teacher or the Judge, trained on digits8 or found; with its held-out accuracy as .accuracy."""
     data, other = train.load_data(dataset(cfg, "digits8")), kind == "teacher"
@@ -254,8 +261,7 @@ def classifier(cfg, kind, patch=2):
             F.cross_entropy(net(x[i]), y[i]).backward()
             optimizer.step()
             optimizer.zero_grad()
-        torch.save(net.state_dict(), path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+        save(path, lambda f: torch.save(net.state_dict(), f))
     net.eval().requires_grad_(False)
     net.accuracy = (net(x_held).argmax(1) == y_held).double().mean().item()
     return net
@@ -304,13 +310,6 @@ def paths(cfg, job):
     measuring = [cfg.n_trajectories, cfg.n_times, cfg.n]
     folder = train.results_path("exp_scaling", cfg).parent / "runs" / f"{job.name()}_{digest(job.name(), training)}"
     return folder, [folder / f"measured_{k}_{digest(measuring)}.npz" for k in job.lengths]
-
-
-def save(path, write):                                       # never half a file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".tmp"), "wb") as f:
-        write(f)
-    os.replace(path.with_suffix(".tmp"), path)
 
 
 def fit(cfg, job, device, upto):
@@ -455,14 +454,6 @@ def run(cfg, job):
             save(path, lambda f, result=result: np.savez(f, **result))
 
 
-def start_worker():
-    """One thread, so that results do not depend on the number of workers. Ctrl-C lets a worker finish what it does; it
-    ends with the process that started it, however that ends."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-
-
 PARTS = ("fig3", "fig6", "fig7", "dial", "onset")
 
 
@@ -492,18 +483,7 @@ def run_all(cfg, todo):
         dataset(cfg, name)
     for m in {job.model for job in todo if job.lam}:
         classifier(cfg, "teacher", int(m.split("/")[1]))
-    bar = tqdm(total=len(todo), desc="networks", disable=None, leave=False)
-    if cfg.workers == 1 or len(todo) < 2:
-        for job in todo:
-            run(cfg, job), bar.update()
-        return
-    with ProcessPoolExecutor(cfg.workers, multiprocessing.get_context("spawn"), start_worker) as pool:
-        try:
-            for result in as_completed([pool.submit(run, cfg, job) for job in todo]):
-                result.result(), bar.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    train.run_jobs(functools.partial(run, cfg), todo, cfg.workers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -546,7 +526,7 @@ def ladder(cfg, data, models, lengths):
     """All that is said about one ladder: levels, paired differences and slopes, in x- and v-space, with labels and
     without ("_free"), and along t."""
     runs = [[np.load(p) for p in paths(cfg, Job(data, m, lengths))[1]] for m in models]
-    t = (np.arange(cfg.n_times) + 0.5) / cfg.n_times
+    t = times(cfg)
     side, classes = runs[0][0]["samples"].shape[-1], 3 if data == "onset" else 10
     per_step = np.array([step_flops(m, side, classes, cfg.batch) for m in models], dtype=float)  # (S, 2)
     compute = per_step[:, :1] * np.array(lengths)                                                # (S, L)
@@ -644,7 +624,7 @@ def part_fig6(cfg):
     of = lambda v, f: np.array([f(v), *train.bootstrap(v, f)])
     strong, control = both[f"REPA, lambda = {cfg.lambdas[-1]:g}"], both["control: another seed"]
     excess = of(np.concatenate([strong, control], 1), lambda v: ratio(v[:, :2]) / ratio(v[:, 2:]))
-    t = (np.arange(cfg.n_times) + 0.5) / cfg.n_times
+    t = times(cfg)
     arrays = dict(t=t, ratio={k: of(v, ratio) for k, v in both.items()}, model=base.model, steps=upto,
                   change={k: {r: dict(mean=mean_ci(v[r].mean(1)), along_t=np.apply_along_axis(mean_ci, 0, v[r]).T)
                               for r in ("sup", "ext")} for k, v in found.items()})
@@ -682,7 +662,7 @@ def part_fig7(cfg, resamples=100):
                for lam in cfg.lambdas}
     for kind, name in (("", "U-Net, attention"), ("-conv", "U-Net, conv only")):
         recipes[name] = [Job("digits8", m + kind, cfg.unets.lengths) for m in cfg.unets.models]
-    n, t = cfg.n_trajectories, (np.arange(cfg.n_times) + 0.5) / cfg.n_times
+    n, t = cfg.n_trajectories, times(cfg)
     draws = np.random.default_rng(cfg.seed).integers(n, size=(resamples, n))                     # the same for all
     table, lines = [], {}
     for name, group in recipes.items():

@@ -21,11 +21,15 @@ import copy
 import dataclasses
 import functools
 import json
+import multiprocessing
 import os
 import platform
 import shutil
+import signal
 import subprocess
+import threading
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -376,6 +380,29 @@ def phases():
         phase.last = now
     phase.started = phase.last = time.time()
     return phase
+
+
+def start_worker():
+    """One thread, so that results do not depend on the number of workers. Ctrl-C lets a worker finish what it does; it
+    ends with the process that started it, however that ends."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def run_jobs(f, jobs, workers):
+    """{job: f(job)}: `workers` at once, in processes of one thread each; 1: in this process, for a GPU. An interrupt,
+    or the first that fails, ends the rest."""
+    with tqdm(total=len(jobs), desc="networks", disable=None, leave=False) as bar:
+        if workers == 1:
+            return {job: (f(job), bar.update())[0] for job in jobs}
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
+            running = {pool.submit(f, job): job for job in jobs}
+            try:
+                return {running[r]: (r.result(), bar.update())[0] for r in as_completed(running)}
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
 
 def results_path(script, cfg):

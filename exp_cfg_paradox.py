@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import train
 from empirical_score import EmpiricalScore
-from sample import cli, load_run, noise, pick_device, sample, velocity
+from sample import check_fit, cli, load_run, noise, pick_device, sample, velocity
 from train import Config as Training
 
 
@@ -36,6 +36,7 @@ from train import Config as Training
 class Config:
     preset: Literal["laptop", "gpu", "paper"] = "laptop"  # where the defaults of all other fields come from
     train: Training = field(default_factory=Training)  # the model: trained by train.py, or found in out/
+    model_path: str = ""  # official SiT weights or a run's folder: measure it, and train nothing
     n: int = 200  # points, and trajectories, at each time
     n_times: int = 100  # times t = 1/n, 2/n .. 1
     w: float = 1.0  # guidance of the trajectories; 1 is none, 4 is usual
@@ -81,10 +82,11 @@ def measure(cfg):
     for name in ("n", "n_times", "batch"):
         if getattr(cfg, name) < (least := 2 if name == "n_times" else 1):
             raise ValueError(f"{name} must be at least {least}, not {getattr(cfg, name)}")
-    device = pick_device(cfg.device)
-    run = train.train(dataclasses.replace(cfg.train, device=cfg.device))
+    data, device = train.load_data(cfg.train.data), pick_device(cfg.device)
+    run = cfg.model_path or train.train(dataclasses.replace(cfg.train, device=cfg.device))
     phase = train.phases()
-    model, data = load_run(run, device)[0], train.load_data(cfg.train.data)
+    model = load_run(run, device)[0]
+    check_fit(model, run, data["x"].shape[1:], data["meta"]["num_classes"], cfg.train.data)
     E = EmpiricalScore(data["x"], data["y"], device=device)
     t = np.linspace(1 / cfg.n_times, 1, cfg.n_times)
 
@@ -154,6 +156,7 @@ def plot(path):
     import matplotlib.pyplot as plt
     results = json.loads(Path(path).read_text())
     a, claims, model = results["arrays"], results["claims"], results["config"]["train"]
+    name = Path(results["config"].get("model_path", "")).name or model["model"]
     t = np.array(a["t"])
     fig, axes = plt.subplots(1, 2, figsize=(13, 5.6), width_ratios=(1.35, 1))
     fig.subplots_adjust(left=0.065, right=0.985, top=0.92, bottom=0.245, wspace=0.16)
@@ -190,7 +193,7 @@ def plot(path):
                                "feeds on: extrapolation alone does not explain the gap.",
                "holds": "It vanishes there, as the paper's argument assumes: the gap is made by extrapolation.",
                "not resolved": "Whether it vanishes there is not resolved."}[vanishes["verdict"]]
-    caption = [f"Lines: median over {a['n']} points; bands: 10 to 90%. {model['model']} on {a['N']:,} images of "
+    caption = [f"Lines: median over {a['n']} points; bands: 10 to 90%. {name} on {a['N']:,} images of "
                f"{model['data']}, d = {a['d']}; trajectories with w = {a['w']:g}.",
                "The paper compares blue, solid, with red, dashed. The control (blue, dashed) is the learned gap at "
                "points that training used:",

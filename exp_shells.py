@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import train
 from empirical_score import EmpiricalScore
-from sample import cli, load_run, noise, pick_device, sample, to_uint8
+from sample import check_fit, cli, load_run, noise, pick_device, sample, to_uint8
 from train import Config as Training
 
 SHOWN = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0)                       # the times of Fig 4 left
@@ -37,6 +37,7 @@ SHOWN = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0)                       # the times of Fig 
 class Config:
     preset: Literal["laptop", "gpu", "paper"] = "laptop"  # where the defaults of all other fields come from
     train: Training = field(default_factory=Training)  # the model: trained by train.py, or found in out/
+    model_path: str = ""  # official SiT weights or a run's folder: measure it, and train nothing
     n_points: int = 1000  # training points, and at most as many held-out ones, behind the medians of r_*
     n_trajectories: int = 200  # sampling trajectories
     n_lines: int = 100  # how many of each are drawn
@@ -98,9 +99,10 @@ def measure(cfg):
     members = np.flatnonzero(np.asarray(data["y"]) == cfg.overlap_class)
     if len(members) < 2:
         raise ValueError(f"overlap_class {cfg.overlap_class} has {len(members)} images: pairs of them are compared")
-    run = train.train(dataclasses.replace(cfg.train, device=cfg.device))
+    run = cfg.model_path or train.train(dataclasses.replace(cfg.train, device=cfg.device))
     phase = train.phases()
     model = load_run(run, device)[0]
+    check_fit(model, run, data["x"].shape[1:], data["meta"]["num_classes"], cfg.train.data)
     E = EmpiricalScore(data["x"], data["y"], device=device)
     rng, shape, d = np.random.default_rng(cfg.seed), E.shape, E.D
 
@@ -208,7 +210,8 @@ def mosaic(image, pictures):
 def caption(results):
     """What the figure says, in words and numbers that follow from the claims."""
     a, c, model = results["arrays"], results["claims"], results["config"]["train"]
-    lines = [f"{model['model']} on {a['N']:,} images of {model['data']}, d = {a['d']}. At t = .3 the median of r_* is "
+    name = Path(results["config"].get("model_path", "")).name or model["model"]
+    lines = [f"{name} on {a['N']:,} images of {model['data']}, d = {a['d']}. At t = .3 the median of r_* is "
              f"{c[1]['ours']:.2f} along sampling trajectories (paper: above 1)."]
     if len(c) > 4:
         stay, more = c[4], c[5]

@@ -14,13 +14,16 @@ unconditional score. Training replaces a tenth of the labels by it, so that one 
 guidance).
 
 Read in this order: what both networks share (time and label embedding), SiT, U-Net, the table of sizes, and last how
-the official SiT weights become a model of this file. Nothing here imports anything else of the project.
+the official SiT weights become a model of this file, which makes it longer than two networks need be. Nothing here
+imports anything else of the project.
 
 References: SiT, Ma et al. 2024 (arXiv 2401.08740); DiT, Peebles & Xie 2023; ADM, Dhariwal & Nichol 2021.
 """
 import argparse
 import math
+import pickle
 import re
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -335,10 +338,28 @@ def count_parameters(model):
 # ----------------------------------------------------------------------------------------------------------------------
 # The official SiT weights
 
+def read_weights(path):
+    """A .pt or .safetensors file -> the dict in it. Nothing in the file is ever run. ValueError if it cannot be read
+    that way, ImportError if it is .safetensors and that package is missing."""
+    try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):        # training checkpoints hold their arguments
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError as e:
+        raise ImportError(f"{path} needs the package safetensors: pip install safetensors") from e
+    except Exception as e:                                   # torch and safetensors raise a dozen kinds
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        if isinstance(e, pickle.UnpicklingError):            # torch's own words advise to run what is in the file
+            reason = "it is damaged, or holds more than tensors and plain values"
+        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from None
+
+
 def load_sit_checkpoint(checkpoint):
     """Official SiT weights -> a SiT of this file, in the paper's time direction and sign.
 
-    `checkpoint`: a path to a .pt file (read with weights_only=True) or a state dict, bare or inside {"ema": ...}.
+    `checkpoint`: a path to a .pt or .safetensors file, or a state dict, bare or inside {"ema": ...}.
     The official model f runs time from noise (0) to data (1) and predicts x - eps, so v(z, t) = -f(z, 1 - t). Both
     turns are put into the weights, so that what comes back is a plain SiT:
       - time enters by cos(k t), sin(k t); those of k (1 - t) are linear in them, hence a change of t_embedder.mlp.0;
@@ -346,17 +367,13 @@ def load_sit_checkpoint(checkpoint):
 
     Raises ValueError that names the first missing, extra or misshapen key, or the size that is not known.
     """
-    state = checkpoint
+    state = checkpoint if isinstance(checkpoint, dict) else read_weights(checkpoint)
     if not isinstance(state, dict):
-        try:
-            with torch.serialization.safe_globals([argparse.Namespace]):    # training checkpoints hold their arguments
-                state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        except Exception as e:                               # torch raises a dozen kinds for a broken file
-            raise ValueError(f"{checkpoint} cannot be read as a checkpoint: {str(e).splitlines()[0]}") from None
+        raise ValueError(f"not a SiT checkpoint: it holds a {type(state).__name__}, expected a dict of tensors")
     state = state.get("ema", state.get("model", state))  # training checkpoints hold both: the EMA is what was published
     for key, ndim in {"x_embedder.proj.weight": 4, "pos_embed": 3, "y_embedder.embedding_table.weight": 2,
                       "final_layer.linear.weight": 2}.items():             # the keys that tell the sizes
-        if key not in state:
+        if not isinstance(state, dict) or not torch.is_tensor(state.get(key)):
             raise ValueError(f"not a SiT checkpoint: key {key!r} is missing")
         if state[key].ndim != ndim:
             raise ValueError(f"key {key!r} has shape {tuple(state[key].shape)}, expected {ndim} dimensions")
@@ -372,7 +389,7 @@ def load_sit_checkpoint(checkpoint):
     model = SiT(depth, width, heads, patch, math.isqrt(tokens) * patch, in_channels, rows - 1,
                 learn_sigma=out_channels == 2 * in_channels)
     for key, value in model.state_dict().items():
-        if key not in state:
+        if not torch.is_tensor(state.get(key)):
             raise ValueError(f"key {key!r} is missing from the SiT checkpoint")
         if state[key].shape != value.shape:
             raise ValueError(f"key {key!r} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}")

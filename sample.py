@@ -3,24 +3,37 @@ Sampling: follow the ODE dz/dt = v_theta(z, t) from noise at t = 1 down to an im
 
     python sample.py --run out/laptop_mnist5k_SiT-tiny-4            # writes a grid of samples beside the checkpoint
     python sample.py --run out/laptop_mnist5k_SiT-tiny-4 --w 4      # with classifier-free guidance
+    torchrun --nproc_per_node=4 sample.py --run SiT-XL-2-256x256.pt --vae stabilityai/sd-vae-ft-ema --n 50000 \
+        --out samples.npz --fid VIRTUAL_imagenet256_labeled.npz     # official weights, decoded, for FID; resumes
 
 The model is rebuilt from the checkpoint: there are no architecture flags. The paper's solver is dopri5 with absolute
 tolerance 1e-6 and relative tolerance 1e-3 (C.1). It chooses its steps by an error norm over the *whole batch*, so that
 a sample depends, a little, on what it is sampled with: keep --batch fixed to compare. Heun and Euler take equal steps.
+
+In reading order: the ODE; checkpoints and pictures; many images in one .npz; the Frechet distance; the command. The
+third and the fourth are only for thousands of images; they make this file longer than sampling alone need be.
 """
 import argparse
+import contextlib
+import hashlib
+import json
 import os
+import shutil
 import sys
+import zipfile
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from torchdiffeq import odeint
 from tqdm import tqdm
 
-from model import build_model
+from model import build_model, load_sit_checkpoint, read_weights
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The ODE
@@ -107,19 +120,74 @@ def pick_device(name="auto"):
     return torch.device(name)
 
 
+def processes(device):
+    """-> (rank, number of processes, device of this one). Under torchrun every process takes a GPU of its own, and they
+    can wait for one another; sampling exchanges nothing else, so gloo does for GPUs as well."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        local = int(os.environ.get("LOCAL_RANK", rank))
+        if device.type == "cuda":
+            if local >= torch.cuda.device_count():
+                raise ValueError(f"process {local} has no GPU: this machine has {torch.cuda.device_count()}")
+            torch.cuda.set_device(device := torch.device("cuda", local))
+        if not dist.is_initialized():                        # the slowest may be hours behind
+            dist.init_process_group("gloo", timeout=timedelta(days=7))
+    return rank, world, device
+
+
 def load_run(run, device="cpu", ema=True):
-    """out/<run> -> (the model in eval mode, its EMA weights by default; the rest of the checkpoint).
-    FileNotFoundError if there is no checkpoint, ValueError if the file is none."""
-    path = Path(run) / "ckpt.pt" if Path(run).suffix != ".pt" else Path(run)
+    """out/<run>, a checkpoint of ours, or official SiT weights (.pt, .safetensors; see load_sit_checkpoint) -> (the
+    model in eval mode, its EMA weights by default; the rest of our checkpoint, {} for official weights).
+    FileNotFoundError if there is no such file, ValueError if it is neither."""
+    path = Path(run) if Path(run).suffix in (".pt", ".safetensors") else Path(run) / "ckpt.pt"
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}: train one with python train.py, and name its folder")
     try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        model = build_model(**ckpt["model_args"])
-        model.load_state_dict(ckpt.pop("ema" if ema else "model"))
+        ckpt = read_weights(path)
+        if {"model_args", "config", "optimizer"} & set(ckpt):            # ours: the names of its weights do not tell
+            model = build_model(**ckpt["model_args"])
+            model.load_state_dict(ckpt.pop("ema" if ema else "model"))
+        else:
+            model, ckpt = load_sit_checkpoint(ckpt if ema else ckpt.get("model", ckpt)), {}
+    except ImportError:
+        raise
     except Exception as e:
-        raise ValueError(f"{path} is not a checkpoint of this project: {str(e).splitlines()[0]}") from e
+        reason = f"{e} is missing" if isinstance(e, KeyError) else str(e).splitlines()[0].removeprefix(f"{path} ")
+        raise ValueError(f"{path} is not a checkpoint of this project, nor official SiT weights: {reason}") from e
     return model.to(device).eval().requires_grad_(False), ckpt
+
+
+def check_fit(model, path, shape, num_classes, data):
+    """ValueError unless the model of file `path` is one for the images (C, H, W) and classes of the data set `data`."""
+    has, wants = (model.in_channels, model.input_size, model.input_size), tuple(shape)
+    if has != wants or model.num_classes != num_classes:
+        raise ValueError(f"{path} is a model of images {has} in {model.num_classes} classes; the data set {data} has "
+                         f"images {wants} in {num_classes} classes")
+
+
+def load_vae(path):
+    """The autoencoder of a latent model, a folder or a name on the Hugging Face hub -> diffusers' AutoencoderKL."""
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as e:
+        raise ImportError(f"--vae needs the package diffusers ({e}): pip install diffusers") from e
+    return AutoencoderKL.from_pretrained(path).eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """with replacing(path) as f: writes aside, flushes to the disk, and moves into place: never half a file, and what
+    was there before stays until then."""
+    path = Path(path)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(tmp, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 def to_uint8(x):
@@ -161,11 +229,178 @@ def cli(main, presets):
         sys.exit("interrupted")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Many images: drawn batch by batch on any number of processes, each batch a file, in the end one .npz
+
+def checksum(module):
+    """Of all weights, to tell whose images these are."""
+    h = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        h.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return h.hexdigest()[:16]
+
+
+def pick_labels(n, num_classes, how="balanced", seed=0):
+    """(n,) labels: all classes in turn, or random ones, each a function of the seed and of its image's index alone."""
+    if how == "balanced":
+        return torch.arange(n) % num_classes
+    return torch.tensor([np.random.default_rng([seed, i]).integers(num_classes) for i in range(n)])
+
+
+def check_made(was, made, where):
+    """ValueError that names the first thing in which the images found at `where` differ from those asked for."""
+    if differ := [k for k in made if was.get(k) != made[k]]:
+        raise ValueError(f"{where} holds images of {differ[0]} = {was.get(differ[0])}, not {made[differ[0]]}: delete "
+                         "it, or give another --out")
+
+
+def write_npz(path, draw, y, size, batch, made, rank=0, world=1):
+    """Images 0 .. len(y) - 1 -> the .npz `path`: arr_0, uint8 (n, *size), which ADM's evaluator reads; labels; made.
+
+    draw(indices (B,)) -> uint8 (B, *size), size = (H, W, 3). Images k batch .. (k+1) batch - 1 are always drawn
+    together, whichever process does it, since dopri5's steps depend on the batch. A batch that is drawn becomes a file
+    in <path>.parts: after a kill the same call goes on from there. `made` is a dict of all that decides on the images:
+    what was made otherwise is refused (ValueError), and so is a disk that is too small (OSError).
+    """
+    parts, tasks = path.with_name(path.name + ".parts"), torch.arange(len(y)).split(batch)
+    files, said = [parts / f"{k:06d}" for k in range(len(tasks))], parts / "made.json"
+    if path.exists():
+        was = read_npz(path, "made")
+        check_made({} if was is None else json.loads(str(was)), made, path)
+        if rank == 0: shutil.rmtree(parts, ignore_errors=True)           # killed when all was done but this
+        return
+    if rank == 0:
+        parts.mkdir(parents=True, exist_ok=True)
+        if said.exists():
+            check_made(json.loads(said.read_text()), made, parts)
+        todo = sum(len(i) for i, file in zip(tasks, files, strict=True) if not file.exists())
+        need, free = (todo + len(y)) * int(np.prod(size)) + 10**6, shutil.disk_usage(parts).free
+        if need > free:                                      # every image twice: in its batch's file, and merged
+            raise OSError(f"{len(y)} images need {need / 1e9:.2f} GB more in {path.parent}: {free / 1e9:.2f} are free")
+        with replacing(said) as f:
+            f.write(json.dumps(made).encode())
+    if world > 1: dist.barrier()                             # nobody draws before rank 0 has agreed
+    mine = [k for k in range(rank, len(tasks), world) if not files[k].exists()]
+    for k in tqdm(mine, desc="batches", disable=None if rank == 0 else True, leave=False):
+        with replacing(files[k]) as f:
+            f.write(draw(tasks[k]).numpy().tobytes())
+    if world > 1: dist.barrier()
+    if rank == 0:
+        merge(parts / "merged", files, (len(y), *size), dict(labels=y.numpy(), made=json.dumps(made)))
+        os.replace(parts / "merged", path)
+        shutil.rmtree(parts)
+
+
+def merge(path, files, shape, more):
+    """The bytes of `files`, streamed, as arr_0 of an .npz, then the arrays of `more`. Equal images, equal file."""
+    if (size := sum(f.stat().st_size for f in files)) != (want := int(np.prod(shape))):
+        raise ValueError(f"{path.parent} holds {size} bytes of images, expected {want}: delete it and sample again")
+    with open(path, "wb") as out:
+        with zipfile.ZipFile(out, "w") as z:                 # ZipInfo: without it, the file would hold the time of day
+            with z.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as f:
+                np.lib.format.write_array_header_1_0(f, dict(descr="|u1", fortran_order=False, shape=shape))
+                for file in tqdm(files, desc="merging", disable=None, leave=False):
+                    with open(file, "rb") as part:
+                        shutil.copyfileobj(part, f, 2**20)
+            for name, array in more.items():
+                with z.open(zipfile.ZipInfo(f"{name}.npy"), "w") as f:
+                    np.lib.format.write_array(f, np.asarray(array), allow_pickle=False)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def read_npz(path, key):
+    """One array of an .npz, or None if it has none of that name. ValueError if the file is no .npz."""
+    try:
+        with np.load(path, allow_pickle=False) as z:
+            return z[key] if key in z.files else None
+    except (ValueError, AttributeError, EOFError, zipfile.BadZipFile) as e:
+        raise ValueError(f"{path} is not an .npz file: {str(e).splitlines()[0]}") from e
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# FID: the Frechet distance of two sets of images, in the features of an Inception network
+
+def frechet(mean1, cov1, mean2, cov2):
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2), the squared Wasserstein distance of two Gaussians (FID)."""
+    w, U = np.linalg.eigh(cov1)
+    root = U * np.sqrt(w.clip(0)) @ U.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ cov2 @ root).clip(0)).sum()
+    return float(np.square(mean1 - mean2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * cross)
+
+
+def gaussian(batches):
+    """Features (b, dim), batch by batch -> mean (dim,), covariance (dim, dim), in float64; no batch is kept."""
+    n = 0
+    for f in batches:
+        f = np.asarray(f, dtype=np.float64)
+        if n == 0:
+            origin, total, outer = f.mean(0), 0.0, 0.0       # near the mean: else the sums of squares would cancel
+        n, total, outer = n + len(f), total + (f - origin).sum(0), outer + (f - origin).T @ (f - origin)
+    if n < 2:
+        raise ValueError(f"a covariance needs at least 2 images, not {n}")
+    return origin + total / n, (outer - np.outer(total, total) / n) / (n - 1)
+
+
+def inception():
+    """torch-fidelity's Inception-v3, the network of the original FID: f(uint8 (B, H, W, 3)) -> (B, 2048) numpy."""
+    try:
+        from torch_fidelity.utils import create_feature_extractor
+    except ImportError as e:
+        raise ImportError(f"--fid needs the package torch-fidelity ({e}): pip install torch-fidelity") from e
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    net = create_feature_extractor("inception-v3-compat", ["2048"], cuda=where == "cuda", verbose=False)
+    return lambda images: net(torch.from_numpy(images).permute(0, 3, 1, 2).to(where))[0].cpu().numpy()
+
+
+def image_batches(source, batch=64):
+    """A folder of images of one size, or arr_0 of an .npz, uint8 (n, H, W, 3), streamed -> uint8 (B, H, W, 3), batch by
+    batch. ValueError that names the file if it is none."""
+    at = source
+    try:
+        if Path(source).is_dir():
+            from PIL import Image
+            paths = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+            if not paths: raise ValueError("no .png, .jpg or .webp in this folder")
+            for i in range(0, len(paths), batch):
+                images = []
+                for at in paths[i:i + batch]:                # noqa: B020 (what the error below names)
+                    images.append(np.asarray(Image.open(at).convert("RGB")))
+                yield np.stack(images)
+            return
+        with zipfile.ZipFile(source) as z, z.open("arr_0.npy") as f:
+            np.lib.format.read_magic(f)
+            (n, *size), fortran, dtype = np.lib.format.read_array_header_1_0(f)
+            if fortran or dtype != np.uint8 or len(size) != 3 or size[2] != 3:
+                raise ValueError(f"arr_0 is {dtype} {(n, *size)}, expected uint8 (n, H, W, 3)")
+            for i in range(0, n, batch):
+                b = min(batch, n - i)
+                yield np.frombuffer(bytearray(f.read(b * int(np.prod(size)))), np.uint8).reshape(b, *size)
+    except (ValueError, KeyError, OSError, EOFError, SyntaxError, zipfile.BadZipFile) as e:      # SyntaxError: Pillow's
+        raise ValueError(f"{at} cannot be read as images: {str(e).splitlines()[0]}") from e
+
+
+def statistics(source, features):
+    """Mean and covariance of the features of `source`: its own mu and sigma (ADM's references hold them, of this same
+    network), or those of its images."""
+    mu, sigma = (None if Path(source).is_dir() else read_npz(source, k) for k in ("mu", "sigma"))
+    if mu is None:
+        return gaussian(map(features, image_batches(source)))
+    d = features(np.zeros((1, 64, 64, 3), np.uint8)).shape[1]
+    if mu.shape != (d,) or np.shape(sigma) != (d, d):
+        raise ValueError(f"{source} has mu {mu.shape} and sigma {np.shape(sigma)}, expected ({d},) and ({d}, {d})")
+    return mu.astype(np.float64), sigma.astype(np.float64)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
 @dataclass
 class Config:
-    run: str = tyro.MISSING  # folder with a ckpt.pt, as train.py prints it
+    run: str = tyro.MISSING  # folder with a ckpt.pt, as train.py prints it; or a file with official SiT weights
     n: int = 64  # how many images
-    label: int | None = None  # one class; default: all of them in turn
+    label: int | None = None  # one class; default: see labels
+    labels: Literal["balanced", "random"] = "balanced"  # all classes in turn, or random ones
     w: float = 1.0  # guidance; 1 is none
     solver: Literal["dopri5", "heun", "euler"] = "dopri5"  # see the top of this file
     steps: int = 50  # steps of heun and euler
@@ -173,28 +408,66 @@ class Config:
     seed: int = 0  # image i of a seed is always the same
     ema: bool = True  # the averaged weights; --no-ema takes the raw ones
     device: str = "auto"  # auto, cpu, cuda, mps
-    out: str = ""  # the PNG; default samples_*.png in the run's folder
+    vae: str = ""  # autoencoder that turns latents into images: a folder, or a name on the Hugging Face hub
+    out: str = ""  # NAME.npz: all images, as FID evaluators read them; else the PNG, default samples_*.png in the run
+    fid: str = ""  # of the .npz, to this reference: a folder of images, or an .npz with images or with mu and sigma
 
 
 def main(cfg):
-    model, ckpt = load_run(cfg.run, device := pick_device(cfg.device), cfg.ema)
-    if cfg.n < 1 or cfg.batch < 1 or cfg.steps < 1:
-        raise ValueError("n, batch and steps must be at least 1")
+    npz = cfg.out.endswith(".npz")
+    if not npz and (cfg.fid or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+        raise ValueError("FID, and several processes, are for an .npz: give --out NAME.npz")
+    rank, world, device = processes(pick_device(cfg.device))
+    model, ckpt = load_run(cfg.run, device, cfg.ema)
+    if cfg.n < 1 or cfg.batch < 1 or cfg.steps < 1 or cfg.seed < 0:
+        raise ValueError("n, batch and steps must be at least 1, seed at least 0")
     if cfg.label is not None and not 0 <= cfg.label < model.num_classes:
         raise ValueError(f"label {cfg.label} is none of this model's, 0 to {model.num_classes - 1}")
     shape = (model.in_channels, model.input_size, model.input_size)
-    y = torch.arange(cfg.n) % model.num_classes if cfg.label is None else torch.full((cfg.n,), cfg.label)
-    images, stats = [], {}
+    y = torch.full((cfg.n,), cfg.label) if cfg.label is not None else pick_labels(cfg.n, model.num_classes, cfg.labels,
+                                                                                 cfg.seed)
+    vae = load_vae(cfg.vae).to(device) if cfg.vae else None
+    if vae and vae.config.latent_channels != model.in_channels:
+        raise ValueError(f"{cfg.vae} decodes latents of {vae.config.latent_channels} channels, {cfg.run} has "
+                         f"{model.in_channels}")
+    if npz and not vae and model.in_channels not in (1, 3):
+        raise ValueError(f"{cfg.run} samples latents of {model.in_channels} channels: give their autoencoder, --vae")
+    stats = {}
+
+    @torch.no_grad()
+    def decode(x):                                           # a few at a time: a decoder's activations are large
+        return x if not vae else torch.cat([vae.decode(z / vae.config.scaling_factor).sample for z in x.split(16)])
+
+    def draw(i):                                             # indices (B,) -> images (B, C, H, W) in [-1, 1]
+        x = decode(sample(model, noise(i, shape, cfg.seed).to(device), y[i].to(device), w=cfg.w, solver=cfg.solver,
+                          steps=cfg.steps, progress=not npz, stats=stats)[-1])
+        if not x.isfinite().all():
+            raise ValueError(f"images {int(i[0])} to {int(i[-1])} are not finite: has the training diverged?")
+        return x
+
+    of = f"step {ckpt['step']}" if ckpt else "official weights"
+    if npz:
+        made = {k: getattr(cfg, k) for k in ("n", "label", "labels", "w", "solver", "steps", "batch", "seed")}
+        made |= dict(device=device.type, weights=checksum(model), vae=checksum(vae) if vae else "")
+        features = inception() if cfg.fid and rank == 0 else None
+        reference = statistics(cfg.fid, features) if features else None  # before hours of sampling: it may be no good
+        size = decode(torch.zeros(1, *shape, device=device)).shape[-2:]
+        rgb = lambda i: to_uint8(draw(i).expand(-1, 3, -1, -1))
+        write_npz(Path(cfg.out), rgb, y, (*size, 3), cfg.batch, made, rank, world)
+        if rank == 0: print(f"{cfg.n} samples of {of} ({device}, {cfg.solver}, w = {cfg.w:g}): {cfg.out}", flush=True)
+        if features: print(f"FID {frechet(*statistics(cfg.out, features), *reference):.4f} to {cfg.fid}")
+        return
+    images = []
     for i in torch.arange(cfg.n).split(cfg.batch):
-        z1 = noise(i, shape, cfg.seed).to(device)
-        images.append(sample(model, z1, y[i].to(device), w=cfg.w, solver=cfg.solver, steps=cfg.steps, progress=True,
-                             stats=stats)[-1])
+        images.append(draw(i))
         print(f"images {int(i[0])} to {int(i[-1])}: {stats['nfe']} function evaluations", flush=True)
     folder = Path(cfg.run) if Path(cfg.run).is_dir() else Path(cfg.run).parent
     out = Path(cfg.out) if cfg.out else folder / f"samples_w{cfg.w:g}_{cfg.solver}_seed{cfg.seed}.png"
     save_grid(torch.cat(images), out, columns=model.num_classes if cfg.label is None and model.num_classes <= 10 else 8)
-    print(f"{cfg.n} samples of step {ckpt['step']} ({device}, {cfg.solver}, w = {cfg.w:g}): {out}")
+    print(f"{cfg.n} samples of {of} ({device}, {cfg.solver}, w = {cfg.w:g}): {out}")
 
 
 if __name__ == "__main__":
     cli(main, {"laptop": Config()})
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -9,8 +9,10 @@ tolerance 1e-6 and relative tolerance 1e-3 (C.1). It chooses its steps by an err
 a sample depends, a little, on what it is sampled with: keep --batch fixed to compare. Heun and Euler take equal steps.
 """
 import argparse
+import contextlib
 import os
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -122,6 +124,44 @@ def load_run(run, device="cpu", ema=True):
     return model.to(device).eval().requires_grad_(False), ckpt
 
 
+def read_checkpoint(path):
+    """A checkpoint of train.py -> its dict. ValueError if it is none or damaged. Nothing in it is run, nothing in it
+    can swell, and its checksums are looked at, which torch does not do."""
+    try:
+        with zipfile.ZipFile(path) as z:
+            if sum(i.file_size for i in z.infolist()) > Path(path).stat().st_size:
+                raise ValueError("its parts are larger than the file")
+            if damaged := z.testzip():
+                raise ValueError(f"{damaged} is damaged")
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"ema", "model_args", "step", "config", "device"} - set(ckpt)
+        if missing:
+            raise ValueError(f"{min(missing)} is missing")
+        return ckpt
+    except Exception as e:                                   # torch and zipfile raise a dozen kinds for a broken file
+        raise ValueError(f"{path} is not a whole checkpoint of train.py: {str(e).splitlines()[0]}") from e
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """with replacing(path) as f: writes aside, flushes to the disk, and moves into place: never half a file, and what
+    was there before stays until then."""
+    path = Path(path)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(tmp, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as e:                     # torch.save makes the second out of the first
+        cause = e if isinstance(e, OSError) else e.__context__
+        if not isinstance(cause, OSError): raise
+        raise OSError(f"{path} could not be written, and is as it was before: {cause.strerror or cause}") from e
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
 def to_uint8(x):
     """(..., C, H, W) in [-1, 1] -> uint8 (..., H, W, C), as FID evaluators want it: clamp(127.5 x + 128, 0, 255)."""
     return (127.5 * x + 128).clamp(0, 255).to(torch.uint8).movedim(-3, -1).cpu()
@@ -157,8 +197,8 @@ def cli(main, presets):
     except (ValueError, OSError, ImportError) as e:
         if debug: raise
         sys.exit(f"error: {str(e).splitlines()[0] if str(e) else type(e).__name__}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    except KeyboardInterrupt as e:
+        sys.exit(": ".join(["interrupted", *map(str, e.args)]))
 
 
 @dataclass

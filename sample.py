@@ -3,12 +3,13 @@ Sampling: follow the ODE dz/dt = v_theta(z, t) from noise at t = 1 down to an im
 
     python sample.py --run out/laptop_mnist5k_SiT-tiny-4            # writes a grid of samples beside the checkpoint
     python sample.py --run out/laptop_mnist5k_SiT-tiny-4 --w 4      # with classifier-free guidance
-    torchrun --nproc_per_node=4 sample.py --run SiT-XL-2-256x256.pt --vae stabilityai/sd-vae-ft-ema --n 50000 \
+    torchrun --nproc_per_node=4 -- sample.py --run SiT-XL-2-256x256.pt --vae stabilityai/sd-vae-ft-ema --n 50000 \
         --out samples.npz --fid VIRTUAL_imagenet256_labeled.npz     # official weights, decoded, for FID; resumes
 
 The model is rebuilt from the checkpoint: there are no architecture flags. The paper's solver is dopri5 with absolute
 tolerance 1e-6 and relative tolerance 1e-3 (C.1). It chooses its steps by an error norm over the *whole batch*, so that
 a sample depends, a little, on what it is sampled with: keep --batch fixed to compare. Heun and Euler take equal steps.
+(The -- after torchrun's own flags keeps it from taking --run and --n for abbreviations of its own.)
 
 In reading order: the ODE; checkpoints and pictures; many images in one .npz; the Frechet distance; the command. The
 third and the fourth are only for thousands of images; they make this file longer than sampling alone need be.
@@ -174,6 +175,24 @@ def load_vae(path):
     return AutoencoderKL.from_pretrained(path).eval().requires_grad_(False)
 
 
+def read_checkpoint(path):
+    """A checkpoint of train.py -> its dict. ValueError if it is none or damaged. Nothing in it is run, nothing in it
+    can swell, and its checksums are looked at, which torch does not do."""
+    try:
+        with zipfile.ZipFile(path) as z:
+            if sum(i.file_size for i in z.infolist()) > Path(path).stat().st_size:
+                raise ValueError("its parts are larger than the file")
+            if damaged := z.testzip():
+                raise ValueError(f"{damaged} is damaged")
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"ema", "model_args", "step", "config", "device"} - set(ckpt)
+        if missing:
+            raise ValueError(f"{min(missing)} is missing")
+        return ckpt
+    except Exception as e:                                   # torch and zipfile raise a dozen kinds for a broken file
+        raise ValueError(f"{path} is not a whole checkpoint of train.py: {str(e).splitlines()[0]}") from e
+
+
 @contextlib.contextmanager
 def replacing(path):
     """with replacing(path) as f: writes aside, flushes to the disk, and moves into place: never half a file, and what
@@ -186,6 +205,10 @@ def replacing(path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
+    except (OSError, RuntimeError) as e:                     # torch.save makes the second out of the first
+        cause = e if isinstance(e, OSError) else e.__context__
+        if not isinstance(cause, OSError): raise
+        raise OSError(f"{path} could not be written, and is as it was before: {cause.strerror or cause}") from e
     finally:
         tmp.unlink(missing_ok=True)
 
@@ -225,8 +248,8 @@ def cli(main, presets):
     except (ValueError, OSError, ImportError) as e:
         if debug: raise
         sys.exit(f"error: {str(e).splitlines()[0] if str(e) else type(e).__name__}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    except KeyboardInterrupt as e:
+        sys.exit(": ".join(["interrupted", *map(str, e.args)]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -273,6 +296,8 @@ def write_npz(path, draw, y, size, batch, made, rank=0, world=1):
         parts.mkdir(parents=True, exist_ok=True)
         if said.exists():
             check_made(json.loads(said.read_text()), made, parts)
+        for half in parts.glob(".*.tmp"):                    # what a kill interrupted
+            half.unlink()
         todo = sum(len(i) for i, file in zip(tasks, files, strict=True) if not file.exists())
         need, free = (todo + len(y)) * int(np.prod(size)) + 10**6, shutil.disk_usage(parts).free
         if need > free:                                      # every image twice: in its batch's file, and merged
@@ -282,31 +307,30 @@ def write_npz(path, draw, y, size, batch, made, rank=0, world=1):
     if world > 1: dist.barrier()                             # nobody draws before rank 0 has agreed
     mine = [k for k in range(rank, len(tasks), world) if not files[k].exists()]
     for k in tqdm(mine, desc="batches", disable=None if rank == 0 else True, leave=False):
+        images = draw(tasks[k]).numpy()
         with replacing(files[k]) as f:
-            f.write(draw(tasks[k]).numpy().tobytes())
+            f.write(images.tobytes())
     if world > 1: dist.barrier()
     if rank == 0:
-        merge(parts / "merged", files, (len(y), *size), dict(labels=y.numpy(), made=json.dumps(made)))
+        with replacing(parts / "merged") as f:
+            merge(f, files, (len(y), *size), dict(labels=y.numpy(), made=json.dumps(made)))
         os.replace(parts / "merged", path)
         shutil.rmtree(parts)
 
 
-def merge(path, files, shape, more):
-    """The bytes of `files`, streamed, as arr_0 of an .npz, then the arrays of `more`. Equal images, equal file."""
+def merge(out, files, shape, more):
+    """The bytes of `files`, streamed, as arr_0 of an .npz, and the arrays of `more`, into the open file `out`."""
     if (size := sum(f.stat().st_size for f in files)) != (want := int(np.prod(shape))):
-        raise ValueError(f"{path.parent} holds {size} bytes of images, expected {want}: delete it and sample again")
-    with open(path, "wb") as out:
-        with zipfile.ZipFile(out, "w") as z:                 # ZipInfo: without it, the file would hold the time of day
-            with z.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as f:
-                np.lib.format.write_array_header_1_0(f, dict(descr="|u1", fortran_order=False, shape=shape))
-                for file in tqdm(files, desc="merging", disable=None, leave=False):
-                    with open(file, "rb") as part:
-                        shutil.copyfileobj(part, f, 2**20)
-            for name, array in more.items():
-                with z.open(zipfile.ZipInfo(f"{name}.npy"), "w") as f:
-                    np.lib.format.write_array(f, np.asarray(array), allow_pickle=False)
-        out.flush()
-        os.fsync(out.fileno())
+        raise ValueError(f"{files[0].parent} holds {size} bytes of images, expected {want}: delete it, sample again")
+    with zipfile.ZipFile(out, "w") as z:                     # ZipInfo: without it, the file would hold the time of day
+        with z.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as f:
+            np.lib.format.write_array_header_1_0(f, dict(descr="|u1", fortran_order=False, shape=shape))
+            for file in tqdm(files, desc="merging", disable=None, leave=False):
+                with open(file, "rb") as part:
+                    shutil.copyfileobj(part, f, 2**20)
+        for name, array in more.items():
+            with z.open(zipfile.ZipInfo(f"{name}.npy"), "w") as f:
+                np.lib.format.write_array(f, np.asarray(array), allow_pickle=False)
 
 
 def read_npz(path, key):

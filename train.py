@@ -29,7 +29,7 @@ import signal
 import subprocess
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -37,11 +37,14 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from model import build_model
-from sample import cli, load_run, noise, pick_device, sample, save_grid
+from sample import cli, load_run, noise, pick_device, read_checkpoint, replacing, sample, save_grid
 
 ROOT = Path(__file__).resolve().parent
 DATA = ROOT / "data"
@@ -60,11 +63,16 @@ class Config:
     warmup: int = 100  # steps over which the learning rate rises to lr, where it stays; the paper's has no warmup
     ema: float = 0.999  # decay of the averaged weights, reached gradually
     label_dropout: float = 0.1  # fraction of labels replaced by the null label, for the unconditional score
+    repa: float = 0.0  # lambda of REPA; the data need a teacher's features.npy, see data/prepare.py
+    repa_depth: int = 8  # the block after which REPA looks at the tokens
+    init: str = ""  # weights to start from: official SiT weights (.pt, .safetensors), or a run's folder
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on CUDA, fp32 on CPUs, where it is faster
     compile: bool = False  # torch.compile, worth its minute on GPUs
     seed: int = 0  # of the weights, the batches and the noise
     log_every: int = 100  # steps between log lines
     save_every: int = 500  # steps between checkpoints, held-out losses and sample grids
+    keep: tuple[int, ...] = ()  # steps whose averaged weights are kept for good, as ema_<step>.pt
+    grid: bool = True  # a grid of samples with every checkpoint
     device: str = "auto"  # auto, cpu, cuda, mps
     out: str = ""  # folder of the run; default out/<preset>_<data>_<model>_<what differs from the preset>
 
@@ -76,7 +84,7 @@ PRESETS = {
                   save_every=5_000),
     # C.1 of the paper: SiT-XL/2 on SD-VAE latents of ImageNet 256, 400K iterations on 4 H100
     "paper": Config("paper", "imagenet", "SiT-XL/2", steps=400_000, batch=256, lr=1e-4, warmup=0, ema=0.9999,
-                    compile=True, log_every=500, save_every=50_000),
+                    compile=True, log_every=500, save_every=10_000, keep=(200_000, 300_000, 400_000)),
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -196,11 +204,63 @@ def heldout_loss(model, data, device, prediction, seed=0):
     return dsm_loss(model, x, y, t, eps, prediction).item()
 
 
+class Update:
+    """What follows the gradients in a step: AdamW without weight decay, its rate rising to `lr` over `warmup` steps,
+    then the average of the weights, `average`, a model of its own. `others` are parameters that are trained along and
+    not averaged."""
+    def __init__(self, model, lr, warmup, ema, others=()):
+        self.lr, self.warmup, self.ema = lr, warmup, ema
+        self.average = copy.deepcopy(model).eval().requires_grad_(False)
+        pairs = [p for p in zip(model.parameters(), self.average.parameters(), strict=True) if p[0].requires_grad]
+        self.weights, self.averaged = (list(p) for p in zip(*pairs, strict=True))
+        self.all = [*self.weights, *others]
+        self.optimizer = torch.optim.AdamW(self.all, lr, (0.9, 0.999), weight_decay=0,
+                                           fused=self.weights[0].device.type != "mps")
+
+    def grad_norm(self):
+        return torch.stack(torch._foreach_norm([p.grad for p in self.all])).norm()
+
+    def rate(self, step):
+        return self.lr * min(1.0, (step + 1) / max(1, self.warmup))
+
+    @torch.no_grad()                                         # or the average would keep the graph of every step
+    def step(self, step):
+        self.optimizer.param_groups[0]["lr"] = self.rate(step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        # a short memory at first, or the average would still hold a part of the random initial weights
+        torch._foreach_lerp_(self.averaged, self.weights, 1 - min(self.ema, (1 + step) / (10 + step)))
+
+
+class Repa(nn.Module):
+    """REPA (Yu et al. 2024): the model, whose tokens after block `depth` are projected, on the side, to what a teacher
+    sees in the clean image, features (B, T, dim). Answers as the model does, and keeps the projected tokens."""
+    def __init__(self, model, depth, dim):
+        super().__init__()
+        width = model.pos_embed.shape[-1]
+        hidden = min(2048, 4 * width)                        # 2048 in the paper
+        self.model, self.prediction, self.tokens = model, model.prediction, None
+        self.projector = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
+                                       nn.Linear(hidden, dim))
+        model.blocks[depth - 1].register_forward_hook(self.look)
+
+    def look(self, block, args, out):
+        self.tokens = self.projector(out)
+
+    def forward(self, z, t, y):
+        return self.model(z, t, y)
+
+    def loss(self, features):                                # mean over images and tokens of -cos
+        return -F.cosine_similarity(self.tokens.float(), features, dim=-1).mean()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
 
 # Fields that may change when a run is resumed. (Another kind of device draws other noise: it is said, not refused.)
-HARMLESS = ("preset", "out", "device", "compile", "log_every", "save_every", "steps", "accum")
+HARMLESS = ("preset", "out", "device", "compile", "log_every", "save_every", "steps", "keep", "grid", "accum")
+TOO_STEEP = 1e4                                              # no healthy run here comes near a gradient of this norm
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}      # dense bf16 FLOP/s as their maker gives them, for the MFU
 
 
 def run_folder(cfg):
@@ -209,19 +269,117 @@ def run_folder(cfg):
         return Path(cfg.out)
     names = [f.name for f in dataclasses.fields(cfg) if f.name not in ("data", "model", *HARMLESS)]
     default = PRESETS[cfg.preset]
-    differs = [f"{n}={getattr(cfg, n)}" for n in ("steps", *names) if getattr(cfg, n) != getattr(default, n)]
+    differs = [f"{n}={Path(v).name if n == 'init' else v}" for n in ("steps", *names)
+               if (v := getattr(cfg, n)) != getattr(default, n)]
     return ROOT / "out" / "_".join([cfg.preset, Path(cfg.data).name, cfg.model.replace("/", "-"), *differs])
 
 
-def train(cfg):
-    """Train, or resume, or find it done. -> the run's folder. Call on every process of a torchrun."""
+@functools.cache
+def step_flops(model_args, batch):
+    """model_args: the items of build_model's arguments. -> (FLOPs of a training step, forward and backward; the paper's
+    count, 2 x MACs x batch, forward only, which by torch's counter comes out as the FLOPs of the forward)."""
+    with torch.device("meta"):                               # shapes without numbers
+        net = build_model(**dict(model_args))
+        z, t = torch.empty(batch, net.in_channels, net.input_size, net.input_size), torch.empty(batch)
+        y = torch.zeros(batch, dtype=torch.long)
+    counts = []
+    for step in (lambda: net(z, t, y).sum().backward(), lambda: net(z, t, y)):
+        with FlopCounterMode(display=False) as counter:
+            step()
+        counts.append(counter.get_total_flops())
+    return tuple(counts)
+
+
+def resident(x, device):
+    """x, a memory map (N, ...), as a tensor where the model lives, if it takes less than a third of the room there."""
+    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 12e9
+    if x.nbytes > room / 3:
+        return x
+    dtype = torch.float16 if x.dtype == np.float16 else torch.int64 if x.dtype.kind in "iu" else torch.float32
+    out, rows = torch.empty(x.shape, dtype=dtype, device=device), max(1, 2**28 // x[:1].nbytes)
+    for i in range(0, len(x), rows):                         # in parts: the host need not hold it a second time
+        out[i:i + rows] = torch.from_numpy(np.array(x[i:i + rows]))
+    return out
+
+
+def feed(arrays, steps, index, device):
+    """Yield (step, rows index(step) of every array, on the device). What is not there already is read by a thread, one
+    step ahead, into memory from which a GPU can fetch it while it computes."""
+    def read(step):
+        i = torch.from_numpy(index(step))
+        rows = [a[i.to(a.device)] if torch.is_tensor(a) else torch.from_numpy(a[i.numpy()]) for a in arrays]
+        return [r.pin_memory() if device.type == "cuda" and not r.is_cuda else r for r in rows]
+    ready = lambda rows: [r.to(device, torch.float32 if r.is_floating_point() else torch.int64, non_blocking=True)
+                          for r in rows]
+    if all(torch.is_tensor(a) for a in arrays):
+        yield from ((step, ready(read(step))) for step in steps)
+        return
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(read, steps[0]) if len(steps) else None
+        for step in steps:
+            rows = ahead.result()
+            ahead = reader.submit(read, step + 1) if step + 1 < steps.stop else None
+            yield step, ready(rows)
+
+
+@contextlib.contextmanager
+def stopping():
+    """with stopping() as stop: stop() is true once SIGTERM or Ctrl-C has come, so that the loop can save and leave. A
+    second Ctrl-C ends it at once."""
+    came = []
+
+    def handler(number, frame):
+        if came and number == signal.SIGINT: raise KeyboardInterrupt
+        came.append(number)
+    main = threading.current_thread() is threading.main_thread()         # only there can signals be caught
+    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM) if main}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for s, handler_before in before.items():
+            signal.signal(s, handler_before)
+
+
+def check_repa(cfg, data, model):
+    """The model with what REPA adds. ValueError where the model has no tokens, or the data no features for them."""
+    if not 1 <= cfg.repa_depth <= len(getattr(model, "blocks", ())):
+        raise ValueError(f"repa_depth {cfg.repa_depth} is none of the blocks of {cfg.model}, which has "
+                         f"{len(getattr(model, 'blocks', ()))}: REPA needs a SiT at least so deep")
+    want, found = (len(data["x"]), model.pos_embed.shape[1]), data.get("features")
+    if found is None or found.ndim != 3 or found.shape[:2] != want or found.dtype.kind != "f":
+        raise ValueError(f"REPA needs a teacher's features beside {cfg.data}/x.npy: features.npy, floating point of "
+                         f"shape ({want[0]}, {want[1]}, dim)" + ("" if found is None else f", not {found.shape}"))
+    return Repa(model, cfg.repa_depth, found.shape[2])
+
+
+def save_checkpoint(run, state):
+    """To run/ckpt.pt; the one before it is kept, as ckpt.before.pt."""
+    now = run / "ckpt.pt"
+    with replacing(run / "ckpt.new.pt") as f:
+        torch.save(state, f)
+    if now.exists():
+        os.replace(now, run / "ckpt.before.pt")
+    os.replace(run / "ckpt.new.pt", now)
+
+
+def newest_checkpoint(run):
+    """The newest checkpoint of a run that is whole, or None if there is none at all. ValueError if none is whole."""
+    damage = None
+    for path in (run / "ckpt.pt", run / "ckpt.before.pt"):
+        if path.exists():
+            try:
+                return read_checkpoint(path)
+            except ValueError as e:
+                damage = e
+                print(f"{e}; going back to the one before it", flush=True)
+    if damage:
+        raise damage
+
+
+def join(device_name):
+    """-> rank, number of processes, device of this process; under torchrun, joins the others."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    for name in ("steps", "batch", "accum", "log_every", "save_every"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(cfg, name)}")
-    if cfg.batch % (world * cfg.accum):
-        raise ValueError(f"batch {cfg.batch} does not divide by processes x accum = {world} x {cfg.accum}")
-    device = pick_device(cfg.device)
+    device = pick_device(device_name)
     if world > 1:
         local = int(os.environ.get("LOCAL_RANK", rank))
         device = torch.device("cuda", local) if device.type == "cuda" else torch.device("cpu")
@@ -229,30 +387,50 @@ def train(cfg):
             torch.cuda.set_device(device)
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if rank == 0:
-            load_data(cfg.data)                              # rank 0 prepares an embedded set, the others wait for it
+    return rank, world, device
+
+
+def train(cfg):
+    """Train, or resume, or find it done. -> the run's folder. Call on every process of a torchrun; over several nodes,
+    out/ and data/ must be folders that all of them see. ValueError: a config or data that do not fit, or divergence."""
+    for name in ("steps", "batch", "accum", "log_every", "save_every"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(cfg, name)}")
+    if not all(v > 0 and np.isfinite(v) for v in (cfg.lr, cfg.ema)) or cfg.warmup < 0 or cfg.repa < 0 or cfg.ema >= 1:
+        raise ValueError(f"expected lr > 0, 0 < ema < 1, warmup >= 0, repa >= 0, not {cfg.lr:g}, {cfg.ema:g}, "
+                         f"{cfg.warmup}, {cfg.repa:g}")
+    if not 0 <= cfg.label_dropout <= 1:
+        raise ValueError(f"label_dropout must lie in [0, 1], not {cfg.label_dropout:g}")
+    rank, world, device = join(cfg.device)
+    if cfg.batch % (world * cfg.accum):
+        raise ValueError(f"batch {cfg.batch} does not divide by processes x accum = {world} x {cfg.accum}")
+    if world > 1:
+        if int(os.environ.get("LOCAL_RANK", rank)) == 0:
+            load_data(cfg.data)                              # one prepares an embedded set, the others wait for it
         dist.barrier()
     say = print if rank == 0 else lambda *a, **k: None
     data, run = load_data(cfg.data), run_folder(cfg)
-    x, y = data["x"], torch.from_numpy(np.array(data["y"], dtype=np.int64)).to(device)
-    if x.nbytes < 4e9:                                       # small enough to live where the model lives
-        x = torch.from_numpy(np.array(x, dtype=np.float32)).to(device)
-    N, shape, classes = len(x), tuple(x.shape[1:]), data["meta"]["num_classes"]
+    N, shape, classes = len(data["x"]), tuple(data["x"].shape[1:]), data["meta"]["num_classes"]
 
     torch.manual_seed(cfg.seed)
     model_args = dict(name=cfg.model, input_size=shape[1], in_channels=shape[0], num_classes=classes,
                       prediction=cfg.prediction)
     model = build_model(**model_args).to(device)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    averaged = [e for p, e in zip(model.parameters(), ema.parameters(), strict=True) if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0, fused=device.type == "cuda")
+    if cfg.init:
+        try:
+            model.load_state_dict(load_run(cfg.init)[0].state_dict())
+        except RuntimeError as e:                            # torch names the misfits from the second line on
+            raise ValueError(f"{cfg.init} does not fit {cfg.model} on {cfg.data}: {str(e).splitlines()[1].strip()}"
+                             ) from None
+    trained = check_repa(cfg, data, model).to(device) if cfg.repa else model
+    update = Update(model, cfg.lr, cfg.warmup, cfg.ema, trained.projector.parameters() if cfg.repa else ())
+    parts = dict(model=model, ema=update.average, optimizer=update.optimizer)
+    parts |= dict(projector=trained.projector) if cfg.repa else {}
 
-    done = 0
-    if (run / "ckpt.pt").exists():
-        _, ckpt = load_run(run)                              # checks that it is one of ours
+    done, carried, last = 0, 0.0, 0                          # carried: sum of the losses since the log's `last` step
+    if ckpt := newest_checkpoint(run):
         for name, before in ckpt["config"].items():
-            if name not in HARMLESS and before != getattr(cfg, name):
+            if name not in HARMLESS and before != getattr(cfg, name, before):
                 raise ValueError(f"{run}/ckpt.pt was trained with {name} = {before}, not {getattr(cfg, name)}: "
                                  "give another --out")
         if (done := ckpt["step"]) > cfg.steps:
@@ -262,81 +440,114 @@ def train(cfg):
             return run
         if ckpt["device"] != device.type:
             say(f"{run} was trained on {ckpt['device']}: on {device.type} its noise will be another")
-        ckpt = torch.load(run / "ckpt.pt", map_location=device, weights_only=True)
-        model.load_state_dict(ckpt["model"])
-        ema.load_state_dict(ckpt["ema"])
-        optimizer.load_state_dict(ckpt["optimizer"])
+        for name, part in parts.items():
+            part.load_state_dict(ckpt[name])
+        carried, last = ckpt["carried"], ckpt["last"]
+        del ckpt
+    if world > 1:                                            # a node that does not see the folder would start anew
+        steps = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(world)]
+        dist.all_gather(steps, torch.tensor(done, device=device))
+        if len({int(s) for s in steps}) > 1:
+            raise ValueError(f"the processes resume at different steps, {[int(s) for s in steps]}: all must see {run}")
     say(f"{'resuming at step ' + str(done) if done else 'training'}: {cfg.model}, "
-        f"{sum(p.numel() for p in weights) / 1e6:.2f}M parameters, on {N:,} images of {cfg.data}, steps {done} to "
-        f"{cfg.steps}, batch {cfg.batch}, {world} process{'es' * (world > 1)} on {device} -> {run}", flush=True)
+        f"{sum(p.numel() for p in update.weights) / 1e6:.2f}M parameters, on {N:,} images of {cfg.data}, steps {done} "
+        f"to {cfg.steps}, batch {cfg.batch}, {world} process{'es' * (world > 1)} on {device} -> {run}", flush=True)
 
-    net = torch.compile(model) if cfg.compile else model     # shares its weights with `model`
+    net = torch.compile(trained) if cfg.compile else trained             # shares its weights with `model`
     net = DistributedDataParallel(net, [device.index] if device.type == "cuda" else None) if world > 1 else net
     bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and device.type == "cuda" and
                                   torch.cuda.is_bf16_supported(including_emulation=False))
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     per_rank, micro = cfg.batch // world, cfg.batch // world // cfg.accum
+    mine = slice(rank * per_rank, (rank + 1) * per_rank)     # this process's part of the global batch
+    index = lambda step: step_indices(step, cfg.batch, N, cfg.seed)[mine]
+    arrays = [resident(data[k], device) for k in ("x", "y", *["features"] * bool(cfg.repa))]
+    flops, peak = step_flops(tuple(model_args.items()), 1)[0], None
+    if device.type == "cuda":
+        peak = next((world * p for name, p in PEAK.items() if name in torch.cuda.get_device_name(device)), None)
     run.mkdir(parents=True, exist_ok=True)
     log_path = run / "log.jsonl"
     if rank == 0 and log_path.exists():                      # drop what was logged after the checkpoint, or half a line
         kept = [li for li in log_path.read_text().splitlines() if li.endswith("}") and json.loads(li)["step"] <= done]
-        (run / "log.tmp").write_text("".join(li + "\n" for li in kept))
-        os.replace(run / "log.tmp", log_path)
+        with replacing(log_path) as f:
+            f.write("".join(li + "\n" for li in kept).encode())
 
     total = torch.float32 if device.type == "mps" else torch.float64     # losses add up in float64 where there is one
-    running, started, last = torch.zeros((), device=device, dtype=total), time.time(), done
-    for step in tqdm(range(done, cfg.steps), initial=done, total=cfg.steps, disable=None if rank == 0 else True,
-                     desc="training", leave=False):
-        index = step_indices(step, cfg.batch, N, cfg.seed)
-        t, eps, drop = step_noise(step, (cfg.batch, *shape), cfg.seed, device)
-        for k in range(cfg.accum):
-            part = slice(rank * per_rank + k * micro, rank * per_rank + (k + 1) * micro)
-            xb = x[index[part]] if torch.is_tensor(x) else torch.from_numpy(x[index[part]]).to(device).float()
-            yb = torch.where(drop[part] < cfg.label_dropout, classes, y[index[part]])
-            sync = net.no_sync() if world > 1 and k < cfg.accum - 1 else contextlib.nullcontext()
-            with sync:
-                with autocast():
-                    loss = dsm_loss(net, xb, yb, t[part], eps[part], cfg.prediction) / cfg.accum
-                loss.backward()                              # across processes, DDP averages the gradients here
-            running += loss.detach()
-        grad_norm = torch.stack(torch._foreach_norm([p.grad for p in weights])).norm()
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        # a short memory at first, or the average would still hold a part of the random initial weights
-        decay = min(cfg.ema, (1 + step) / (10 + step))
-        with torch.no_grad():
-            torch._foreach_lerp_(averaged, weights, 1 - decay)
+    zero = lambda: torch.zeros((), device=device, dtype=total)
+    running, worst, started, timed = zero(), zero(), time.time(), done
+    bar = tqdm(total=cfg.steps, initial=done, desc="training", leave=False, disable=None if rank == 0 else True)
+    with stopping() as stop, bar:
+        for step, (x, y, *features) in feed(arrays, range(done, cfg.steps), index, device):
+            t, eps, drop = (a[mine] for a in step_noise(step, (cfg.batch, *shape), cfg.seed, device))
+            y = torch.where(drop < cfg.label_dropout, classes, y)
+            for k in range(0, per_rank, micro):
+                part = slice(k, k + micro)
+                sync = net.no_sync() if world > 1 and k + micro < per_rank else contextlib.nullcontext()
+                with sync:
+                    with autocast():
+                        loss = dsm_loss(net, x[part], y[part], t[part], eps[part], cfg.prediction) / cfg.accum
+                        extra = cfg.repa * trained.loss(features[0][part]) / cfg.accum if cfg.repa else 0.0
+                    (loss + extra).backward()                # across processes, DDP averages the gradients here
+                running += loss.detach()
+            norm = update.grad_norm()
+            worst = torch.maximum(worst, norm)               # of a nan, it is nan
+            update.step(step)
 
-        step += 1
-        log, save = (step % every == 0 or step == cfg.steps for every in (cfg.log_every, cfg.save_every))
-        if (log or save) and not (running.isfinite() and grad_norm.isfinite()):
-            raise ValueError(f"the loss is {running.item() / (step - last):g}, the gradient's norm {grad_norm:g} at "
-                             f"step {step} (lr {group['lr']:g}): stopped; a checkpoint from before is kept")
-        if log:
-            if world > 1:
-                dist.all_reduce(running)
-            seconds, mean = time.time() - started, running.item() / world / (step - last)
-            record = dict(step=step, loss=mean, grad_norm=grad_norm.item(), lr=group["lr"],
-                          images_per_second=(step - last) * cfg.batch / seconds, seconds=seconds)
-            if step % cfg.save_every < cfg.log_every or step == cfg.steps:
-                record["heldout_loss"] = heldout_loss(ema, data, device, cfg.prediction) if rank == 0 else None
-            say("  ".join(f"{k} {v:.4g}" for k, v in record.items() if v is not None), flush=True)
-            if rank == 0:
-                with open(log_path, "a") as f:
-                    f.write(json.dumps(record) + "\n")
-            running, started, last = torch.zeros_like(running), time.time(), step
-        if save and rank == 0:
-            torch.save(dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step,
-                            device=device.type, config=dataclasses.asdict(cfg), model_args=model_args),
-                       run / "ckpt.pt.tmp")
-            os.replace(run / "ckpt.pt.tmp", run / "ckpt.pt")             # never half a checkpoint
-            z1, label = noise(range(40), shape).to(device), torch.arange(40, device=device) % classes
-            save_grid(sample(ema, z1, label, solver="heun", steps=25)[-1], run / "samples.png", columns=10)
+            step += 1
+            bar.update()
+            log, save = (step % every == 0 or step == cfg.steps for every in (cfg.log_every, cfg.save_every))
+            save = save or step in cfg.keep
+            leave = stop()
+            if world > 1 and (step % 10 == 0 or save):       # all must leave at the same step
+                leave = torch.tensor(float(leave), device=device)
+                dist.all_reduce(leave)
+                leave = bool(leave)
+            elif world > 1:
+                leave = False
+            if not (log or save or leave or device.type == "cpu"):
+                continue                                     # on a GPU, what follows would make it wait for each step
+            if not (running.isfinite() and worst < TOO_STEEP):
+                raise ValueError(f"the loss is {cfg.accum * loss.item():g}, the gradient's norm up to {worst:g} at "
+                                 f"step {step} (lr {update.rate(step - 1):g}, noise of seed "
+                                 f"{1_000_003 * cfg.seed + step - 1}): stopped; a checkpoint from before is kept")
+            if log or save or leave:
+                if world > 1:
+                    dist.all_reduce(running)
+                carried, running = carried + running.item() / world, zero()
+            if log:
+                seconds, images = time.time() - started, (step - timed) * cfg.batch
+                record = dict(step=step, loss=carried / (step - last), grad_norm=norm.item(), lr=update.rate(step - 1))
+                record = {k: float(f"{v:.6g}") if k != "step" else v for k, v in record.items()}
+                if step % cfg.save_every < cfg.log_every or step == cfg.steps:
+                    record["heldout_loss"] = heldout_loss(update.average, data, device, cfg.prediction) \
+                        if rank == 0 else None
+                record |= dict(images_per_second=images / seconds, tflops=images * flops / seconds / 1e12)
+                if hasattr(model, "pos_embed"):
+                    record["tokens_per_second"] = record["images_per_second"] * model.pos_embed.shape[1]
+                if peak:
+                    record["mfu"] = record["tflops"] * 1e12 / peak
+                say("  ".join(f"{k} {v:.4g}" for k, v in record.items() if v is not None), flush=True)
+                if rank == 0:
+                    with open(log_path, "a") as f:
+                        f.write(json.dumps(record) + "\n")
+                carried, last, started, timed, worst = 0.0, step, time.time(), step, zero()
+            if (save or leave) and rank == 0:
+                state = dict(ema=update.average.state_dict(), step=step, device=device.type, model_args=model_args,
+                             config=dataclasses.asdict(cfg))
+                if step in cfg.keep:                         # before the checkpoint, after which it would be too late
+                    with replacing(run / f"ema_{step}.pt") as f:
+                        torch.save(state, f)
+                state |= {name: part.state_dict() for name, part in parts.items()}
+                save_checkpoint(run, state | dict(carried=carried, last=last))
+            if leave and step < cfg.steps:
+                raise KeyboardInterrupt(f"saved at step {step}; the same command goes on")
+            if save and rank == 0 and cfg.grid:
+                z1, label = noise(range(40), shape).to(device), torch.arange(40, device=device) % classes
+                save_grid(sample(update.average, z1, label, solver="heun", steps=25)[-1], run / "samples.png",
+                          columns=10)
     if world > 1:
         dist.barrier()
-    say(f"done: {run} (see samples.png there; more with python sample.py --run {os.path.relpath(run)})")
+    say(f"done: {run} (more samples with python sample.py --run {os.path.relpath(run)})")
     return run
 
 

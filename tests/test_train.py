@@ -38,7 +38,8 @@ def weights(run, key="ema"):
 
 
 def torchrun(n, cfg):
-    argv = [f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(cfg).items() if not isinstance(v, bool)]
+    argv = [f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(cfg).items()
+            if not isinstance(v, (bool, tuple))]
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--standalone",
                            ROOT / "train.py", *argv], capture_output=True, text=True, timeout=100)
 
@@ -126,6 +127,69 @@ def test_two_ranks_give_the_update_of_one(data, tmp_path):
     log = [[json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
            for run in (one, tmp_path / "two")]
     assert np.allclose(*log, rtol=1e-4)                      # the logged loss is that of the global batch
+
+
+def with_features(folder, out, dim=5):
+    """The toy data with a teacher's features of its 4 tokens beside them."""
+    data = train.load_data(folder)
+    features = np.random.default_rng(2).standard_normal((50, 4, dim)).astype(np.float16)
+    arrays = {k: np.array(v) for k, v in data.items() if k != "meta"} | dict(features=features)
+    train.save_dataset(out, arrays, data["meta"])
+    return str(out)
+
+
+def test_repa_against_its_formula(data, tmp_path):
+    """One step of plain gradient descent in place of AdamW, by hand."""
+    torch.manual_seed(0)
+    model = train.build_model("SiT-nano/4", 8, 1, 4)
+    for p in model.parameters():                             # not the zeros that a fresh SiT has in its last layers
+        p.requires_grad and torch.nn.init.normal_(p, std=0.1)
+    repa, f = train.Repa(model, 1, 5), torch.randn(3, 4, 5)
+    z, t, y = torch.randn(3, 1, 8, 8), torch.rand(3), torch.tensor([0, 1, 4])
+    assert torch.equal(repa(z, t, y), model(z, t, y))
+    tokens = model.blocks[0](model.x_embedder(z) + model.pos_embed, model.t_embedder(t) + model.y_embedder(y))
+    out = repa.projector(tokens).detach().double().numpy()
+    cos = (out * f.numpy()).sum(2) / np.linalg.norm(out, axis=2) / np.linalg.norm(f.numpy(), axis=2)
+    assert abs(repa.loss(f).item() + cos.mean()) < 1e-6
+    repa.loss(f).backward()
+    assert model.blocks[0].mlp.fc1.weight.grad.abs().max() > 0 and model.blocks[1].mlp.fc1.weight.grad is None
+
+
+def test_repa_trains_resumes_and_divides_over_processes(data, tmp_path):
+    folder = with_features(data, tmp_path / "toy")
+    plain = train.train(config(folder, tmp_path / "plain"))
+    one = train.train(config(folder, tmp_path / "one", repa=0.5, repa_depth=1))
+    assert not torch.equal(weights(plain), weights(one))
+    train.train(config(folder, tmp_path / "part", repa=0.5, repa_depth=1, steps=3))
+    part = train.train(config(folder, tmp_path / "part", repa=0.5, repa_depth=1))
+    done = torchrun(2, config(folder, tmp_path / "two", repa=0.5, repa_depth=1, accum=2))
+    assert done.returncode == 0, done.stderr[-2000:]
+    for key in ("model", "ema", "projector"):
+        assert torch.equal(weights(one, key), weights(part, key))
+        assert (weights(one, key) - weights(tmp_path / "two", key)).abs().max() < 1e-5
+    for changes, message in ((dict(repa_depth=3), "none of the blocks"), (dict(model="UNet-nano-conv"), "needs a SiT"),
+                             (dict(data=data), "features.npy"), (dict(model="SiT-nano/2"), r"\(50, 16, dim\)")):
+        with pytest.raises(ValueError, match=message):
+            train.train(config(**dict(folder=folder, out=tmp_path / "bad", repa=1.0, repa_depth=1) | changes)
+                        if "data" not in changes else config(data, tmp_path / "bad", repa=1.0, repa_depth=1))
+
+
+def test_data_that_stay_on_the_disk_give_the_same(data, tmp_path, monkeypatch):
+    here = train.train(config(data, tmp_path / "here"))
+    monkeypatch.setattr(train, "resident", lambda x, device: x)
+    there = train.train(config(data, tmp_path / "there"))
+    assert torch.equal(weights(here, "model"), weights(there, "model"))
+
+
+def test_weights_to_start_from_and_weights_that_are_kept(data, tmp_path):
+    one = train.train(config(data, tmp_path / "one", keep=(2, 4)))
+    two = train.train(config(data, tmp_path / "two", init=str(one), lr=1e-30, steps=1))
+    assert (weights(two) - weights(one)).abs().max() < 1e-6
+    short = train.train(config(data, tmp_path / "short", steps=2))
+    kept = torch.cat([v.flatten().double() for v in load_run(one / "ema_2.pt")[0].state_dict().values()])
+    assert torch.equal(kept, weights(short)) and (one / "ema_4.pt").exists() and not (one / "ema_6.pt").exists()
+    with pytest.raises(ValueError, match="does not fit SiT-micro/4"):
+        train.train(config(data, tmp_path / "bad", init=str(one), model="SiT-micro/4"))
 
 
 def test_label_dropout_trains_the_null_label(data, tmp_path):

@@ -1,0 +1,164 @@
+"""What a run survives: kills at any moment, signals, damaged and missing checkpoints, a process that dies."""
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_train import config, data, weights  # noqa: F401
+
+import train
+
+ROOT = Path(__file__).resolve().parents[1]
+SERVER = multiprocessing.get_context("forkserver")           # it imports torch once, so that a child starts in no time
+SERVER.set_forkserver_preload(["train"])
+
+
+def state(run):
+    """All that training is to end with, the times in the log left out."""
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return torch.load(run / "ckpt.pt", weights_only=True), [
+        {k: r.get(k) for k in ("step", "loss", "grad_norm", "lr", "heldout_loss")} for r in log]
+
+
+def assert_same(a, b):
+    if torch.is_tensor(a):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for k in a:
+            if k != "out":
+                assert_same(a[k], b[k])
+    else:
+        assert a == b
+
+
+def work(cfg):
+    sys.stdout = open(os.devnull, "w")
+    torch.set_num_threads(1)
+    train.train(cfg)
+
+
+def test_killed_at_any_moment_and_started_again_it_ends_the_same(data, tmp_path):  # noqa: F811
+    """SIGKILL at random moments. A checkpoint is written at every third step, which is most of what the time goes to,
+    so that writes are killed too."""
+    cfg = config(data, tmp_path / "whole", steps=150, log_every=4, save_every=3, grid=False)
+    child = SERVER.Process(target=work, args=(cfg,))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    kills, rng = 0, random.Random(0)
+    cfg = dataclasses.replace(cfg, out=str(tmp_path / "killed"))
+    while True:
+        child = SERVER.Process(target=work, args=(cfg,))
+        child.start()
+        child.join(rng.uniform(0.05, 0.6) if kills < 12 else None)
+        if child.exitcode is not None:
+            assert child.exitcode == 0
+            break
+        child.kill()
+        child.join()
+        kills += 1
+    assert kills >= 10, "it was too quick to be killed ten times"
+    for a, b in zip(state(tmp_path / "whole"), state(tmp_path / "killed"), strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_leave(data, tmp_path, number):  # noqa: F811
+    argv = [sys.executable, ROOT / "train.py", "--data", data, "--model=SiT-nano/4", "--steps=10000000", "--batch=12",
+            "--log-every=2", "--save-every=1000000", "--warmup=0", "--no-grid", "--device=cpu", "--out", tmp_path / "a"]
+    child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "training:" in child.stdout.readline() and child.stdout.readline().startswith("step 2")
+    child.send_signal(number)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 1 and err.strip().splitlines()[-1].startswith("interrupted: saved at step"), err
+    done = torch.load(tmp_path / "a" / "ckpt.pt", weights_only=True)["step"]
+    whole = train.train(config(data, tmp_path / "whole", steps=done + 3, grid=False))
+    again = train.train(config(data, tmp_path / "a", steps=done + 3, grid=False))
+    assert torch.equal(weights(whole, "model"), weights(again, "model")) and f"step {done}" in err
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(data, tmp_path, capsys):  # noqa: F811
+    whole = train.train(config(data, tmp_path / "whole", steps=9))
+    good = (train.train(config(data, tmp_path / "a")) / "ckpt.pt").read_bytes()
+    at = len(good) // 2
+    for k, bad in enumerate((good[:at], good[:at] + bytes([good[at] ^ 1]) + good[at + 1:], b"")):
+        run = train.train(config(data, tmp_path / str(k)))
+        (run / "ckpt.pt").write_bytes(bad)
+        capsys.readouterr()
+        train.train(config(data, run, steps=9))
+        assert "going back" in capsys.readouterr().out and torch.equal(weights(whole), weights(run))
+    (run / "ckpt.pt").unlink()                               # killed between the two renames
+    train.train(config(data, run, steps=9))
+    assert torch.equal(weights(whole), weights(run))
+    for name in ("ckpt.pt", "ckpt.before.pt"):
+        (run / name).write_bytes(good[:at])
+    with pytest.raises(ValueError, match="not a whole checkpoint"):
+        train.train(config(data, run, steps=9))
+    assert (run / "ckpt.pt").read_bytes() == good[:at]       # what may yet be rescued is not written over
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(data, tmp_path):  # noqa: F811
+    """The limit on the size of files stands for a full disk."""
+    run = train.train(config(data, tmp_path / "a", steps=3, grid=False))
+    argv = [f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(config(data, run)).items()
+            if not isinstance(v, (bool, tuple))]
+    code = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); sys.argv = sys.argv[1:];"
+            "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')")
+    before = (run / "ckpt.pt").read_bytes()
+    done = subprocess.run([sys.executable, "-c", code, ROOT / "train.py", *argv], capture_output=True, text=True,
+                          timeout=100)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert (run / "ckpt.pt").read_bytes() == before and not [p for p in run.iterdir() if "tmp" in p.name]
+    whole = train.train(config(data, tmp_path / "whole"))
+    assert torch.equal(weights(whole), weights(train.train(config(data, run))))
+
+
+def test_one_process_that_dies_takes_the_others_along(data, tmp_path):  # noqa: F811
+    argv = [f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(config(data, tmp_path / "a", steps=10**7)
+                                                                        ).items() if not isinstance(v, (bool, tuple))]
+    child = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+                              ROOT / "train.py", *argv, "--no-grid", "--save-every=1000"], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True)
+    assert "2 processes" in child.stdout.readline() and child.stdout.readline().startswith("step 2")
+    ranks = [int(p) for p in Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()] \
+        if Path("/proc").exists() else pytest.skip("it finds the processes under /proc")
+    started = time.time()
+    os.kill(ranks[1], signal.SIGKILL)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode != 0 and time.time() - started < 30
+    assert "rank" in err and "Signal 9 (SIGKILL)" in err, err[-2000:]
+    assert not any(Path(f"/proc/{p}").exists() for p in ranks)
+
+
+def test_averages_are_the_same_on_every_process(data, tmp_path):  # noqa: F811
+    """Each process averages its own copy of the weights; were one to drift, only that of rank 0 would be seen."""
+    code = f"""
+import sys, torch, torch.distributed as dist; sys.path.insert(0, {str(ROOT)!r})
+import train
+average, made = [], train.Update.__init__
+def keep(self, *args): made(self, *args); average.append(self.average)
+train.Update.__init__ = keep
+train.train(train.Config(data={data!r}, model="SiT-nano/4", steps=5, batch=12, log_every=5, save_every=5, device="cpu",
+                         out={str(tmp_path / 'a')!r}))
+mine = torch.cat([p.flatten() for p in average[0].parameters()])
+theirs = [torch.empty_like(mine) for _ in range(3)]
+dist.all_gather(theirs, mine)
+assert all(torch.equal(mine, other) for other in theirs)
+dist.destroy_process_group()
+"""
+    (tmp_path / "script.py").write_text(code)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", "--standalone",
+                           tmp_path / "script.py"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert np.isfinite(weights(tmp_path / "a").numpy()).all()

@@ -131,9 +131,17 @@ def processes(device):
             if local >= torch.cuda.device_count():
                 raise ValueError(f"process {local} has no GPU: this machine has {torch.cuda.device_count()}")
             torch.cuda.set_device(device := torch.device("cuda", local))
-        if not dist.is_initialized():                        # the slowest may be hours behind
-            dist.init_process_group("gloo", timeout=timedelta(days=7))
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
     return rank, world, device
+
+
+def wait_for_all():
+    """Until every process has come here; OSError as soon as one of them has died."""
+    try:
+        if dist.is_initialized(): dist.monitored_barrier(timeout=timedelta(days=7))      # the slowest may be far behind
+    except RuntimeError as e:
+        raise OSError("another process has ended: what it has said tells why") from e
 
 
 def load_run(run, device="cpu", ema=True):
@@ -304,13 +312,13 @@ def write_npz(path, draw, y, size, batch, made, rank=0, world=1):
             raise OSError(f"{len(y)} images need {need / 1e9:.2f} GB more in {path.parent}: {free / 1e9:.2f} are free")
         with replacing(said) as f:
             f.write(json.dumps(made).encode())
-    if world > 1: dist.barrier()                             # nobody draws before rank 0 has agreed
+    wait_for_all()                                           # nobody draws before rank 0 has agreed
     mine = [k for k in range(rank, len(tasks), world) if not files[k].exists()]
     for k in tqdm(mine, desc="batches", disable=None if rank == 0 else True, leave=False):
         images = draw(tasks[k]).numpy()
         with replacing(files[k]) as f:
             f.write(images.tobytes())
-    if world > 1: dist.barrier()
+    wait_for_all()
     if rank == 0:
         with replacing(parts / "merged") as f:
             merge(f, files, (len(y), *size), dict(labels=y.numpy(), made=json.dumps(made)))
@@ -370,7 +378,7 @@ def inception():
     """torch-fidelity's Inception-v3, the network of the original FID: f(uint8 (B, H, W, 3)) -> (B, 2048) numpy."""
     try:
         from torch_fidelity.utils import create_feature_extractor
-    except ImportError as e:
+    except (ImportError, RuntimeError) as e:                 # the second: a torchvision of another torch
         raise ImportError(f"--fid needs the package torch-fidelity ({e}): pip install torch-fidelity") from e
     where = "cuda" if torch.cuda.is_available() else "cpu"
     net = create_feature_extractor("inception-v3-compat", ["2048"], cuda=where == "cuda", verbose=False)

@@ -346,7 +346,9 @@ def read_weights(path):
             from safetensors.torch import load_file
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):        # training checkpoints hold their arguments
-            return torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(state, dict): return state
+        raise ValueError(f"it holds a {type(state).__name__}, expected a dict")
     except ImportError as e:
         raise ImportError(f"{path} needs the package safetensors: pip install safetensors") from e
     except Exception as e:                                   # torch and safetensors raise a dozen kinds
@@ -368,8 +370,6 @@ def load_sit_checkpoint(checkpoint):
     Raises ValueError that names the first missing, extra or misshapen key, or the size that is not known.
     """
     state = checkpoint if isinstance(checkpoint, dict) else read_weights(checkpoint)
-    if not isinstance(state, dict):
-        raise ValueError(f"not a SiT checkpoint: it holds a {type(state).__name__}, expected a dict of tensors")
     state = state.get("ema", state.get("model", state))  # training checkpoints hold both: the EMA is what was published
     for key, ndim in {"x_embedder.proj.weight": 4, "pos_embed": 3, "y_embedder.embedding_table.weight": 2,
                       "final_layer.linear.weight": 2}.items():             # the keys that tell the sizes

@@ -487,7 +487,8 @@ def main(cfg):
         rgb = lambda i: to_uint8(draw(i).expand(-1, 3, -1, -1))
         write_npz(Path(cfg.out), rgb, y, (*size, 3), cfg.batch, made, rank, world)
         if rank == 0: print(f"{cfg.n} samples of {of} ({device}, {cfg.solver}, w = {cfg.w:g}): {cfg.out}", flush=True)
-        if features: print(f"FID {frechet(*statistics(cfg.out, features), *reference):.4f} to {cfg.fid}")
+        if features:                                         # never below 0, but for rounding
+            print(f"FID {max(0.0, frechet(*statistics(cfg.out, features), *reference)):.4f} to {cfg.fid}")
         return
     images = []
     for i in torch.arange(cfg.n).split(cfg.batch):

@@ -1,4 +1,6 @@
 """Every experiment at a tiny size, the contract of its results, and the claims at a size where they hold."""
+import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tyro
+from test_model import official_state
 
 import exp_cfg_paradox
 import exp_shells
@@ -71,6 +75,41 @@ def test_bad_input_is_one_line(script, argv, message, tmp_path):
     done = command(script, *[a.replace("{tmp}", str(tmp_path)) for a in argv])
     assert done.returncode == 1 and message in done.stderr, done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    """A data set of latents, and official weights that fit it."""
+    folder, rng = tmp_path_factory.mktemp("latents"), np.random.default_rng(0)
+    arrays = {"x": (60, 4, 8, 8), "x_heldout": (20, 4, 8, 8)}
+    arrays = {k: rng.standard_normal(v).astype(np.float32) for k, v in arrays.items()}
+    arrays |= {k.replace("x", "y"): np.arange(len(v)) % 10 for k, v in arrays.items()}
+    train.save_dataset(folder / "data", arrays, dict(num_classes=10))
+    torch.save({"ema": {k: v.float() for k, v in official_state().items()}, "args": argparse.Namespace(lr=1)},
+               folder / "SiT-small.pt")
+    return folder
+
+
+@pytest.mark.parametrize("script", TINY)
+def test_official_weights_are_measured_without_training(script, latents, tmp_path, monkeypatch):
+    def no_training(cfg): raise AssertionError("it trains")
+    monkeypatch.setattr(train, "train", no_training)
+    module = {"exp_shells": exp_shells, "exp_cfg_paradox": exp_cfg_paradox}[script]
+    argv = [*TINY[script], f"--train.data={latents / 'data'}", "--device=cpu", f"--out={tmp_path}"]
+    config = tyro.cli(module.Config, args=[*argv, f"--model-path={latents / 'SiT-small.pt'}"])
+    module.measure(config)
+    module.plot(tmp_path / "results.json")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["arrays"]["d"] == 4 * 8 * 8 and results["config"]["model_path"].endswith("SiT-small.pt")
+    assert (tmp_path / "results.png").stat().st_size > 20_000
+    for data in ("digits", latents / "other"):               # of another shape; of another number of classes
+        if data != "digits":
+            train.save_dataset(data, dict(x=np.zeros((9, 4, 8, 8), np.float32), y=np.arange(9) % 4),
+                               dict(num_classes=7))
+        with pytest.raises(ValueError, match=r"SiT-small.pt is a model of images \(4, 8, 8\) in 10 classes; the data "
+                                             rf"set {data} has images \(\d, 8, 8\) in \d+ classes"):
+            module.measure(dataclasses.replace(config, train=train.Config(data=str(data)), out=str(tmp_path / "no")))
+    assert not (tmp_path / "no").exists()
 
 
 # ---- the maths -------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def test_commands_are_real(line, monkeypatch):
     """Make targets exist; every flag of every script is one of its Config, with a value of the right type."""
     argv = shlex.split(line)
     if argv[0] == "torchrun":
-        argv = ["python"] + [a for a in argv[1:] if not a.startswith("--nproc")]
+        argv = ["python"] + [a for a in argv[1:] if not a.startswith("--nproc") and a != "--"]
     if argv[0] == "make":
         for target in argv[1:]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target

@@ -20,13 +20,11 @@ about a tenth of what another seed does (printed, with what each costs). Every f
 out/exp_freedom/<preset>/runs/; the same command goes on after an interrupt. (With a training loop of its own, it is
 longer than the other experiments.)
 """
-import copy
 import dataclasses
 import functools
 import hashlib
 import importlib.util
 import json
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +38,7 @@ from tqdm import tqdm
 import train
 from empirical_score import EmpiricalScore
 from model import build_model
-from sample import T_MIN, cli, noise, pick_device, sample, to_uint8
+from sample import T_MIN, cli, noise, pick_device, replacing, sample, to_uint8
 
 
 @dataclass
@@ -190,9 +188,7 @@ def fit(cfg, net, kind, ratio, seed, device):
     target = None if kind == "dsm" else make_target(kind, x_score, y_score, cfg.k)
     torch.manual_seed(seed)
     model = build_model(net.model, shape[1], shape[0], classes, prediction="x").to(device)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    weights, averaged = [*model.parameters()], [*ema.parameters()]
-    optimizer = torch.optim.AdamW(weights, net.lr, (0.9, 0.999), weight_decay=0, fused=device.type != "mps")
+    update = train.Update(model, net.lr, cfg.warmup, cfg.ema)
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None        # or the clock would show nothing
     clock = np.zeros((net.steps, 2))
@@ -212,15 +208,11 @@ def fit(cfg, net, kind, ratio, seed, device):
             out = model(z, t, torch.where(keep, y, classes))
         loss = (out.float() - x).square().mean()
         loss.backward()
-        optimizer.param_groups[0]["lr"] = net.lr * min(1.0, (step + 1) / max(1, cfg.warmup))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():                                # or the average would keep the graph of every step
-            torch._foreach_lerp_(averaged, weights, 1 - min(cfg.ema, (1 + step) / (10 + step)))
+        update.step(step)
         wait(); clock[step, 1] = time.perf_counter() - start
     if not loss.isfinite():
         raise ValueError(f"{net.model} diverged: the loss is {loss.item()} at lr {net.lr:g}")
-    return ema, EmpiricalScore(x_score, y_score), 1000 * np.median(clock, axis=0)
+    return update.average, EmpiricalScore(x_score, y_score), 1000 * np.median(clock, axis=0)
 
 
 def run(cfg, spec):
@@ -255,8 +247,8 @@ def run(cfg, spec):
             result["probe"] = model(z, t.flatten(), torch.full_like(y[:1].expand(256), model.num_classes)).tolist()
     result["seconds"] = time.time() - started
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_text(json.dumps(result))
-    os.replace(path.with_suffix(".tmp"), path)
+    with replacing(path) as f:
+        f.write(json.dumps(result).encode())
     return result
 
 

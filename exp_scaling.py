@@ -41,11 +41,9 @@ Networks and their measurements are kept in out/exp_scaling/<preset>/runs/, name
 command goes on after an interrupt, another length or trajectory count costs no more than what is new.
 (Three figures, five sweeps, their data, REPA and the Frechet distance make this file longer than the others.)
 """
-import copy
 import functools
 import hashlib
 import json
-import os
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -55,16 +53,16 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.special import stdtrit
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
+import sample
 import train
 from empirical_score import EmpiricalScore
 from model import build_model
-from sample import cli, noise, pick_device
+from sample import cli, frechet, gaussian, load_run, noise, pick_device, processes, replacing
 
 
 @dataclass
@@ -75,30 +73,36 @@ class Ladder:
 
 @dataclass
 class Config:
-    preset: Literal["laptop", "gpu"] = "laptop"  # where the defaults of all other fields come from
+    preset: Literal["laptop", "gpu", "paper"] = "laptop"  # where the defaults of all other fields come from
     only: Literal["all", "fig3", "fig6", "fig7", "dial", "onset"] = "all"  # what to train for
     fig3: Ladder = field(default_factory=lambda: Ladder(
         ("SiT-pico/4", "SiT-nano/4", "SiT-micro/4", "SiT-tiny/4"), (400, 800, 1600)))
+    plateau: Ladder = field(default_factory=lambda: Ladder(("SiT-pico/4", "SiT-nano/4"), (400, 800, 1600)))
     fig7: Ladder = field(default_factory=lambda: Ladder(("SiT-nano/2", "SiT-micro/2"), (400, 800)))
     unets: Ladder = field(default_factory=lambda: Ladder(("UNet-pico", "UNet-nano"), (200, 400)))
     dial: Ladder = field(default_factory=lambda: Ladder(("SiT-nano/4", "SiT-micro/4", "SiT-tiny/4"), (800,)))
     onset: Ladder = field(default_factory=lambda: Ladder(
         ("SiT-nano/4", "SiT-micro/4", "SiT-tiny/4"), (250, 500, 1000, 2000)))
-    amounts: tuple[float, ...] = (0, 0.25, 0.5, 0.75, 1)  # of texture in the dial: 0 is digits alone, 1 fields alone
+    amounts: tuple[float, ...] = (0, 0.33, 0.67, 1)  # of texture in the dial: 0 is digits alone, 1 fields alone
     lambdas: tuple[float, ...] = (0, 0.25, 0.5, 1)  # of REPA; the first must be 0
     repa_depth: int = 1  # the block after which REPA looks at the tokens
-    contrast: float = 1  # standard deviation of the pixels of every set; 1 as in latents, .5 as in images in [-1, 1]
+    data: str = ""  # a data set under data/ for Figures 3, 6 and 7, in place of the sets made here
+    contrast: float = 1  # standard deviation of the pixels of every set made here; 1 as in latents
     n_data: int = 20_000  # training images of each set
-    n_onset: int = 5_000  # training images of the onset's: fewer, so that memorization comes early
+    n_onset: int = 1_000  # training images of the onset's: fewer, so that memorization comes early
     n_trajectories: int = 2048  # and as many noised training images
-    n_times: int = 20  # times t = (k + 1/2)/n_times, which are also the steps of Heun's method
+    n_times: int = 16  # times t = (k + 1/2)/n_times, which are also the steps of Heun's method
     batch: int = 128  # images a step
+    accum: int = 1  # gradient accumulation, where they do not fit into memory at once
     lr: float = 1e-3  # of AdamW, constant after the warmup
     warmup: int = 50  # steps over which the learning rate rises
     ema: float = 0.999  # decay of the averaged weights, reached gradually
     label_dropout: float = 0.1  # fraction of labels replaced by the null label
     n: int = 50  # neighbours in calibrated l2
     threshold: float = 0.25  # of calibrated l2, below which a sample is a copy
+    reference: str = ""  # with --data: images, or ADM's statistics, for the FID of Figure 7
+    vae: str = ""  # with --data: the autoencoder that decodes its latents, as in sample.py
+    n_fid: int = 50_000  # with --data: samples for each FID
     workers: int = 2  # networks trained at once, in processes of one thread each; 1: in this process, for a GPU
     seed: int = 0  # of data, weights, batches and noise
     device: str = "cpu"  # cpu, auto, cuda, mps; networks as small as the laptop preset's are at home on a CPU
@@ -106,15 +110,20 @@ class Config:
     out: str = ""  # folder of the results; default out/exp_scaling/<preset>
 
 
-FOUR = ("SiT-tiny/4", "SiT-S/4", "SiT-B/4", "SiT-L/4")
+FOUR, PAPER = ("SiT-tiny/4", "SiT-S/4", "SiT-B/4", "SiT-L/4"), (200_000, 300_000, 400_000)
 PRESETS = {
     "laptop": Config(),
     # the same sets, with more images and networks from the paper's ladder
-    "gpu": Config("gpu", fig3=Ladder(FOUR, (1000, 2000, 4000)),
+    "gpu": Config("gpu", fig3=Ladder(FOUR, (1000, 2000, 4000)), plateau=Ladder(FOUR[:2], (200, 400)),
                   fig7=Ladder(("SiT-tiny/2", "SiT-S/2", "SiT-B/2"), (1000, 2000, 4000)),
                   unets=Ladder(("UNet-tiny", "UNet-XS", "UNet-S"), (1000, 2000, 4000)),
                   dial=Ladder(FOUR[:3], (2000,)), onset=Ladder(FOUR[:3], (1000, 2000, 4000, 8000)), n_data=100_000,
                   n_onset=20_000, repa_depth=3, batch=256, lr=3e-4, warmup=200, workers=1, device="auto"),
+    # C.1, C.5 and E.1 of the paper; under torchrun every GPU trains networks of its own
+    "paper": Config("paper", fig3=Ladder(("SiT-S/2", "SiT-B/2", "SiT-L/2", "SiT-XL/2"), PAPER),
+                    fig7=Ladder(("SiT-S/2", "SiT-B/2"), PAPER), unets=Ladder(("UNet-XS", "UNet-S", "UNet-B"), PAPER),
+                    data="imagenet", n_trajectories=1000, n_times=100, repa_depth=8, batch=256, accum=4, lr=1e-4,
+                    warmup=0, ema=0.9999, workers=1, device="auto", vae="stabilityai/sd-vae-ft-ema"),
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -158,29 +167,39 @@ def crops(n, side, rng):
 
 
 def dataset(cfg, name):
-    """Folder of the set `name`, made if it is not there: "textures", "onset" (textures, fewer of them), "digits8", or
-    "dial<a>": (1 - a) digit + a field. So dial0 is digits, and dial1 the fields, whose labels then mean nothing."""
-    n = cfg.n_onset if name == "onset" else cfg.n_data
-    folder = train.results_path("exp_scaling", cfg).parent / "data" / f"{name}_{n}_{cfg.contrast:g}_{cfg.seed}"
+    """Folder of the set `name`, made if it is not there: "onset" (textures), "digits8" with the teacher's features, or
+    "dial<a>": (1 - a) digit + a field. So dial0 is digits, and dial1 the fields, whose labels then mean nothing;
+    "plateau" are fields of half the contrast. With --data there is but that one."""
+    if cfg.data:
+        return cfg.data
+    n, patch = cfg.n_onset if name == "onset" else cfg.n_data, cfg.fig7.models[0].split("/")[1]
+    kind = f"{name}-{patch}" if name == "digits8" else name
+    folder = train.results_path("exp_scaling", cfg).parent / "data" / f"{kind}_{n}_{cfg.contrast:g}_{cfg.seed}"
     if folder.exists():
-        return folder
-    rng, held = np.random.default_rng([cfg.seed, 0]), {}
-    if name in ("textures", "onset"):
+        return str(folder)
+    rng, held, contrast = np.random.default_rng([cfg.seed, 0]), {}, cfg.contrast * (0.5 if name == "plateau" else 1)
+    a = 1.0 if name == "plateau" else float(name.removeprefix("dial")) if "dial" in name else 0.0
+    if name == "onset":
         x, y = crops(n, 16, rng)
     else:
         x, y = digits(n, side := 8 if name == "digits8" else 16, rng)
         if name == "digits8":
             held = dict(zip(("x_heldout", "y_heldout"), digits(2000, 8, rng, "x_heldout"), strict=True))
-        elif a := float(name.removeprefix("dial")):
+        elif a:
             x = (1 - a) * x + a * fields(n, side, rng)
-    mean, scale = (0, 1) if name == "dial1" else (x.mean(), x.std())      # dial1 has them, in the mean over all sets
-    arrays = {k: v.astype(np.int64) if k[0] == "y" else (cfg.contrast * (v - mean) / scale).astype(np.float32)
+    mean, scale = (0, 1) if a == 1 else (x.mean(), x.std())  # fields have these, in the mean over all sets
+    arrays = {k: v.astype(np.int64) if k[0] == "y" else (contrast * (v - mean) / scale).astype(np.float32)
               for k, v in (dict(x=x, y=y) | held).items()}
     meta = dict(name=name, num_classes=int(y.max()) + 1, shape=list(x.shape[1:]),
-                scaling=f"mean 0, standard deviation {cfg.contrast:g}",
-                source="scikit-image" if name in ("textures", "onset") else "mnist5k, and random fields")
+                scaling=f"mean 0, standard deviation {contrast:g}",
+                source="scikit-image" if name == "onset" else "mnist5k, and random fields")
+    if name == "digits8":
+        teacher = classifier(arrays, cfg.seed, int(patch))
+        meta["teacher_accuracy"] = teacher.accuracy
+        with torch.no_grad():                                # (N, T, 48), where train.py looks for them
+            arrays["features"] = teacher.tokens(torch.from_numpy(arrays["x"])).half().numpy()
     train.save_dataset(folder, arrays, meta)
-    return folder
+    return str(folder)
 
 
 class Wiener:
@@ -232,64 +251,28 @@ class Judge(nn.Module):
         return self.head(self.body(x))
 
 
-def save(path, write):                                       # never half a file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".tmp"), "wb") as f:
-        write(f)
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def times(cfg):                                              # (T,): the middles of the steps of Heun's method
-    return (np.arange(cfg.n_times) + 0.5) / cfg.n_times
-
-
-def classifier(cfg, kind, patch=2):
-    """The Teacher or the Judge, trained on digits8 or found; with its held-out accuracy as .accuracy."""
-    data, other = train.load_data(dataset(cfg, "digits8")), kind == "teacher"
-    classes, pixels = data["meta"]["num_classes"], data["x"][0].size
-    torch.manual_seed(cfg.seed + (2000 if other else 1000))
-    net = Teacher(patch, classes) if other else Judge(pixels, classes)
-    name = f"{kind}{patch}.pt" if other else f"{kind}.pt"
-    path = dataset(cfg, "digits8").parent / f"{dataset(cfg, 'digits8').name}_{name}"
+def classifier(data, seed, patch=None):
+    """The Teacher (given the SiT's patch), or else the Judge, trained on x and y of `data`; with its held-out accuracy
+    as .accuracy."""
     x, y, x_held, y_held = (torch.from_numpy(np.array(data[k])) for k in ("x", "y", "x_heldout", "y_heldout"))
-    if path.exists():
-        net.load_state_dict(torch.load(path, weights_only=True))
-    else:
-        optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.05)
-        for step in range(800):
-            i = train.step_indices(step, min(256, len(x)), len(x), cfg.seed + 3)
-            F.cross_entropy(net(x[i]), y[i]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        save(path, lambda f: torch.save(net.state_dict(), f))
+    torch.manual_seed(seed + (2000 if patch else 1000))
+    net = Teacher(patch, int(y.max()) + 1) if patch else Judge(x[0].numel(), int(y.max()) + 1)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.05)
+    for step in range(800):
+        i = train.step_indices(step, min(256, len(x)), len(x), seed + 3)
+        F.cross_entropy(net(x[i]), y[i]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
     net.eval().requires_grad_(False)
     net.accuracy = (net(x_held).argmax(1) == y_held).double().mean().item()
     return net
-
-
-def repa_loss(tokens, target, projector):
-    """REPA: mean over images and tokens of -cos(projector(token), teacher's token). tokens (B, T, width)."""
-    return -F.cosine_similarity(projector(tokens).float(), target, dim=-1).mean()
-
-
-def frechet(mean1, cov1, mean2, cov2):
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2), the squared Wasserstein distance of two Gaussians (FID)."""
-    w, U = np.linalg.eigh(cov1)
-    root = U * np.sqrt(w.clip(0)) @ U.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ cov2 @ root).clip(0)).sum()
-    return float(np.square(mean1 - mean2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * cross)
-
-
-def gaussian(features):                                      # (n, dim) -> mean, covariance, in float64
-    features = np.asarray(features, dtype=np.float64)
-    return features.mean(0), np.cov(features.T)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One network: train it; measure it at each of its lengths
 
 class Job(NamedTuple):
-    data: str  # a name that dataset() knows
+    data: str  # a name that dataset() knows; with --data there is but one
     model: str
     lengths: tuple
     lam: float = 0.0  # of REPA
@@ -306,67 +289,35 @@ def paths(cfg, job):
     """The folder of the run, and one file of measurements for each length; named by all that they depend on."""
     training = [cfg.n_onset if job.data == "onset" else cfg.n_data, cfg.batch, cfg.lr, cfg.warmup, cfg.ema,
                 cfg.contrast, cfg.label_dropout, cfg.seed, cfg.repa_depth if job.lam else 0]
-    training = [float(v) for v in training]                  # 1 and 1.0 are the same
+    training = [*map(float, training), cfg.data]             # 1 and 1.0 are the same
     measuring = [cfg.n_trajectories, cfg.n_times, cfg.n]
     folder = train.results_path("exp_scaling", cfg).parent / "runs" / f"{job.name()}_{digest(job.name(), training)}"
     return folder, [folder / f"measured_{k}_{digest(measuring)}.npz" for k in job.lengths]
 
 
-def fit(cfg, job, device, upto):
-    """Train to step `upto`, from where an earlier call ended. -> EMA model at `upto`, which is also on disk."""
-    data, folder = train.load_data(dataset(cfg, job.data)), paths(cfg, job)[0]
-    x, y = (torch.from_numpy(np.array(data[k])).to(device) for k in "xy")
-    shape, classes, seed = tuple(x.shape[1:]), data["meta"]["num_classes"], cfg.seed + job.seed
-    torch.manual_seed(seed)
-    model = build_model(job.model, shape[1], shape[0], classes).to(device)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    if (folder / f"step_{upto}.pt").exists():
-        ema.load_state_dict(torch.load(folder / f"step_{upto}.pt", map_location=device, weights_only=True))
-        return ema
-    trained, seen = nn.ModuleDict(dict(model=model)), []
-    if job.lam:                                              # drawn after the model, whose weights it leaves alone
-        teacher = classifier(cfg, "teacher", model.patch).to(device)
-        target = torch.cat([teacher.tokens(xb) for xb in x.split(1024)])                         # (N, T, 48)
-        width, dim = model.pos_embed.shape[-1], target.shape[-1]
-        hidden = min(2048, 4 * width)
-        trained["projector"] = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
-                                             nn.Linear(hidden, dim)).to(device)
-        model.blocks[cfg.repa_depth - 1].register_forward_hook(lambda block, args, out: seen.append(out))
-    weights = [p for p in trained.parameters() if p.requires_grad]
-    averaged = [e for e, p in zip(ema.parameters(), model.parameters(), strict=True) if p.requires_grad]
-    current = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0, fused=device.type != "mps")
-    done = 0
-    if (folder / "last.pt").exists():
-        state = torch.load(folder / "last.pt", map_location=device, weights_only=True)
-        if state["step"] < upto:
-            trained.load_state_dict(state["trained"])
-            ema.load_state_dict(state["ema"])
-            optimizer.load_state_dict(state["optimizer"])
-            done = state["step"]
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    for step in tqdm(range(done, upto), desc=job.name(), leave=False, disable=True if cfg.workers > 1 else None):
-        i = train.step_indices(step, cfg.batch, len(x), seed)
-        t, eps, drop = train.step_noise(step, (cfg.batch, *shape), seed, device)
-        label = torch.where(drop < cfg.label_dropout, classes, y[i])
-        seen.clear()
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = train.dsm_loss(model, x[i], label, t, eps, "v")
-            if job.lam:
-                loss = loss + job.lam * repa_loss(seen[0], target[i], trained["projector"])
-        loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            torch._foreach_lerp_(averaged, current, 1 - min(cfg.ema, (1 + step) / (10 + step)))
-    if not loss.isfinite():
-        raise ValueError(f"{job.name()} diverged: the loss is {loss.item()} at lr {cfg.lr:g}")
-    state = dict(trained=trained.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=upto)
-    save(folder / "last.pt", lambda f: torch.save(state, f))
-    save(folder / f"step_{upto}.pt", lambda f: torch.save(ema.state_dict(), f))
-    return ema
+def times(cfg):                                              # (T,): the middles of the steps of Heun's method
+    return (np.arange(cfg.n_times) + 0.5) / cfg.n_times
+
+
+def fit(cfg, job, steps):
+    """Train, or find, or go on with the network of a job. -> its averaged weights after so many `steps`, a model."""
+    folder = paths(cfg, job)[0]
+    missing = [k for k in {*job.lengths, steps} if not (folder / f"ema_{k}.pt").exists()]
+    if missing:
+        found = train.newest_checkpoint(folder)
+        if found and found["step"] >= min(missing):          # it ran past a length that was not asked for then
+            for p in folder.glob("ckpt*.pt"):
+                p.unlink()
+        train.train(train.Config(
+            data=dataset(cfg, job.data), model=job.model, steps=max(missing), batch=cfg.batch, accum=cfg.accum,
+            lr=cfg.lr, warmup=cfg.warmup, ema=cfg.ema, label_dropout=cfg.label_dropout, repa=job.lam,
+            repa_depth=cfg.repa_depth, seed=cfg.seed + job.seed, log_every=500, save_every=10_000,
+            keep=tuple(missing), grid=False, device=cfg.device, out=str(folder)), alone=True)
+    return load_run(folder / f"ema_{steps}.pt", pick_device(cfg.device))[0]
+
+
+def along(f, z, t, *args):                                   # f at every time of z (T, B, C, H, W), stacked alike
+    return torch.stack([f(zk, tk, *args) for zk, tk in zip(z, t, strict=True)])
 
 
 @functools.lru_cache(1)
@@ -374,15 +325,15 @@ def probe(folder, n, n_times, seed, device):
     """Common random numbers: what every network of one data set is asked, the same for all. The empirical score at the
     noised training points does not depend on the network, and is computed once."""
     data, started = train.load_data(folder), time.time()
-    E = EmpiricalScore(data["x"], data["y"], device=device)
+    E = EmpiricalScore(train.resident(data["x"], device), data["y"], device=device)
     i = torch.from_numpy(np.random.default_rng([seed, 1]).permutation(np.arange(-(-n // E.N) * E.N) % E.N)[:n])
-    x, y_sup = torch.from_numpy(data["x"][i.numpy()]).to(device), torch.from_numpy(data["y"][i.numpy()]).to(device)
+    x, y_sup = (torch.from_numpy(data[k][i.numpy()]).to(device, dtype) for k, dtype in (("x", torch.float32),
+                                                                                       ("y", torch.int64)))
     t = (torch.arange(n_times, dtype=torch.float32) + 0.5) / n_times
     eps, z1 = noise(range(n), E.shape, seed + 1).to(device), noise(range(n), E.shape, seed + 2).to(device)
     z = torch.stack([torch.lerp(x, eps, tk) for tk in t.tolist()])       # (T, n, C, H, W): the same eps at all t
     y_ext, few = torch.arange(n, device=device) % data["meta"]["num_classes"], -(-n // 4)
-    x_star = torch.stack([E.posterior_mean(zk, tk, y_sup) for zk, tk in zip(z, t.tolist(), strict=True)])
-    x_free = torch.stack([E.posterior_mean(zk[:few], tk) for zk, tk in zip(z, t.tolist(), strict=True)])
+    x_star, x_free = along(E.posterior_mean, z, t.tolist(), y_sup), along(E.posterior_mean, z[:, :few], t.tolist())
     return SimpleNamespace(E=E, t=t.tolist(), z=z, y_sup=y_sup, z1=z1, y_ext=y_ext, x_star=x_star, x_free=x_free,
                            few=few, seconds=time.time() - started)
 
@@ -412,7 +363,7 @@ def trajectories(model, z1, y, t):
     return torch.cat(paths, 1), torch.cat(means, 1), torch.cat(ends)
 
 
-def per_dim(a):                                              # |a|^2 / d: (T, B, C, H, W) -> (B, T) float64 numpy
+def per_dim(a):                                              # |a|^2 / d: (T, B, C, H, W) -> (B, T), float64, numpy
     return a.flatten(2).double().square().mean(2).T.cpu().numpy()
 
 
@@ -420,18 +371,13 @@ def evaluate(model, p, n=50):
     """E^sup and E^ext of one model, (n_trajectories, T), x-space, per dimension; `_free`: the same without labels, the
     null label against x_* over all of D, on the first quarter. Samples, their neighbours, and the seconds spent on
     the empirical score and altogether."""
-    started, out = time.time(), {}
-    out["sup"] = per_dim(torch.stack([data_prediction(model, z, t, p.y_sup) for z, t in zip(p.z, p.t, strict=True)])
-                         - p.x_star)
-    out["sup_free"] = per_dim(torch.stack([data_prediction(model, z[:p.few], t, None)
-                                           for z, t in zip(p.z, p.t, strict=True)]) - p.x_free)
-    path, x_theta, samples = trajectories(model, p.z1, p.y_ext, p.t)
-    free = torch.stack([data_prediction(model, z[:p.few], t, None) for z, t in zip(path, p.t, strict=True)])
-    before = time.time()
-    out["ext"] = per_dim(x_theta - torch.stack([p.E.posterior_mean(z, t, p.y_ext)
-                                                for z, t in zip(path, p.t, strict=True)]))
-    out["ext_free"] = per_dim(free - torch.stack([p.E.posterior_mean(z[:p.few], t)
-                                                  for z, t in zip(path, p.t, strict=True)]))
+    started, out, x_theta = time.time(), {}, functools.partial(data_prediction, model)
+    out["sup"] = per_dim(along(x_theta, p.z, p.t, p.y_sup) - p.x_star)
+    out["sup_free"] = per_dim(along(x_theta, p.z[:, :p.few], p.t, None) - p.x_free)
+    path, on_path, samples = trajectories(model, p.z1, p.y_ext, p.t)
+    free, before = along(x_theta, path[:, :p.few], p.t, None), time.time()
+    out["ext"] = per_dim(on_path - along(p.E.posterior_mean, path, p.t, p.y_ext))
+    out["ext_free"] = per_dim(free - along(p.E.posterior_mean, path[:, :p.few], p.t))
     empirical = time.time() - before
     d2 = p.E.nearest(samples.double(), min(n, p.E.N))[0].cpu().numpy()                           # (B, n), ascending
     out |= dict(calibrated=d2[:, 0] / d2.mean(1), distance=np.sqrt(d2[:, 0] / p.E.D),
@@ -445,13 +391,16 @@ def run(cfg, job):
     for steps, path in zip(job.lengths, paths(cfg, job)[1], strict=True):
         if not path.exists():
             started = time.time()
-            p = probe(str(dataset(cfg, job.data)), cfg.n_trajectories, cfg.n_times, cfg.seed, device)
-            exact = job.model == "Wiener"
-            result = evaluate(Wiener(16, cfg.contrast) if exact else fit(cfg, job, device, steps), p, cfg.n)
+            model = Wiener(16, cfg.contrast * (0.5 if job.data == "plateau" else 1)) if job.model == "Wiener" else \
+                fit(cfg, job, steps)
+            p = probe(dataset(cfg, job.data), cfg.n_trajectories, cfg.n_times, cfg.seed, device)
+            result = evaluate(model, p, cfg.n)
             result["seconds"] += [p.seconds, p.seconds, 0]   # of the probe, which counts once
             result["seconds"][2] = time.time() - started
             p.seconds = 0
-            save(path, lambda f, result=result: np.savez(f, **result))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as f:
+                np.savez(f, **result)
 
 
 PARTS = ("fig3", "fig6", "fig7", "dial", "onset")
@@ -459,6 +408,10 @@ PARTS = ("fig3", "fig6", "fig7", "dial", "onset")
 
 def jobs(cfg, part):
     """The networks that a part of the figure needs."""
+    return [job._replace(data=cfg.data or job.data) for job in made_jobs(cfg, part)]
+
+
+def made_jobs(cfg, part):
     if part in ("fig6", "fig7"):
         sit = [Job("digits8", m, cfg.fig7.lengths, lam) for m in cfg.fig7.models for lam in cfg.lambdas]
         # what changes from seed to seed is the control for what REPA changes
@@ -469,40 +422,29 @@ def jobs(cfg, part):
         return [Job(f"dial{a:g}", m, cfg.dial.lengths) for a in cfg.amounts for m in cfg.dial.models]
     if part == "onset":
         return [Job("onset", m, cfg.onset.lengths) for m in cfg.onset.models]
-    return [Job("dial1", m, cfg.fig3.lengths) for m in cfg.fig3.models] + [Job("dial1", "Wiener", (0,))]
+    if cfg.data:                                             # where nothing is known but the data themselves
+        return [Job("dial1", m, cfg.fig3.lengths) for m in cfg.fig3.models]
+    return [*[Job("dial1", m, cfg.fig3.lengths) for m in cfg.fig3.models], Job("dial1", "Wiener", (0,)),
+            *[Job("plateau", m, cfg.plateau.lengths) for m in cfg.plateau.models], Job("plateau", "Wiener", (0,))]
 
 
 def run_all(cfg, todo):
     """Run these jobs, several at once, in their order; one network's lengths, wherever they are asked for, in one."""
-    lengths = {}
+    lengths, rank = {}, processes(torch.device("cpu"))[0]
     for job in todo:
         lengths.setdefault(job._replace(lengths=()), set()).update(job.lengths)
     todo = [job._replace(lengths=tuple(sorted(steps))) for job, steps in lengths.items()]
     todo = [job for job in todo if not all(path.exists() for path in paths(cfg, job)[1])]
-    for name in {job.data for job in todo}:                  # here, or two processes would write the same file
-        dataset(cfg, name)
-    for m in {job.model for job in todo if job.lam}:
-        classifier(cfg, "teacher", int(m.split("/")[1]))
+    if rank == 0:
+        for name in {job.data for job in todo}:              # here, or two processes would write the same file
+            dataset(cfg, name)
+    if dist.is_initialized():
+        dist.barrier()
     train.run_jobs(functools.partial(run, cfg), todo, cfg.workers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # From errors to claims
-
-@functools.cache
-def step_flops(model, side, classes, batch):
-    """(true FLOPs of a training step, forward and backward; the paper's count, 2 x MACs x batch, forward only, which
-    by torch's counter comes out as the FLOPs of the forward)."""
-    with torch.device("meta"):                               # shapes without numbers
-        net, z = build_model(model, side, 1, classes), torch.empty(batch, 1, side, side)
-        t, y = torch.empty(batch), torch.zeros(batch, dtype=torch.long)
-    counts = []
-    for step in (lambda: net(z, t, y).sum().backward(), lambda: net(z, t, y)):
-        with FlopCounterMode(display=False) as counter:
-            step()
-        counts.append(counter.get_total_flops())
-    return tuple(counts)
-
 
 def mean_ci(v):                                              # (n,) -> mean and its 95% interval, (3,)
     half = 1.96 * v.std(ddof=1) / len(v)**0.5
@@ -522,16 +464,22 @@ def slopes(compute, E):
     return out
 
 
+def step_flops(cfg, data, model):                            # true, and the paper's count: see train.py
+    C, H, _ = (d := train.load_data(dataset(cfg, data)))["x"].shape[1:]
+    args = dict(name=model, input_size=H, in_channels=C, num_classes=d["meta"]["num_classes"])
+    return [cfg.batch * flops for flops in train.step_flops(tuple(args.items()), 1)]
+
+
 def ladder(cfg, data, models, lengths):
     """All that is said about one ladder: levels, paired differences and slopes, in x- and v-space, with labels and
     without ("_free"), and along t."""
     runs = [[np.load(p) for p in paths(cfg, Job(data, m, lengths))[1]] for m in models]
     t = times(cfg)
-    side, classes = runs[0][0]["samples"].shape[-1], 3 if data == "onset" else 10
-    per_step = np.array([step_flops(m, side, classes, cfg.batch) for m in models], dtype=float)  # (S, 2)
+    per_step = np.array([step_flops(cfg, data, m) for m in models], dtype=float)                 # (S, 2)
     compute = per_step[:, :1] * np.array(lengths)                                                # (S, L)
     out = dict(models=models, lengths=lengths, compute=compute, compute_paper=per_step[:, 1:] * np.array(lengths), t=t,
-               d=side**2, memorized=[[(r["calibrated"] < cfg.threshold).mean() for r in row] for row in runs],
+               d=int(np.prod(runs[0][0]["samples"].shape[1:])),
+               memorized=[[(r["calibrated"] < cfg.threshold).mean() for r in row] for row in runs],
                distance=[[r["distance"].mean() for r in row] for row in runs])
     for key in ("sup", "ext", "sup_free", "ext_free"):
         E_t = np.array([[r[key] for r in row] for row in runs])                                  # (S, L, n, T)
@@ -551,25 +499,39 @@ def row(text, paper, value, **bounds):                       # value (3,): what 
     return train.claim(text, paper, value[0], tuple(value[1:]), **bounds)
 
 
+def with_limit(cfg, a, data):
+    """A ladder, and beside it the errors of the fields' true density; `room`: its E^ext minus the largest network's,
+    paired by the starting noise."""
+    limit = np.load(paths(cfg, Job(data, "Wiener", (0,)))[1][0])
+    best = np.load(paths(cfg, Job(data, a["models"][-1], a["lengths"]))[1][-1])
+    return a | dict(limit={k: mean_ci(limit[k].mean(1)) for k in ("sup", "ext")} |
+                    dict(room=mean_ci((limit["ext"] - best["ext"]).mean(1))))
+
+
 def part_fig3(cfg):
-    a = ladder(cfg, "dial1", cfg.fig3.models, cfg.fig3.lengths)
-    limit = np.load(paths(cfg, Job("dial1", "Wiener", (0,)))[1][0])
-    a["limit"] = {k: mean_ci(limit[k].mean(1)) for k in ("sup", "ext")}
-    best = np.load(paths(cfg, Job("dial1", cfg.fig3.models[-1], cfg.fig3.lengths))[1][-1])
-    a["limit"]["room"] = mean_ci((limit["ext"] - best["ext"]).mean(1))   # paired: from the same starting noise
-    last = a["ext_x"]["over_smallest"][-1][-1]
-    claims = [row("Fig 3 supervision error per decade of compute, 1/f fields: < 0", "< 0", a["sup_x"]["slope"]["all"],
+    what, data = (cfg.data, cfg.data) if cfg.data else ("1/f fields", "dial1")
+    a = ladder(cfg, data, cfg.fig3.models, cfg.fig3.lengths)
+    claims = [row(f"Fig 3 supervision error per decade of compute, {what}: < 0", "< 0", a["sup_x"]["slope"]["all"],
                   high=0.0),
-              row("Fig 3 extrapolation error per decade of compute, 1/f fields: > 0", "> 0",
-                  a["ext_x"]["slope"]["all"], low=0.0)]
+              row(f"Fig 3 extrapolation error per decade of compute, {what}: > 0", "> 0", a["ext_x"]["slope"]["all"],
+                  low=0.0)]
     claims += [row(f"Fig 3 the same over {k} alone, at equal {other}: > 0", "> 0", a["ext_x"]["slope"][k], low=0.0)
                for k, other in (("size", "length"), ("length", "size")) if k in a["ext_x"]["slope"]]
-    claims += [row("Fig 3 extrapolation error, largest minus smallest, longest trained: > 0", "> 0", last, low=0.0),
+    claims += [row("Fig 3 extrapolation error, largest minus smallest, longest trained: > 0", "> 0",
+                   a["ext_x"]["over_smallest"][-1][-1], low=0.0),
                row("Fig 3 supervision, v-space over x-space: within 1.5 times of 3.8", "3.8", a["v_over_x"],
-                   low=3.8 / 1.5, high=3.8 * 1.5),
-               row("Fig 3 why: extrapolation error, true density minus largest network: > 0", "not shown",
-                   a["limit"]["room"], low=0.0)]
-    return a, claims
+                   low=3.8 / 1.5, high=3.8 * 1.5)]
+    if cfg.data:
+        return a, claims
+    a = with_limit(cfg, a, data)
+    a["plateau"] = p = with_limit(cfg, ladder(cfg, "plateau", cfg.plateau.models, cfg.plateau.lengths), "plateau")
+    return a, claims + [
+        row("Fig 3 why: extrapolation error, true density minus largest network: > 0", "not shown", a["limit"]["room"],
+            low=0.0),
+        row("Fig 3 plateau, half the contrast: supervision error over size: < 0", "< 0",
+            p["sup_x"]["slope"]["size"], high=0.0),
+        row("Fig 3 plateau, half the contrast: extrapolation error over size: > 0", "> 0",
+            p["ext_x"]["slope"]["size"], low=0.0)]
 
 
 def part_dial(cfg):
@@ -599,24 +561,23 @@ def part_onset(cfg):
 
 def part_fig6(cfg):
     """|x_theta' - x_theta|^2 / d of the network with REPA and the one without, and of two seeds without."""
-    base = Job("digits8", cfg.fig7.models[-1], cfg.fig7.lengths)
+    base = Job(cfg.data or "digits8", cfg.fig7.models[-1], cfg.fig7.lengths)
     others = {f"REPA, lambda = {lam:g}": base._replace(lam=lam) for lam in cfg.lambdas[1:]}
-    others["control: another seed"] = base._replace(seed=1)
-    upto, device, found, path = base.lengths[-1], pick_device(cfg.device), {}, None
+    others["control: another seed"] = base._replace(seed=1, lengths=base.lengths[-1:])
+    upto, found, path = base.lengths[-1], {}, None
     for name, job in others.items():
         file = paths(cfg, job)[0] / f"change_{upto}_{digest(cfg.n_trajectories, cfg.n_times)}.npz"
         if not file.exists():
-            p = probe(str(dataset(cfg, job.data)), cfg.n_trajectories, cfg.n_times, cfg.seed, device)
-            at_points = lambda net, p=p: torch.stack([data_prediction(net, z, t, p.y_sup)
-                                                      for z, t in zip(p.z, p.t, strict=True)])
+            p = probe(dataset(cfg, job.data), cfg.n_trajectories, cfg.n_times, cfg.seed, pick_device(cfg.device))
+            x_theta = lambda net: functools.partial(data_prediction, net)
             if path is None:                                 # the baseline's, the same for all
-                one = fit(cfg, base, device, upto)
+                one = fit(cfg, base, upto)
                 path, x_ext, _ = trajectories(one, p.z1, p.y_ext, p.t)
-                x_sup = at_points(one)
-            two = fit(cfg, job, device, upto)
-            on_path = torch.stack([data_prediction(two, z, t, p.y_ext) for z, t in zip(path, p.t, strict=True)])
-            result = dict(sup=per_dim(at_points(two) - x_sup), ext=per_dim(on_path - x_ext))
-            save(file, lambda f, result=result: np.savez(f, **result))
+                x_sup = along(x_theta(one), p.z, p.t, p.y_sup)
+            two = x_theta(fit(cfg, job, upto))
+            with replacing(file) as f:
+                np.savez(f, sup=per_dim(along(two, p.z, p.t, p.y_sup) - x_sup),
+                         ext=per_dim(along(two, path, p.t, p.y_ext) - x_ext))
         found[name] = np.load(file)
     # supervision points and trajectories are independent draws, each resampled with the other, which does no harm
     both = {k: np.stack([v["ext"].mean(1), v["sup"].mean(1)], 1) for k, v in found.items()}      # (n, 2)
@@ -645,6 +606,7 @@ def shift(one, two):
     estimate = line(*one[:2]) - line(*two[:2])
     spread = np.std([line(*a) - line(*b) for a, b in zip(zip(*one[2:], strict=True), zip(*two[2:], strict=True),
                                                          strict=True)], ddof=1)
+    spread = 0.0 if np.isnan(spread) else spread             # where the samples were not drawn again
     free, variance = sum(len(r[0]) - 2 for r in (one, two)), spread**2
     for L, FD, *_ in (one, two):
         rest = ((FD - np.polyval(np.polyfit(L, FD, 1), L))**2).sum() / max(1, len(L) - 2)
@@ -653,33 +615,70 @@ def shift(one, two):
     return np.array([estimate, estimate - half, estimate + half])
 
 
+def samples_file(cfg, job, steps):
+    return paths(cfg, job)[0] / f"samples_{steps}_{cfg.n_fid}.npz"
+
+
+def draw_samples(cfg):
+    """With --data: the images for the FID of every network of Figure 7, by all processes together, as .npz files."""
+    for job in jobs(cfg, "fig7"):
+        for steps in job.lengths:
+            sample.main(sample.Config(run=str(paths(cfg, job)[0] / f"ema_{steps}.pt"), n=cfg.n_fid, vae=cfg.vae,
+                                      batch=min(250, cfg.n_fid), device=cfg.device,
+                                      out=str(samples_file(cfg, job, steps))))
+
+
+def judge(cfg, resamples):
+    """-> (f, how). f(job, steps, samples) is what the Fréchet distance of a network to the data is: all its samples,
+    half of them, and (resamples,) draws of them with replacement; nan if nothing can tell."""
+    if cfg.data and cfg.reference:                           # images are many, and their features large: no resampling
+        network, at = sample.inception(), sample.statistics(cfg.reference, network := sample.inception())
+        distance = lambda job, steps, _: frechet(*sample.statistics(samples_file(cfg, job, steps), network), *at)
+        return (lambda *a: (distance(*a), np.nan, [np.nan] * resamples)), dict(
+            how=f"FID (Inception) of {cfg.n_fid} samples, dopri5, w = 1, EMA {cfg.ema}, reference: {cfg.reference}")
+    if cfg.data:
+        return (lambda *a: (np.nan, np.nan, [np.nan] * resamples)), dict(
+            how="no --reference was given: FID is left to ADM's evaluator, on the samples_*.npz beside the networks")
+    data = train.load_data(dataset(cfg, "digits8"))
+    net = classifier(data, cfg.seed)
+    features = lambda x: net.body(torch.from_numpy(np.array(x, dtype=np.float32))).double().numpy()
+    reference, n = gaussian([features(data["x"])]), cfg.n_trajectories
+    draws = np.random.default_rng(cfg.seed).integers(n, size=(resamples, n))                     # the same for all
+    distance = lambda f: frechet(*gaussian([f]), *reference)
+
+    def f(job, steps, samples):
+        f = features(samples)
+        return distance(f), distance(f[:n // 2]), [distance(f[i]) for i in draws]
+    return f, dict(how=f"FD: squared Frechet distance of {len(reference[0])} features, n = {n} samples, Heun, NFE "
+                   f"{2 * cfg.n_times + 2}, w = 1, EMA {cfg.ema}, reference: the {len(data['x'])} training images; "
+                   f"held-out accuracy {net.accuracy:.3f} of the network that judges, "
+                   f"{data['meta']['teacher_accuracy']:.3f} of REPA's teacher")
+
+
 def part_fig7(cfg, resamples=100):
     """Fréchet distance against supervision loss for every recipe."""
-    judge, data = classifier(cfg, "judge"), train.load_data(dataset(cfg, "digits8"))
-    features = lambda x: torch.cat([judge.body(b) for b in x.split(2048)]).double().numpy()
-    reference = gaussian(features(torch.from_numpy(np.array(data["x"]))))
+    distance, arrays = judge(cfg, resamples)
     recipes = {f"SiT, REPA {lam:g}": [Job("digits8", m, cfg.fig7.lengths, lam) for m in cfg.fig7.models]
                for lam in cfg.lambdas}
     for kind, name in (("", "U-Net, attention"), ("-conv", "U-Net, conv only")):
         recipes[name] = [Job("digits8", m + kind, cfg.unets.lengths) for m in cfg.unets.models]
-    n, t = cfg.n_trajectories, times(cfg)
-    draws = np.random.default_rng(cfg.seed).integers(n, size=(resamples, n))                     # the same for all
-    table, lines = [], {}
+    n, t, table, lines = cfg.n_trajectories, times(cfg), [], {}
+    draws = np.random.default_rng(cfg.seed).integers(n, size=(resamples, n))                     # those of judge()
     for name, group in recipes.items():
         points = []
-        for job in group:
-            true, paper = step_flops(job.model, 8, 10, cfg.batch)
+        for job in [job._replace(data=cfg.data or job.data) for job in group]:
+            true, paper = step_flops(cfg, job.data, job.model)
             for steps, path in zip(job.lengths, paths(cfg, job)[1], strict=True):
                 r = np.load(path)
-                L, f = (r["sup"] / t**2).mean(1), features(torch.from_numpy(r["samples"]).float())
-                distance = lambda f: frechet(*gaussian(f), *reference)
-                points.append((L.mean(), distance(f), [L[i].mean() for i in draws], [distance(f[i]) for i in draws]))
+                L, (FD, half, spread) = (r["sup"] / t**2).mean(1), distance(job, steps, r["samples"])
+                points.append((L.mean(), FD, [L[i].mean() for i in draws], spread))
                 table.append(dict(recipe=name, model=job.model, steps=steps, compute=true * steps, L=L.mean(),
-                                  compute_paper=paper * steps, FD=points[-1][1], FD_half=distance(f[:n // 2]),
-                                  FD_sd=float(np.std(points[-1][3]))))
+                                  compute_paper=paper * steps, FD=FD, FD_half=half, FD_sd=float(np.std(spread))))
         lines[name] = tuple(np.array([p[k] for p in points]) if k < 2 else np.array([p[k] for p in points]).T
                             for k in range(4))
-    fits = {name: np.polyfit(L, FD, 1) for name, (L, FD, *_) in lines.items()}
+    arrays |= dict(table=table, fits={name: np.polyfit(L, FD, 1) for name, (L, FD, *_) in lines.items()})
+    if np.isnan(table[0]["FD"]):
+        return arrays, []
     plain, names = lines[f"SiT, REPA {cfg.lambdas[0]:g}"], list(recipes)
     claims = [row(f"Fig 7b FD at equal L, REPA {lam:g} minus none: < 0", "< 0",
                   shift(lines[f"SiT, REPA {lam:g}"], plain), high=0.0) for lam in cfg.lambdas[1:]]
@@ -687,20 +686,27 @@ def part_fig7(cfg, resamples=100):
                for name in names[-2:]]
     claims.append(row("Fig 7c FD at equal L, U-Net conv only minus with attention: < 0", "< 0",
                       shift(lines[names[-1]], lines[names[-2]]), high=0.0))
-    teacher = classifier(cfg, "teacher", int(cfg.fig7.models[0].split("/")[1]))
-    how = (f"FD: squared Frechet distance of {len(reference[0])} features, n = {n} samples, Heun, NFE "
-           f"{2 * cfg.n_times + 2}, w = 1, EMA {cfg.ema}, reference: the {len(data['x'])} training images")
-    return dict(table=table, fits=fits, accuracy=judge.accuracy, teacher_accuracy=teacher.accuracy, how=how), claims
+    return arrays, claims
 
 
 def check(cfg):
     """What can be wrong, before anything is trained or written."""
-    for name in ("n_data", "n_onset", "n_trajectories", "n_times", "batch", "workers", "n", "repa_depth"):
-        if getattr(cfg, name) < (least := 2 if name in ("n_trajectories", "n_data", "n_onset") else 1):
+    for name in ("n_data", "n_onset", "n_trajectories", "n_times", "batch", "accum", "workers", "n", "repa_depth",
+                 "n_fid"):
+        if getattr(cfg, name) < (least := 2 if name in ("n_trajectories", "n_data", "n_onset", "n_fid") else 1):
             raise ValueError(f"{name} must be at least {least}, not {getattr(cfg, name)}")
-    for name, side in (("fig3", 16), ("dial", 16), ("onset", 16), ("fig7", 8), ("unets", 8)):
+    shapes = dict(fig3=(16, 1, 10), plateau=(16, 1, 10), dial=(16, 1, 10), onset=(16, 1, 3), fig7=(8, 1, 10),
+                  unets=(8, 1, 10))
+    if cfg.data:
+        if cfg.only in ("dial", "onset"):
+            raise ValueError(f"--only {cfg.only} is of sets that are made here: it goes without --data")
+        C, H, _ = (data := train.load_data(cfg.data))["x"].shape[1:]
+        shapes = {k: (H, C, data["meta"]["num_classes"]) for k in ("fig3", "fig7", "unets")}
+        if cfg.only in ("all", "fig7") and cfg.reference:
+            sample.inception()                               # its absence should be known before the training
+    for name, shape in shapes.items():
         models, lengths = (rungs := getattr(cfg, name)).models, rungs.lengths
-        if len(models) < 2 and name in ("fig3", "dial", "onset") or not models or not lengths:
+        if len(models) < 2 and name not in ("fig7", "unets") or not models or not lengths:
             raise ValueError(f"{name} needs two models at least, and a length")
         if min(lengths) < 1 or list(lengths) != sorted(set(lengths)):
             raise ValueError(f"{name}.lengths must be positive and ascend, not {lengths}")
@@ -712,9 +718,11 @@ def check(cfg):
             if "UNet" not in model and name == "unets":
                 raise ValueError(f"unets.models are U-Nets, not {model}")
             with torch.device("meta"):
-                net = build_model(model, side, 1, 10)
+                net = build_model(model, *shape)
             if name == "fig7" and cfg.repa_depth > len(net.blocks):
                 raise ValueError(f"repa_depth {cfg.repa_depth} is more than the {len(net.blocks)} blocks of {model}")
+            if name == "fig7" and model.split("/")[1] != models[0].split("/")[1]:
+                raise ValueError(f"fig7.models must have one patch size, that of the teacher's tokens, not {models}")
     if not cfg.contrast > 0:
         raise ValueError(f"contrast must be positive, not {cfg.contrast:g}")
     if len(cfg.lambdas) < 2 or cfg.lambdas[0] != 0 or list(cfg.lambdas) != sorted(set(cfg.lambdas)):
@@ -727,15 +735,20 @@ def measure(cfg):
     """Train or find the networks of the parts asked for; write what they say, with claims, to results.json. Parts that
     were not asked for, but whose networks are all there, are written along."""
     check(cfg)
-    phase = train.phases()
+    rank, phase = processes(pick_device(cfg.device))[0], train.phases()
     analyse = dict(fig3=part_fig3, fig6=part_fig6, fig7=part_fig7, dial=part_dial, onset=part_onset)
-    wanted = PARTS if cfg.only == "all" else (cfg.only,)
+    parts = PARTS[:3] if cfg.data else PARTS
+    wanted = parts if cfg.only == "all" else (cfg.only,)
     found = lambda part: all(p.exists() for job in jobs(cfg, part) for p in paths(cfg, job)[1])
-    before = {p for part in PARTS for job in jobs(cfg, part) for p in paths(cfg, job)[1] if p.exists()}
+    before = {p for part in parts for job in jobs(cfg, part) for p in paths(cfg, job)[1] if p.exists()}
     run_all(cfg, [job for part in wanted for job in jobs(cfg, part)])
+    if cfg.data and "fig7" in wanted:
+        draw_samples(cfg)
+    if rank:                                                 # the rest is for one process
+        return
     phase("networks")
     arrays, claims = {}, []
-    for part in PARTS:
+    for part in parts:
         if part in wanted or found(part):
             arrays[part], its = analyse[part](cfg)
             claims += its
@@ -755,8 +768,7 @@ def measure(cfg):
 
 def print_table(a):
     """The decomposition: compute -> L for supervision, L -> FD for extrapolation."""
-    print(f"\n{a['how']}\nheld-out accuracy: {a['accuracy']:.3f} of the network that judges, "
-          f"{a['teacher_accuracy']:.3f} of REPA's teacher\n{'recipe':18s} {'model':16s} {'steps':>6s} {'FLOPs':>9s} "
+    print(f"\n{a['how']}\n{'recipe':18s} {'model':16s} {'steps':>6s} {'FLOPs':>9s} "
           f"{'L':>7s} {'FD':>8s} {'(sd)':>7s} {'at n/2':>8s}")
     for r in a["table"]:
         print(f"{r['recipe']:18s} {r['model']:16s} {r['steps']:6d} {r['compute']:9.2e} {r['L']:7.4f} {r['FD']:8.3f} "
@@ -771,9 +783,9 @@ def print_table(a):
 BLUE, RED, GREY = "#0072B2", "#D55E00", "#777777"            # supervision, extrapolation: the same in every figure
 
 
-def draw_fig3(axes, a):
-    ax, right = axes[0], axes[0].twinx()
-    x = np.array(a["compute"])                               # (S, L)
+def draw_ladder(ax, a, title):
+    """Both errors against compute, each with its axis, as in the paper's figure."""
+    right, x = ax.twinx(), np.array(a["compute"])            # (S, L)
     for axis, key, colour, marker in ((ax, "sup", BLUE, "o"), (right, "ext", RED, "s")):
         e = a[f"{key}_x"]                                    # levels from paired differences, which have more digits
         y = e["mean"][0][0] + np.array(e["over_first"])[..., 0]
@@ -781,26 +793,35 @@ def draw_fig3(axes, a):
             paired = np.array(e["over_smallest"])[:, j]      # (S, 3)
             low, high = np.abs(paired[:, 1:].T - paired[:, 0])
             axis.errorbar(x[:, j], y[:, j], (low, high), fmt=marker, color=colour, ms=4 + 2 * j, mfc="w", capsize=2)
-        slope, low, high = e["slope"]["all"]
-        ends = np.log10([x.min(), x.max()])
-        axis.plot(10**ends, y.mean() + slope * (ends - np.log10(x).mean()), color=colour, lw=2)
-        limit, span = a["limit"][key][0], np.ptp(y)
+        slope, low, high = e["slope"]["size"]                # at equal length: one line a length
+        for j in range(x.shape[1]):
+            ends = np.log10(x[[0, -1], j])
+            axis.plot(10**ends, y[:, j].mean() + slope * (ends - np.log10(x[:, j]).mean()), color=colour, lw=1.2)
+        span, limit = np.ptp(y), a.get("limit", {}).get(key, [np.inf])[0]
         axis.set_ylim(y.min() - 0.6 * span, y.max() + 0.6 * span)
         if abs(limit - y.mean()) < 2 * span:                 # else it would leave the ladder no room
             axis.set_ylim(min(y.min(), limit) - 0.4 * span, max(y.max(), limit) + 0.4 * span)
             axis.axhline(limit, color=colour, ls=":", lw=1.3)
-        axis.set_ylabel(f"$E^{{{key}}}$ of $|x_\\theta - x_*|^2/d$; limit (dotted): {limit:.4f}", color=colour)
+        what = f"; true density: {limit:.4f}" if limit < np.inf else ""
+        axis.set_ylabel(f"$E^{{{key}}}$ of $|x_\\theta - x_*|^2/d${what}", color=colour)
         axis.tick_params(axis="y", colors=colour)
-        ax.text(0.03, 0.95 if key == "ext" else 0.03, f"{key}: {slope:+.2g} [{low:+.2g}, {high:+.2g}] a decade",
+        ax.text(0.03, 0.95 if key == "ext" else 0.03, f"{key}: {slope:+.2g} [{low:+.2g}, {high:+.2g}] a decade of size",
                 transform=ax.transAxes, color=colour, fontsize=9, va="top" if key == "ext" else "bottom")
-    ax.set(xscale="log", xlabel="training compute (FLOPs); larger marker: longer", title="(a) Fig. 3, 1/f fields")
-    ax = axes[1]
+    ax.set(xscale="log", xlabel="training compute (FLOPs); larger marker: longer", title=title)
+
+
+def draw_fig3(axes, a):
+    what = "1/f fields" if "limit" in a else "Fig. 3"
+    draw_ladder(axes[0], a, f"(a) {what}" + (", learning their structure" if "limit" in a else ""))
+    if "plateau" in a:
+        draw_ladder(axes[1], a["plateau"], "(b) Half the contrast: before that, a plateau")
+    ax = axes[2]
     for key, colour in (("sup", BLUE), ("ext", RED)):
         mean, low, high = np.array(a[f"{key}_x"]["along_t"]).T
         ax.plot(a["t"], mean, color=colour, label=f"$E^{{{key}}}$")
         ax.fill_between(a["t"], low, high, color=colour, alpha=0.2, lw=0)
     ax.axhline(0, color=GREY, lw=0.8)
-    ax.set(xlabel="t", title=f"(b) {a['models'][-1]} minus {a['models'][0]}, {a['lengths'][-1]} steps (95%)",
+    ax.set(xlabel="t", title=f"(c) as (a): {a['models'][-1]} minus {a['models'][0]}, {a['lengths'][-1]} steps (95%)",
            ylabel="change of the error, x-space")
     ax.legend()
 
@@ -812,7 +833,7 @@ def draw_dial(axes, a):
                          capsize=3, label=f"$E^{{{key}}}$ (95%)")
     axes[0].axhline(0, color=GREY, lw=0.8)
     axes[0].set(xlabel="a of (1 - a) digit + a field, standardized", ylabel="slope over size, per decade of compute",
-                title="(c) The dial: when does it grow?")
+                title="(d) The dial: when does it grow?")
     axes[0].set_yscale("symlog", linthresh=1e-4)
     axes[0].legend()
 
@@ -823,7 +844,7 @@ def draw_onset(axes, a):
         ax.plot(a["lengths"], a["ext_x"]["mean"][k], line, color=RED, marker="s", ms=4, label=model)
         right.plot(a["lengths"], a["memorized"][k], line, color="black", lw=1.2)
         right.plot(a["lengths"], a["distance"][k], line, color=GREY, lw=1.2)
-    ax.set(xscale="log", xlabel="training steps", title="(d) The onset, real textures")
+    ax.set(xscale="log", xlabel="training steps", title="(e) The onset, real textures")
     ax.set_xticks(a["lengths"], [str(k) for k in a["lengths"]])
     ax.minorticks_off()
     ax.set_ylabel("$E^{ext}$, x-space", color=RED)
@@ -840,7 +861,7 @@ def draw_fig6(axes, a):
             axes[0].plot(a["t"], mean, style, color=colour, label=f"{name}, {region}")
             axes[0].fill_between(a["t"], low, high, color=colour, alpha=0.15, lw=0)
     axes[0].set(xlabel="t", ylabel="$|x_\\theta' - x_\\theta|^2/d$", yscale="log",
-                title=f"(e) Fig. 6, {a['model']} (95%)")
+                title=f"(f) Fig. 6, {a['model']} (95%)")
     axes[0].legend(fontsize=8)
 
 
@@ -849,9 +870,9 @@ def draw_fig7(axes, a):
     repa, colours = [r for r in recipes if "REPA" in r], {recipes[0]: "black"}
     colours |= {r: (0.8, 0.75 - 0.6 * k / len(repa), 0.7) for k, r in enumerate(repa[1:])}
     colours |= dict(zip(recipes[-2:], ("#009E73", "#999933"), strict=True))
-    for ax, names, title in ((axes[0], repa, "(f) Fig. 7b, REPA"),
-                             (axes[1], [recipes[0], *recipes[-2:]], "(g) Fig. 7c, architectures"),
-                             (axes[2], recipes, "(h) Compute to L")):
+    for ax, names, title in ((axes[0], repa, "(g) Fig. 7b, REPA"),
+                             (axes[1], [recipes[0], *recipes[-2:]], "(h) Fig. 7c, architectures"),
+                             (axes[2], recipes, "(i) Compute to L")):
         for name in names:
             C, L, FD = np.array([[r[k] for k in ("compute", "L", "FD")] for r in a["table"] if r["recipe"] == name]).T
             if ax is axes[2]:
@@ -876,11 +897,12 @@ def plot(path):
     fig, axes = plt.subplots(3, 3, figsize=(15, 17.5))
     fig.subplots_adjust(left=0.055, right=0.95, top=0.98, bottom=0.27, wspace=0.42, hspace=0.25)
     axes = axes.ravel()
-    axes[8].set_axis_off()
-    for part, draw, which in (("fig3", draw_fig3, (0, 1)), ("dial", draw_dial, (2,)), ("onset", draw_onset, (3,)),
-                              ("fig6", draw_fig6, (4,)), ("fig7", draw_fig7, (5, 6, 7))):
+    for part, draw, which in (("fig3", draw_fig3, (0, 1, 2)), ("dial", draw_dial, (3,)), ("onset", draw_onset, (4,)),
+                              ("fig6", draw_fig6, (5,)), ("fig7", draw_fig7, (6, 7, 8))):
         if part in a:
             draw(axes[list(which)], a[part])
+        if part == "fig3" and part in a and "plateau" not in a[part]:
+            axes[1].set_axis_off()
         for k in () if part in a else which:
             axes[k].text(0.5, 0.5, f"not measured: --only {part}", ha="center", color=GREY)
             axes[k].set_axis_off()

@@ -44,7 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from model import build_model
-from sample import cli, load_run, noise, pick_device, read_checkpoint, replacing, sample, save_grid
+from sample import cli, load_run, noise, pick_device, processes, read_checkpoint, replacing, sample, save_grid
 
 ROOT = Path(__file__).resolve().parent
 DATA = ROOT / "data"
@@ -376,10 +376,12 @@ def newest_checkpoint(run):
         raise damage
 
 
-def join(device_name):
-    """-> rank, number of processes, device of this process; under torchrun, joins the others."""
+def join(device_name, alone=False):
+    """-> rank, number of processes, device of this process; under torchrun, joins the others, or trains `alone`."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device_name)
+    if alone:
+        return 0, 1, device
     if world > 1:
         local = int(os.environ.get("LOCAL_RANK", rank))
         device = torch.device("cuda", local) if device.type == "cuda" else torch.device("cpu")
@@ -390,9 +392,10 @@ def join(device_name):
     return rank, world, device
 
 
-def train(cfg):
+def train(cfg, alone=False):
     """Train, or resume, or find it done. -> the run's folder. Call on every process of a torchrun; over several nodes,
-    out/ and data/ must be folders that all of them see. ValueError: a config or data that do not fit, or divergence."""
+    out/ and data/ must be folders that all of them see. `alone`: one process, whatever torchrun says, and without a
+    word, for sweeps of many networks. ValueError: a config or data that do not fit, or divergence."""
     for name in ("steps", "batch", "accum", "log_every", "save_every"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(cfg, name)}")
@@ -401,14 +404,14 @@ def train(cfg):
                          f"{cfg.warmup}, {cfg.repa:g}")
     if not 0 <= cfg.label_dropout <= 1:
         raise ValueError(f"label_dropout must lie in [0, 1], not {cfg.label_dropout:g}")
-    rank, world, device = join(cfg.device)
+    rank, world, device = join(cfg.device, alone)
     if cfg.batch % (world * cfg.accum):
         raise ValueError(f"batch {cfg.batch} does not divide by processes x accum = {world} x {cfg.accum}")
     if world > 1:
         if int(os.environ.get("LOCAL_RANK", rank)) == 0:
             load_data(cfg.data)                              # one prepares an embedded set, the others wait for it
         dist.barrier()
-    say = print if rank == 0 else lambda *a, **k: None
+    say = print if rank == 0 and not alone else lambda *a, **k: None
     data, run = load_data(cfg.data), run_folder(cfg)
     N, shape, classes = len(data["x"]), tuple(data["x"].shape[1:]), data["meta"]["num_classes"]
 
@@ -475,7 +478,8 @@ def train(cfg):
     total = torch.float32 if device.type == "mps" else torch.float64     # losses add up in float64 where there is one
     zero = lambda: torch.zeros((), device=device, dtype=total)
     running, worst, started, timed = zero(), zero(), time.time(), done
-    bar = tqdm(total=cfg.steps, initial=done, desc="training", leave=False, disable=None if rank == 0 else True)
+    bar = tqdm(total=cfg.steps, initial=done, desc=cfg.model, leave=False,
+               disable=None if rank == 0 and not multiprocessing.parent_process() else True)
     with stopping() as stop, bar:
         for step, (x, y, *features) in feed(arrays, range(done, cfg.steps), index, device):
             t, eps, drop = (a[mine] for a in step_noise(step, (cfg.batch, *shape), cfg.seed, device))
@@ -602,8 +606,15 @@ def start_worker():
 
 
 def run_jobs(f, jobs, workers):
-    """{job: f(job)}: `workers` at once, in processes of one thread each; 1: in this process, for a GPU. An interrupt,
-    or the first that fails, ends the rest."""
+    """{job: f(job)}, f keeping its results on the disk: `workers` at once, in processes of one thread each; 1: in this
+    process, for a GPU; under torchrun every process takes its share. An interrupt, or the first that fails, ends the
+    rest."""
+    rank, world, _ = processes(torch.device("cpu"))
+    if world > 1:
+        for job in tqdm(jobs[rank::world], desc="networks", disable=None if rank == 0 else True, leave=False):
+            f(job)
+        dist.barrier()
+        return {job: f(job) for job in jobs}                 # found, all of them
     with tqdm(total=len(jobs), desc="networks", disable=None, leave=False) as bar:
         if workers == 1:
             return {job: (f(job), bar.update())[0] for job in jobs}
@@ -621,7 +632,10 @@ def results_path(script, cfg):
 
 
 def save_results(script, cfg, device, started, arrays, claims):
-    """Write out/<script>/<preset>/results.json, from which alone the figure is drawn."""
+    """Write out/<script>/<preset>/results.json, from which alone the figure is drawn. (Rank 0 does.)"""
+    if int(os.environ.get("RANK", 0)):
+        return
+
     def plain(a):                                            # arrays as lists, rounded to four digits
         if isinstance(a, dict):
             return {k: plain(v) for k, v in a.items()}
@@ -637,8 +651,8 @@ def save_results(script, cfg, device, started, arrays, claims):
                    config=dataclasses.asdict(cfg), claims=claims, arrays=plain(arrays))
     path = results_path(script, cfg)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_text(json.dumps(results))
-    os.replace(path.with_suffix(".tmp"), path)
+    with replacing(path) as f:
+        f.write(json.dumps(results).encode())
 
 
 def experiment(script, cfg, measure, plot):
@@ -648,6 +662,8 @@ def experiment(script, cfg, measure, plot):
         measure(cfg)
     elif not path.exists():
         raise FileNotFoundError(f"nothing to redraw: there is no {path}")
+    if int(os.environ.get("RANK", 0)):
+        return
     plot(path)
     print(f"\n{'claim':74s} {'paper':>10s} {'ours':>9s} {'95% interval':>18s}  verdict")
     for c in json.loads(path.read_text())["claims"]:

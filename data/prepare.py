@@ -5,13 +5,25 @@
     python data/prepare.py cifar10                      # downloads 163 MB
     python data/prepare.py cifar10 --source PATH        # cifar-10-binary.tar.gz, or the folder of its .bin files
     python data/prepare.py mnist5k                      # embedded in a package, no download (also: digits)
+    torchrun --nproc_per_node=4 data/prepare.py imagenet --source ILSVRC/train --heldout ILSVRC/val
+                                                        # SD-VAE latents (imagenet.py), by as many processes as GPUs
 
 Afterwards data/<name>/ (or --out) holds
-    x.npy, x_heldout.npy    (N, C, H, W) float32 in [-1, 1]: the official training and test images
+    x.npy, x_heldout.npy    (N, C, H, W) float32 in [-1, 1]: the official training and test images; or, of imagenet,
+                            (N, 4, 32, 32) float16 latents, each training image followed by its flip
     y.npy, y_heldout.npy    (N,) int64
-    meta.json               name, source, num_classes, shape, scaling, and the sha256 of every file read
+    meta.json               name, source, num_classes, shape, scaling, and the sha256 of every file read; of imagenet,
+                            also the VAE, what was skipped, and the sha256 of every file written but features.npy
+    files.json              imagenet: which image is which row
+    features.npy            imagenet --repa: (N, 256, 768) float16, DINOv2-B's patch tokens, about 1 TB
 
-data/.download/<name>/ keeps what was fetched. A download that broke off goes on there: run the same command again.
+ImageNet comes with an agreement, so you download it yourself. --source is a folder with a folder of images for each
+class, and so is --heldout (ImageNet's validation images, sorted into class folders); labels are the places of the
+folders' sorted names. Packages: pip install diffusers, for --repa transformers too. An unreadable image ends the run,
+after all of them are listed, unless --skip-bad leaves them out; damage that a decoder passes over is not noticed.
+
+data/.download/<name>/ keeps what was fetched. A download that broke off goes on there, and a killed imagenet in
+data/.imagenet.partial: run the same command again, on as many processes as you like.
 Every bad input ends in one line, `error: ...`, and exit status 1, with the target folder as it was before.
 """
 import gzip
@@ -26,22 +38,35 @@ import time
 import urllib.error
 import urllib.request
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tyro
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this runs from any directory
+sys.path[:0] = [str(p) for p in Path(__file__).resolve().parents[:2]]  # so that this runs from any directory
+import imagenet  # noqa: E402
+
 from train import DATA, load_data, save_dataset  # noqa: E402
 
 
 @dataclass
 class Config:
-    name: tyro.conf.Positional[str]  # mnist, cifar10, mnist5k or digits
+    name: tyro.conf.Positional[str]  # mnist, cifar10, mnist5k, digits or imagenet
     source: Path | None = None  # files that you already have: a folder, or CIFAR-10's .tar.gz (default: download them)
     out: Path | None = None  # target folder (default: data/<name>)
+    # of imagenet alone:
+    heldout: Path | None = None  # class folders of images that are held out, encoded without flips
+    vae: str = "stabilityai/sd-vae-ft-ema"  # a diffusers AutoencoderKL: a folder, or a name on the Hugging Face hub
+    latent: Literal["mean", "sample"] = "mean"  # of the VAE's posterior; either way one fixed latent for each image
+    repa: bool = False  # DINOv2's features too, for REPA
+    dino: str = "facebook/dinov2-base"  # a transformers Dinov2Model: a folder, or a name on the hub
+    batch: int = 32  # images encoded at once, each with its flip; rounding may depend on it
+    workers: int = 0  # threads of a process that read images; 0: as many as there are cores for it
+    skip_bad: bool = False  # leave unreadable images out, and record them in meta.json
+    device: str = "auto"  # auto, cpu, cuda, mps
 
 
 SHA256 = {  # of the files as their authors published them; what a mirror sends must match
@@ -60,7 +85,7 @@ MIRRORS = {
 CIFAR_BINS = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
 CIFAR_RECORDS = 10_000  # a file; a record is the label, then 3 x 32 x 32 bytes: all red, all green, all blue
 CIFAR_TAR, CIFAR_FOLDER = "cifar-10-binary.tar.gz", "cifar-10-batches-bin"  # the second is the folder in the first
-WRITTEN = {"x.npy", "y.npy", "x_heldout.npy", "y_heldout.npy", "meta.json"}
+WRITTEN = {"x.npy", "y.npy", "x_heldout.npy", "y_heldout.npy", "meta.json", "features.npy", "files.json"}
 BROKEN = (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError)  # what a damaged archive raises, by where it is cut
 
 
@@ -210,6 +235,10 @@ def scale(u8):
 def prepare(cfg):
     """Prepare one data set and return its folder. Raises DataError or OSError, and then leaves the folder as it was."""
     readers, embedded = {"mnist": read_mnist, "cifar10": read_cifar10}, ("mnist5k", "digits")
+    known = (*readers, *embedded, "imagenet")
+    for f in fields(cfg)[3:]:
+        if cfg.name != "imagenet" and getattr(cfg, f.name) != f.default:
+            raise DataError(f"{cfg.name}: --{f.name.replace('_', '-')} is an option of imagenet alone")
     if cfg.name in embedded:
         if cfg.source or cfg.out: raise DataError(f"{cfg.name}: is embedded, expected neither --source nor --out")
         try:
@@ -217,14 +246,20 @@ def prepare(cfg):
         except (ImportError, ValueError) as e:
             raise DataError(f"{cfg.name}: {e}") from e
         return DATA / cfg.name
-    if cfg.name not in readers:
-        raise DataError(f"unknown data set {cfg.name!r}, expected one of {', '.join((*readers, *embedded))}")
+    if cfg.name not in known: raise DataError(f"unknown data set {cfg.name!r}, expected one of {', '.join(known)}")
     out = Path(os.path.realpath(cfg.out or DATA / cfg.name))
     # save_dataset replaces the folder, so nothing may lie there but what this script once wrote: people keep the files
     # that --source names in data/<name> too.
     if out.exists() and not out.is_dir(): raise DataError(f"{out}: is a file, expected a folder or nothing there")
     if stray := sorted({p.name for p in out.iterdir()} - WRITTEN if out.exists() else ()):
         raise DataError(f"{out}: holds {stray[0]}, expected only a data set to replace; pass another --out")
+    if cfg.name == "imagenet":
+        if not cfg.source: raise DataError("imagenet: expected --source DIR, its folder of class folders")
+        try:
+            imagenet.prepare(cfg, out)
+        except (ImportError, ValueError) as e:
+            raise DataError(e) from e
+        return out
     (x, y, x_heldout, y_heldout), hashes = readers[cfg.name](cfg.source or fetch(cfg.name))
     arrays = {"x": scale(x), "y": y.astype(np.int64)}
     arrays |= {"x_heldout": scale(x_heldout), "y_heldout": y_heldout.astype(np.int64)}
@@ -248,7 +283,10 @@ def main(argv=None):
     except (DataError, OSError) as e:
         print("error:", str(e).replace("\n", " "), file=sys.stderr)
         return 1
-    print(f"{cfg.name} lies in {out} ({time.time() - start:.1f} s)")
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on", file=sys.stderr)
+        return 1
+    if os.environ.get("RANK", "0") == "0": print(f"{cfg.name} lies in {out} ({time.time() - start:.1f} s)")
     return 0
 
 

@@ -17,9 +17,9 @@ test: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff check .
 
-.venv/ready: requirements.txt
+.venv/ready: requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	@touch $@
 
 # For maintainers: what the README shows, from the last `make figures` and `make bench`.

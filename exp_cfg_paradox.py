@@ -16,6 +16,11 @@ a small one, does not match the empirical score inside of the shells to the prec
 the paradox is there without any extrapolation. The second panel shows why the empirical gap vanishes: one training
 point has all the weight of the softmax, with the label or without it.
 """
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "numpy==2.4.6", "torchdiffeq==0.2.5", "matplotlib==3.11.2", "tqdm==4.70.1",
+#                 "tyro==1.0.17", "mlxtend==0.25.0", "scikit-learn==1.9.1"]
+# ///
 import dataclasses
 import json
 from dataclasses import dataclass, field

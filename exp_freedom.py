@@ -20,6 +20,11 @@ about a tenth of what another seed does (printed, with what each costs). Every f
 out/exp_freedom/<preset>/runs/; the same command goes on after an interrupt. (With a training loop of its own, it is
 longer than the other experiments.)
 """
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "numpy==2.4.6", "torchdiffeq==0.2.5", "scipy==1.17.1", "matplotlib==3.11.2",
+#                 "tqdm==4.70.1", "tyro==1.0.17", "mlxtend==0.25.0", "scikit-learn==1.9.1", "faiss-cpu==1.15.1"]
+# ///
 import copy
 import dataclasses
 import functools

@@ -16,6 +16,10 @@ above .1; on fresh points (red) it stays above, but only for t below .4, where s
 in the first hundreds of iterations only, then left on fresh points too; and the error to s_* there, which the paper
 does not show, does not grow: it falls, and stops far from 0. With 10,000 points nothing is left to select.
 """
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "numpy==2.4.6", "matplotlib==3.11.2", "tqdm==4.70.1", "tyro==1.0.17"]
+# ///
 import argparse
 import json
 import os

@@ -15,6 +15,11 @@ that is not in the training set. Only what a trajectory is farther out than that
 Right, Fig 4: from a noisy training image the model finds its way back to that image until t of about .6, roughly as
 long as the shells of a class do not overlap (C(t), Appendix B.2).
 """
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "numpy==2.4.6", "torchdiffeq==0.2.5", "matplotlib==3.11.2", "tqdm==4.70.1",
+#                 "tyro==1.0.17", "mlxtend==0.25.0", "scikit-learn==1.9.1"]
+# ///
 import dataclasses
 import json
 from dataclasses import dataclass, field

@@ -21,6 +21,10 @@ L here is E_t E_{z ~ p_t} |x_theta - x_*|^2 over the variance of the data, so th
 perfect fit, 1 is what predicting the mean would get. The file is longer than the other experiments since it carries its
 own intervals, results file and command line: it works without train.py, sample.py and model.py.
 """
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "numpy==2.4.6", "matplotlib==3.11.2", "tqdm==4.70.1", "tyro==1.0.17"]
+# ///
 import argparse
 import json
 import os

@@ -8,6 +8,10 @@ The model is rebuilt from the checkpoint: there are no architecture flags. The p
 tolerance 1e-6 and relative tolerance 1e-3 (C.1). It chooses its steps by an error norm over the *whole batch*, so that
 a sample depends, a little, on what it is sampled with: keep --batch fixed to compare. Heun and Euler take equal steps.
 """
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "torchdiffeq==0.2.5", "matplotlib==3.11.2", "tqdm==4.70.1", "tyro==1.0.17"]
+# ///
 import argparse
 import os
 import sys

@@ -1,12 +1,18 @@
 """What makes the project easy to take away: pins, script metadata, copies of one experiment, notebooks, animations."""
+import ast
 import importlib.metadata
 import re
+import sys
+import tomllib
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = [*sorted(p.name for p in ROOT.glob("exp_*.py")), "train.py", "sample.py", "data/prepare.py"]
+BLOCK = re.compile(r"^# /// script\n((?:#.*\n)+?)# ///\n", re.M)
 
 
 def pins(name):
@@ -52,3 +58,48 @@ def test_the_citation_is_the_readmes():
         assert value in paper, value
     for family, given in (author.split(", ") for author in field("author").split(" and ")):
         assert f"    - family-names: {family}\n      given-names: {given}\n" in paper
+
+
+# ---- script metadata (PEP 723) ---------------------------------------------------------------------------------------
+
+def imports(path, seen=None):
+    """{package: whether its absence is caught} of a script and the project's files that it imports, lazy ones too."""
+    seen = set() if seen is None else seen
+    if path in seen:
+        return {}
+    seen.add(path)
+    tree, found = ast.parse(path.read_text()), {}
+    caught = {node for block in ast.walk(tree) if isinstance(block, ast.Try)
+              if any("ImportError" in ast.unparse(h.type) for h in block.handlers if h.type)
+              for statement in block.body for node in ast.walk(statement)}
+    for node in ast.walk(tree):
+        names = ([a.name for a in node.names] if isinstance(node, ast.Import) else
+                 [node.module] if isinstance(node, ast.ImportFrom) else [])
+        for name in (n.split(".")[0] for n in names):
+            if (local := ROOT / f"{name}.py").exists():
+                for k, optional in imports(local, seen).items():
+                    found[k] = found.get(k, True) and optional
+            elif name not in sys.stdlib_module_names:
+                found[name] = found.get(name, True) and node in caught
+    return found
+
+
+def needed(path):
+    """The pins of requirements.txt that a script needs, in the order of that file."""
+    package = {"sklearn": "scikit-learn", "skimage": "scikit-image", "faiss": "faiss-cpu", "PIL": "pillow"}
+    direct, found = pins("requirements.txt"), {package.get(k, k): v for k, v in imports(path).items()}
+    for name, optional in found.items():                     # of the packages pulled in, only matplotlib's pillow
+        assert name in direct or name == "pillow" or optional, f"{path.name} imports {name}: pin it, or catch its lack"
+    return [name + version for name, version in direct.items() if name in found]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_metadata(script):
+    """What `uv run` installs is what the script and its files import, at the pins of requirements.txt."""
+    text = (ROOT / script).read_text()
+    blocks = BLOCK.findall(text)
+    assert len(blocks) == 1, f"{script} has {len(blocks)} blocks # /// script"
+    metadata = tomllib.loads("".join(line[2:] for line in blocks[0].splitlines(keepends=True)))
+    assert metadata == {"requires-python": ">=3.11", "dependencies": needed(ROOT / script)}
+    end = ast.parse(text).body[0].end_lineno                 # right after the docstring, in all scripts
+    assert text.splitlines()[end] == "# /// script"

@@ -1,17 +1,36 @@
 """What makes the project easy to take away: pins, script metadata, copies of one experiment, notebooks, animations."""
 import ast
 import importlib.metadata
+import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import test_experiments
+import test_freedom
+import test_scaling
+import test_toy2d
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [*sorted(p.name for p in ROOT.glob("exp_*.py")), "train.py", "sample.py", "data/prepare.py"]
+MODEL = ["--train.data=digits", "--train.model=SiT-nano/4", "--train.steps=30", "--train.batch=16", "--device=cpu"]
+TINY = {
+    "exp_toy2d": test_toy2d.TINY,
+    "exp_gaussian": ["--points", "20", "40", "--seeds=2", "--iterations=200", "--n-eval=20", "--lr=1e-2",
+                     "--device=cpu"],
+    "exp_cfg_paradox": test_experiments.TINY["exp_cfg_paradox"] + MODEL,
+    "exp_shells": test_experiments.TINY["exp_shells"] + MODEL,
+    "exp_freedom": test_freedom.TINY + ["--workers=1"],
+    "exp_scaling": test_scaling.TINY + ["--only=fig3"],
+}
+ALONE = ("exp_toy2d", "exp_gaussian")                        # these need empirical_score.py and nothing else
 BLOCK = re.compile(r"^# /// script\n((?:#.*\n)+?)# ///\n", re.M)
 
 
@@ -103,3 +122,36 @@ def test_script_metadata(script):
     assert metadata == {"requires-python": ">=3.11", "dependencies": needed(ROOT / script)}
     end = ast.parse(text).body[0].end_lineno                 # right after the docstring, in all scripts
     assert text.splitlines()[end] == "# /// script"
+
+
+# ---- one experiment to take away -------------------------------------------------------------------------------------
+
+def copy(script, folder):
+    """A script, and the files that it may need, into an empty folder."""
+    names = ["empirical_score"] if script in ALONE else ["model", "empirical_score", "sample", "train"]
+    for name in (script, *names):
+        shutil.copy(ROOT / f"{name}.py", folder)
+
+
+def run(folder, script, *argv):
+    """python script.py in `folder`, with nothing of this checkout on its path -> what it printed."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | dict(OMP_NUM_THREADS="1")
+    done = subprocess.run([sys.executable, f"{script}.py", *argv], cwd=folder, env=env, capture_output=True, text=True,
+                          timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", TINY)
+def test_a_copied_experiment_runs(script, tmp_path):
+    copy(script, tmp_path)
+    printed = run(tmp_path, script, *TINY[script])
+    out = tmp_path / "out" / script / "laptop"
+    assert str(out / "results.png") in printed and (out / "results.png").stat().st_size > 20_000
+    assert json.loads((out / "results.json").read_text())["script"] == script
+    assert {p.name for p in tmp_path.iterdir()} <= {f"{script}.py", "empirical_score.py", "model.py", "sample.py",
+                                                    "train.py", "out", "data", "__pycache__"}
+
+
+def test_every_experiment_is_copied():
+    assert {p.stem for p in ROOT.glob("exp_*.py")} == TINY.keys()

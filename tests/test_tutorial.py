@@ -8,8 +8,10 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import test_experiments
 import test_freedom
@@ -17,16 +19,17 @@ import test_scaling
 import test_toy2d
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from PIL import Image, ImageSequence
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [*sorted(p.name for p in ROOT.glob("exp_*.py")), "train.py", "sample.py", "data/prepare.py"]
 MODEL = ["--train.data=digits", "--train.model=SiT-nano/4", "--train.steps=30", "--train.batch=16", "--device=cpu"]
 TINY = {
-    "exp_toy2d": test_toy2d.TINY,
+    "exp_toy2d": test_toy2d.TINY + ["--animate"],
     "exp_gaussian": ["--points", "20", "40", "--seeds=2", "--iterations=200", "--n-eval=20", "--lr=1e-2",
                      "--device=cpu"],
     "exp_cfg_paradox": test_experiments.TINY["exp_cfg_paradox"] + MODEL,
-    "exp_shells": test_experiments.TINY["exp_shells"] + MODEL,
+    "exp_shells": test_experiments.TINY["exp_shells"] + MODEL + ["--animate"],
     "exp_freedom": test_freedom.TINY + ["--workers=1"],
     "exp_scaling": test_scaling.TINY + ["--only=fig3"],
 }
@@ -149,6 +152,11 @@ def test_a_copied_experiment_runs(script, tmp_path):
     out = tmp_path / "out" / script / "laptop"
     assert str(out / "results.png") in printed and (out / "results.png").stat().st_size > 20_000
     assert json.loads((out / "results.json").read_text())["script"] == script
+    if "--animate" in TINY[script]:
+        with Image.open(out / "results.gif") as gif:
+            pictures = [np.asarray(frame.convert("L"), dtype=int) for frame in ImageSequence.Iterator(gif)]
+        assert len(pictures) >= 5 and str(out / "results.gif") in printed
+        assert all(np.abs(a - b).max() > 50 for a, b in pairwise(pictures))      # something moves in every frame
     assert {p.name for p in tmp_path.iterdir()} <= {f"{script}.py", "empirical_score.py", "model.py", "sample.py",
                                                     "train.py", "out", "data", "__pycache__"}
 

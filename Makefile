@@ -6,7 +6,7 @@ BIN := .venv/bin
 # cheap ones first
 EXPERIMENTS := $(wildcard exp_toy2d.py exp_gaussian.py exp_cfg_paradox.py exp_shells.py exp_freedom.py exp_scaling.py)
 
-.PHONY: figures test lint assets readme bench clean
+.PHONY: figures test lint notebooks assets readme bench clean
 
 figures: .venv/ready
 	@for script in $(EXPERIMENTS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
@@ -21,6 +21,10 @@ lint: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	@touch $@
+
+# out/notebooks/*.ipynb, made from the scripts; needs jupytext, and says so
+notebooks: .venv/ready
+	$(BIN)/python tests/notebooks.py
 
 # For maintainers: what the README shows, from the last `make figures` and `make bench`.
 assets:

@@ -11,6 +11,7 @@ import tomllib
 from itertools import pairwise
 from pathlib import Path
 
+import notebooks
 import numpy as np
 import pytest
 import test_experiments
@@ -163,3 +164,44 @@ def test_a_copied_experiment_runs(script, tmp_path):
 
 def test_every_experiment_is_copied():
     assert {p.stem for p in ROOT.glob("exp_*.py")} == TINY.keys()
+
+
+# ---- notebooks -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script", TINY)
+def test_a_notebook_holds_the_whole_script(script):
+    """Every statement of the script but the last, in order, and every line of its docstring and its section rules."""
+    source = (ROOT / f"{script}.py").read_text()
+    cells = re.split(r"^# %%", notebooks.percent(ROOT / f"{script}.py"), flags=re.M)[1:]
+    text, code = ("".join(c for c in cells if c.startswith(" [markdown]") == kind) for kind in (True, False))
+    dump = lambda tree: [ast.dump(node) for node in tree.body]
+    want, got = dump(ast.parse(source))[1:-1], dump(ast.parse(code))         # without the docstring and `if __name__`
+    start = got.index(want[0], 4)                            # after the set-up cell
+    assert got[start:start + len(want)] == want
+    assert len(cells) >= 9 and text.count("\n# ## ") >= 4
+    for line in ast.get_docstring(ast.parse(source)).splitlines():
+        assert line.strip().replace("_*", "") in text.replace("\\_\\*", "").replace("_*", ""), line
+
+
+def test_without_jupytext_the_message_names_it(tmp_path):
+    (tmp_path / "jupytext.py").write_text("raise ImportError('not here')")               # as if it were not installed
+    done = subprocess.run([sys.executable, ROOT / "tests" / "notebooks.py", tmp_path / "out"], capture_output=True,
+                          text=True, env=os.environ | dict(PYTHONPATH=str(tmp_path)))
+    assert done.returncode == 1 and not (tmp_path / "out").exists()
+    assert done.stderr == "error: notebooks need the package jupytext: .venv/bin/python -m pip install jupytext\n"
+
+
+@pytest.mark.parametrize("script", TINY)
+def test_a_notebook_runs(script, tmp_path):
+    """At a tiny size, beside the files that the experiment may need."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("jupytext"), pytest.importorskip("ipykernel")
+    copy(script, tmp_path)
+    argv = [a for a in TINY[script] if not a.startswith("--workers")]
+    argv += ["--workers=1"] if script in ("exp_freedom", "exp_scaling") else []
+    path = notebooks.write(ROOT / f"{script}.py", tmp_path / "out" / "notebooks",
+                           f'__import__("tyro").cli(Config, args={argv}, default=PRESETS["laptop"])')
+    notebook = nbformat.read(path, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=200, resources=dict(metadata=dict(path=path.parent))).execute()
+    assert any("image/png" in output.get("data", {}) for output in notebook.cells[-1].outputs)
+    assert (tmp_path / "out" / script / "laptop" / "results.png").exists()

@@ -30,6 +30,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -267,7 +268,7 @@ def equal_loss_ridge(cfg, L, device):
         return supervision_loss(x_theta, D, grid, cfg.nets, cfg.seed + 2).mean()
 
     grid, low, high = time_grid(cfg), np.log10(cfg.ridge), 0.0
-    for _ in range(7):
+    for _ in tqdm(range(7), desc="P2 at equal L", disable=None, leave=False):
         middle = (low + high) / 2
         low, high = (middle, high) if loss(10**middle) < L else (low, middle)
     return 10**low if abs(loss(10**low) / L - 1) < 0.1 else None
@@ -517,7 +518,10 @@ if __name__ == "__main__":                                   # a bad value is on
     preset = peek.parse_known_args()[0].preset
     try:
         if preset not in PRESETS: raise ValueError(f"unknown preset {preset!r}: expected {', '.join(PRESETS)}")
-        main(tyro.cli(Config, default=PRESETS[preset], description=__doc__))
+        cfg = tyro.cli(Config, default=PRESETS[preset], description=__doc__)
+        print(__doc__.splitlines()[1])                       # what this will do, and, as the docstring has it, how long
+        if preset == "laptop": print("laptop preset:", re.search(r"\.py +# (.*)", __doc__)[1], flush=True)
+        main(cfg)
     except SystemExit as e:                                  # tyro exits with 2 for a wrong flag, 0 for --help
         sys.exit(1 if e.code else 0)
     except (ValueError, OSError, KeyboardInterrupt) as e:

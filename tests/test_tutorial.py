@@ -151,6 +151,10 @@ def test_a_copied_experiment_runs(script, tmp_path):
     copy(script, tmp_path)
     printed = run(tmp_path, script, *TINY[script])
     out = tmp_path / "out" / script / "laptop"
+    if script in ALONE:                                      # what it does, and for how long, before all else
+        docstring = (ROOT / f"{script}.py").read_text().splitlines()
+        assert printed.startswith(docstring[1] + "\nlaptop preset: ")
+        assert printed.splitlines()[1].removeprefix("laptop preset: ") in "".join(docstring[:20])
     assert str(out / "results.png") in printed and (out / "results.png").stat().st_size > 20_000
     assert json.loads((out / "results.json").read_text())["script"] == script
     if "--animate" in TINY[script]:

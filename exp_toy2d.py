@@ -21,6 +21,14 @@ the sweep over what the paper leaves open (widths, bandwidths, ridges); with wid
 L here is E_t E_{z ~ p_t} |x_theta - x_*|^2 over the variance of the data, so that it compares across spaces: 0 is a
 perfect fit, 1 is what predicting the mean would get. The file is longer than the other experiments since it carries its
 own intervals, results file and command line: it works without train.py, sample.py and model.py.
+
+Try this; the answers are in the table that is printed last.
+1. python exp_toy2d.py --bandwidth 2        Does knowing the angle help whatever the kernel is? See P2's first row: its
+   verdict turns round. A kernel this wide blends -.2 and .2 in any coordinates.
+2. python exp_toy2d.py --steps 200          Is it extrapolation alone? See P1's "nearly perfect" row, which fails, and
+   how little is left of "fewer bad samples": of models that fit badly, C4 says nothing.
+3. python exp_toy2d.py --margin .05         What counts as memorized is our choice. Which verdicts of P1 and P2 hang on
+   it? None on fewer bad samples, but P1's "more good samples" is no longer resolved.
 """
 # /// script
 # requires-python = ">=3.11"

@@ -17,11 +17,13 @@ in the first hundreds of iterations only, then left on fresh points too; and the
 does not show, does not grow: it falls, and stops far from 0. With 10,000 points nothing is left to select. (With its
 own intervals, results file and command line, this file is longer than 300 lines, and works without train.py.)
 
-Try this; the answers are in the table that is printed last, in its first two rows.
+Try this; the answers are in the first two rows of the table that is printed last, or in the figure.
 1. python exp_gaussian.py --iterations 400      Which score comes first on training points? The first row says s_gt: it
    is contradicted. Underfitting comes first, and everywhere; it becomes selective later.
 2. python exp_gaussian.py --points 20 10000     Do fewer points make it more selective? Both ratios fall: s_* is nearer
    on training points, and on fresh ones too, so that there is less of s_gt left anywhere.
+3. python exp_gaussian.py --redraw              Up to which N is it selective? See (c): solid blue is below dashed blue
+   for the fewest points alone.
 """
 # /// script
 # requires-python = ">=3.11"

@@ -1,9 +1,11 @@
 """What makes the project easy to take away: pins, script metadata, copies of one experiment, notebooks, animations."""
 import ast
+import importlib
 import importlib.metadata
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import test_experiments
 import test_freedom
 import test_scaling
 import test_toy2d
+import tyro
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image, ImageSequence
@@ -209,3 +212,19 @@ def test_a_notebook_runs(script, tmp_path):
     nbclient.NotebookClient(notebook, timeout=200, resources=dict(metadata=dict(path=path.parent))).execute()
     assert any("image/png" in output.get("data", {}) for output in notebook.cells[-1].outputs)
     assert (tmp_path / "out" / script / "laptop" / "results.png").exists()
+
+
+# ---- exercises -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script", sorted(TINY.keys() - {"exp_scaling"}))
+def test_exercises_can_be_done(script):
+    """Three at the end of the docstring; their flags exist, and so does what they change in measure."""
+    text = (ROOT / f"{script}.py").read_text()
+    exercises = re.split(r"^\d\. ", ast.get_docstring(ast.parse(text)).partition("\nTry this")[2], flags=re.M)[1:]
+    assert len(exercises) == 3
+    module = importlib.import_module(script)
+    for exercise in exercises:
+        if command := re.match(rf"python {script}.py((?: --?\S+(?: [\w./]+(?= ))*)+)", exercise):
+            tyro.cli(module.Config, args=shlex.split(command[1]), default=module.PRESETS["laptop"])
+        else:
+            assert exercise.startswith("In measure, ") and 'data["x' in text[text.index("\ndef measure"):]

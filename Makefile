@@ -6,7 +6,7 @@ BIN := .venv/bin
 # cheap ones first
 EXPERIMENTS := $(wildcard exp_toy2d.py exp_gaussian.py exp_cfg_paradox.py exp_shells.py exp_freedom.py exp_scaling.py)
 
-.PHONY: figures test lint assets readme bench clean
+.PHONY: figures test lint notebooks assets readme bench clean
 
 figures: .venv/ready
 	@for script in $(EXPERIMENTS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
@@ -17,15 +17,21 @@ test: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff check .
 
-.venv/ready: requirements.txt
+.venv/ready: requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	@touch $@
+
+# out/notebooks/*.ipynb, made from the scripts; needs jupytext, and says so
+notebooks: .venv/ready
+	$(BIN)/python tests/notebooks.py
 
 # For maintainers: what the README shows, from the last `make figures` and `make bench`.
 assets:
 	@for script in $(EXPERIMENTS:.py=); do for kind in json png; do \
 	  cp out/$$script/laptop/results.$$kind assets/$$script.$$kind || exit 1; done; done
+	for script in exp_shells exp_toy2d; do $(BIN)/python $$script.py --redraw --animate > /dev/null && \
+	  cp out/$$script/laptop/results.gif assets/$$script.gif || exit 1; done
 	cp out/bench.json out/bench_score.json out/bench_score.png assets/
 	$(MAKE) readme
 

@@ -15,7 +15,21 @@ extrapolation} tells them apart: the *learned* gap is large on the training poin
 a small one, does not match the empirical score inside of the shells to the precision that the argument needs: with it,
 the paradox is there without any extrapolation. The second panel shows why the empirical gap vanishes: one training
 point has all the weight of the softmax, with the label or without it.
+
+Try this; the answers are in the table that is printed last, or in the figure.
+1. python exp_cfg_paradox.py --w 4          Does guidance lead to where there is more to guide? See the learned gap on
+   trajectories, and its ratio to that on training points: both fall. Guidance uses up what it feeds on.
+2. In measure, take x from data["x_heldout"][i % 500] and its labels from data["y_heldout"][i % 500]. Is it the shells
+   that make the empirical gap vanish? See the first row, which holds for images that nobody trained on, too: at small
+   t the softmax collapses on one image wherever it is asked.
+3. python exp_cfg_paradox.py --redraw       As t grows, where does a second image get a say first, on training points or
+   on trajectories? See (b): red leaves 1 at a smaller t than blue.
 """
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "numpy==2.4.6", "torchdiffeq==0.2.5", "matplotlib==3.11.2", "tqdm==4.70.1",
+#                 "tyro==1.0.17", "mlxtend==0.25.0", "scikit-learn==1.9.1"]
+# ///
 import dataclasses
 import json
 from dataclasses import dataclass, field

@@ -19,7 +19,20 @@ of the three trains longer: then the fractions of copies are within hundredths, 
 about a tenth of what another seed does (printed, with what each costs). Every finished network leaves its scores in
 out/exp_freedom/<preset>/runs/; the same command goes on after an interrupt. (With a training loop of its own, it is
 longer than the other experiments.)
+
+Try this after the first command, whose networks are found again; the answers are in the table, or in the figure.
+1. python exp_freedom.py --threshold .4     Does C3 hang on where "copy" begins? See the first two rows: both rises are
+   there still. At .1 little is left of them: (d) shows that hardly anything is that close.
+2. python exp_freedom.py --n-seeds 1        How sure is one network? See the intervals of the first two rows: they get
+   narrower, since they are then of the images alone, and know nothing of what another seed would do.
+3. python exp_freedom.py --redraw           Is there a threshold at which the control copies as much as the target?
+   See (d): black meets dark blue only where nearly every image counts as a copy.
 """
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "numpy==2.4.6", "torchdiffeq==0.2.5", "scipy==1.17.1", "matplotlib==3.11.2",
+#                 "tqdm==4.70.1", "tyro==1.0.17", "mlxtend==0.25.0", "scikit-learn==1.9.1", "faiss-cpu==1.15.1"]
+# ///
 import dataclasses
 import functools
 import hashlib

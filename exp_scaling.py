@@ -41,6 +41,11 @@ Networks and their measurements are kept in out/exp_scaling/<preset>/runs/, name
 command goes on after an interrupt, another length or trajectory count costs no more than what is new.
 (Three figures, five sweeps, their data, REPA and the Frechet distance make this file longer than the others.)
 """
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "numpy==2.4.6", "torchdiffeq==0.2.5", "scipy==1.17.1", "matplotlib==3.11.2",
+#                 "tqdm==4.70.1", "tyro==1.0.17", "mlxtend==0.25.0", "scikit-learn==1.9.1", "scikit-image==0.26.0"]
+# ///
 import functools
 import hashlib
 import json

@@ -7,14 +7,28 @@ alpha_t x: on a thin shell (Prop. 3.2). Equation (4) asks how far any z is from 
     r_i = |z_t - alpha_t x_i| / (sigma_t sqrt d),        r_* = the r_i closest to 1 over all training points i
 
     python exp_shells.py               # trains the default model if need be (4 minutes), then 2 minutes, on 2 CPU cores
+    python exp_shells.py --redraw --animate   # r_* along sampling, as a GIF; after the command above, seconds
 
 What you should see. Left, Fig 1b: r_* stays at 1 for training points (blue) and climbs to 3 and more along sampling
 trajectories (red). The dashed line is the control that the paper leaves out: real images that no model was trained on,
 noised afresh. They leave the shells at the same t, and two thirds as far: leaving the shells is what *any* image does
 that is not in the training set. Only what a trajectory is farther out than that is the model's own doing.
 Right, Fig 4: from a noisy training image the model finds its way back to that image until t of about .6, roughly as
-long as the shells of a class do not overlap (C(t), Appendix B.2).
+long as the shells of a class do not overlap (C(t), Appendix B.2). (The animation makes it longer than 300 lines.)
+
+Try this; the answers are in the table that is printed last.
+1. python exp_shells.py --overlap-class 1       Are the shells of all classes apart until the same t? See "the closest
+   shells of a class": the ones, which look most alike, touch much earlier than the threes.
+2. In measure, give EmpiricalScore data["x_heldout"] and data["y_heldout"], and nothing else. Of which does r_* speak,
+   the network or the data set? The same network, but "C1" and "control: new real images" change their verdicts.
+3. python exp_shells.py --train.data digits --train.steps 500      A shell is thin only in many dimensions; here there
+   are 64. See the blue band in (a), and the verdicts of the same two rows: real images are now within a shell's width.
 """
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "numpy==2.4.6", "torchdiffeq==0.2.5", "matplotlib==3.11.2", "tqdm==4.70.1",
+#                 "tyro==1.0.17", "mlxtend==0.25.0", "scikit-learn==1.9.1"]
+# ///
 import dataclasses
 import json
 from dataclasses import dataclass, field
@@ -51,6 +65,7 @@ class Config:
     seed: int = 0  # of the points, the noise and the trajectories
     device: str = "auto"  # auto, cpu, cuda, mps
     redraw: bool = False  # draw the figure again from results.json, and measure nothing
+    animate: bool = False  # also write results.gif: trajectories leaving the shells, beside their images
     out: str = ""  # folder of the results; default out/exp_shells/<preset>
 
 
@@ -284,5 +299,63 @@ def plot(path):
     plt.close(fig)
 
 
+def animate(cfg, shown=5, farthest=4.2):
+    """results.gif: r_* as the distance from the middle, at angles that mean nothing, so that the nearest shell of every
+    point is the same ring. r_* is that of results.json; of the images, a few are sampled again."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from PIL import Image  # matplotlib needs it, too
+    path = train.results_path("exp_shells", cfg)
+    a, device = json.loads(path.read_text())["arrays"], pick_device(cfg.device)
+    t, data = np.array(a["t"]), train.load_data(cfg.train.data)["x"]
+    model = load_run(train.run_folder(cfg.train), device)[0]
+    x, z1 = torch.from_numpy(data[::-(-len(data) // shown)].copy()), noise(range(shown), data.shape[1:], cfg.seed)
+    sampled = sample(model, z1.to(device), torch.arange(shown, device=device) % model.num_classes,
+                     t_grid=t[::-1].copy(), progress=True).flip(0).cpu()                         # (T, shown, C, H, W)
+    fig, frames = plt.figure(figsize=(8.2, 4.2), dpi=76), []
+    ax, *rows = (fig.add_axes(box) for box in ((0, 0.06, 0.5, 0.86), (0.53, 0.53, 0.46, 0.25), (0.53, 0.1, 0.46, 0.25)))
+    for x0, y0, colour, text in ((0.25, 0.94, "black", "distance, in radii of the nearest shell: $r_*$"),
+                                 (0.76, 0.8, BLUE, "noisy training points: what training sees"),
+                                 (0.76, 0.37, RED, "sampling: what the model makes up"),
+                                 (0.25, 0.02, "black", "dashed: new real images, noised (median)")):
+        fig.text(x0, y0, text, color=colour, ha="center", fontsize=11)
+    clock = fig.text(0.76, 0.94, "", ha="center", fontsize=12)
+    at = {int(np.abs(t - u**1.5).argmin()): None for u in np.linspace(1, 0, 32)}               # slower towards t = 0
+    for i in tqdm(at, desc="animation", disable=None, leave=False):
+        ax.clear()
+        ax.set(xlim=(-4.4, 4.4), ylim=(-4.4, 4.4), aspect="equal")
+        ax.axis("off")
+        ax.add_patch(plt.Circle((0, 0), 1, fill=False, color=BLUE, alpha=0.25, lw=9))
+        for radius, text in ((2, "2"), (3, "3"), (farthest, "beyond")):
+            ax.add_patch(plt.Circle((0, 0), radius, fill=False, color="0.85", lw=0.8, zorder=0))
+            ax.text(0, radius, text, fontsize=9, color=GREY, ha="center", va="center", backgroundcolor="white")
+        for k, colour in (("training", BLUE), ("inference", RED)):
+            r = np.array(a["lines"][k])[:, i].clip(max=farthest)
+            angle = 2.4 * np.arange(len(r))                  # the golden angle spreads them
+            ax.plot(r * np.cos(angle), r * np.sin(angle), ".", ms=6, color=colour)
+        ax.text(0, 0, "$r_* = 1$", fontsize=10, color=BLUE, ha="center", va="center")
+        if "heldout" in a["median"]:
+            real = min(a["median"]["heldout"][i], farthest)
+            ax.add_patch(plt.Circle((0, 0), real, fill=False, color="black", ls="--", lw=1.2))
+        for row, images in zip(rows, (noised(x, z1[:len(x)], t[i]), sampled[i]), strict=True):
+            row.clear()                                      # (shown, H, W, 1 or 3), side by side
+            row.imshow(np.concatenate([*to_uint8(images)[..., :3].numpy()], 1), cmap="gray", vmin=0, vmax=255)
+            row.axis("off")
+        clock.set_text(f"t = {t[i]:.2f}")
+        fig.canvas.draw()
+        picture = Image.fromarray(np.asarray(fig.canvas.buffer_rgba())[..., :3])
+        frames.append(picture.quantize(palette=frames[0], dither=0) if frames else picture.quantize(24, method=1))
+    plt.close(fig)
+    tmp, wait = path.with_suffix(".tmp.gif"), [1000] + [90] * (len(frames) - 2) + [3000]         # milliseconds
+    frames[0].save(tmp, save_all=True, append_images=frames[1:], duration=wait, loop=0)
+    print(tmp.replace(path.with_suffix(".gif")))
+
+
+def main(cfg):
+    train.experiment("exp_shells", cfg, measure, plot)
+    if cfg.animate: animate(cfg)
+
+
 if __name__ == "__main__":
-    cli(lambda cfg: train.experiment("exp_shells", cfg, measure, plot), PRESETS)
+    cli(main, PRESETS)

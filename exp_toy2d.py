@@ -9,6 +9,7 @@ three ways to tell a model about angles (P1, P2, P3) turn the bad samples into g
 supervised almost perfectly, by extrapolation alone.
 
     python exp_toy2d.py                # 45 seconds on 2 CPU cores; needs empirical_score.py and nothing else
+    python exp_toy2d.py --redraw --animate   # P2's samples on their way, as a GIF; after the command above, seconds
 
 What you should see. Half of C4: with P1 (diffusion in polar space) and P2 (kernel ridge regression on polar features)
 the red samples, between -.2 and .2, are gone. But there are fewer green ones too: what was bad is now memorized. P2's
@@ -20,11 +21,24 @@ the sweep over what the paper leaves open (widths, bandwidths, ridges); with wid
 L here is E_t E_{z ~ p_t} |x_theta - x_*|^2 over the variance of the data, so that it compares across spaces: 0 is a
 perfect fit, 1 is what predicting the mean would get. The file is longer than the other experiments since it carries its
 own intervals, results file and command line: it works without train.py, sample.py and model.py.
+
+Try this; the answers are in the table that is printed last.
+1. python exp_toy2d.py --bandwidth 2        Does knowing the angle help whatever the kernel is? See P2's first row: its
+   verdict turns round. A kernel this wide blends -.2 and .2 in any coordinates.
+2. python exp_toy2d.py --steps 200          Is it extrapolation alone? See P1's "nearly perfect" row, which fails, and
+   how little is left of "fewer bad samples": of models that fit badly, C4 says nothing.
+3. python exp_toy2d.py --margin .05         What counts as memorized is our choice. Which verdicts of P1 and P2 hang on
+   it? None on fewer bad samples, but P1's "more good samples" is no longer resolved.
 """
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "numpy==2.4.6", "matplotlib==3.11.2", "tqdm==4.70.1", "tyro==1.0.17"]
+# ///
 import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -62,6 +76,7 @@ class Config:
     seed: int = 0  # of the weights, the noise and the samples
     device: str = "auto"  # auto, cpu, cuda (the regressions are float64, which mps does not have)
     redraw: bool = False  # draw the figure again from results.json, and measure nothing
+    animate: bool = False  # also write results.gif: P2's samples on their way from noise, baseline beside PAT
     out: str = ""  # folder of the results; default out/exp_toy2d/<preset>
 
 PRESETS = {  # differs from the paper: it states no sizes, so that "paper" can only mean more of everything
@@ -180,10 +195,12 @@ def best_homogeneous(angles=180, radii=200, times=16):
 # ----------------------------------------------------------------------------------------------------------------------
 # Sampling, and what is counted and measured
 
-def sample(x_theta, z, grid):
+def sample(x_theta, z, grid, path=None):
     """dz/dt = (z - x_theta)/t from t = 1 to 0. Heun's method, in steps z_s = (s/t) z + (1 - s/t) x_theta that are exact
-    while x_theta is constant; at the last time, x_theta is the sample. z (K, M, d) -> (K, M, d)"""
+    while x_theta is constant; at the last time, x_theta is the sample. z (K, M, d) -> (K, M, d); a list `path` gets z
+    at every time but the last."""
     for i in range(len(grid) - 1):
+        if path is not None: path.append(z)
         keep, x = grid[i + 1] / grid[i], x_theta(z, i)
         ahead = x_theta(keep * z + (1 - keep) * x, i + 1)
         z = keep * z + (1 - keep) * (x + ahead) / 2
@@ -259,7 +276,7 @@ def equal_loss_ridge(cfg, L, device):
         return supervision_loss(x_theta, D, grid, cfg.nets, cfg.seed + 2).mean()
 
     grid, low, high = time_grid(cfg), np.log10(cfg.ridge), 0.0
-    for _ in range(7):
+    for _ in tqdm(range(7), desc="P2 at equal L", disable=None, leave=False):
         middle = (low + high) / 2
         low, high = (middle, high) if loss(10**middle) < L else (low, middle)
     return 10**low if abs(loss(10**low) / L - 1) < 0.1 else None
@@ -442,6 +459,50 @@ def plot(path):
         picture.convert("RGB").quantize(256).save(png, optimize=True)
 
 
+def animate(cfg, path):
+    """results.gif: the same noise under both regressions of P2. They have a closed form, and are fitted again here.
+    (P1 would not do: its PAT diffuses in another space, from other noise.)"""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from PIL import Image
+    grid, paths, g = time_grid(cfg), [], torch.Generator().manual_seed(cfg.seed + 1)
+    start = torch.randn(cfg.nets, -(-300 // cfg.nets), 2, generator=g, dtype=D.dtype)
+    for features in (lambda z: z, polar):
+        x_theta = fit_krr(cfg, features, cfg.bandwidth, cfg.ridge, grid, check(cfg))
+        paths.append(seen := [])
+        seen.append(sample(x_theta, start, grid, seen))
+    fig, axes = plt.subplots(1, 2, figsize=(8.2, 3.6), dpi=76)
+    fig.subplots_adjust(left=0.01, right=0.99, top=0.82, bottom=0.16, wspace=0.03)
+    for x, colour, text in ((0.02, BLUE, "circles: shells of noisy training points"), (0.39, RED, "will be bad"),
+                            (0.53, GREEN, "will be good"), (0.68, GREY, "will be memorized or elsewhere")):
+        fig.text(x, 0.05, text, color=colour, fontsize=10)
+    frames = []
+    shown = [i for i, t in enumerate(grid) if i % 2 == 0 or t < 0.2 or i == len(grid) - 1]         # the end is slow
+    for i in tqdm(shown, desc="animation", disable=None, leave=False):
+        t = grid[i].item() if i < len(grid) - 1 else 0.0     # the last is the sample itself
+        for ax, z, name in zip(axes, paths, ("baseline, on (x, y)", "PAT, told the angle"), strict=True):
+            kind, half = kind_of(z[-1], cfg.margin), 1.2 + 1.8 * t               # the view closes in as the cloud does
+            ax.clear()
+            for x in D:
+                ax.add_patch(plt.Circle((1 - t) * x, 2**0.5 * t, fill=False, color=BLUE, lw=1.5))
+            for k, colour in ((2, "#AAAAAA"), (3, "#AAAAAA"), (1, GREEN), (0, RED)):
+                ax.plot(*z[i][kind == k].T, ".", ms=5, color=colour)
+            ax.plot(*(1 - t) * D.T, "o", ms=7, color="black", mfc="white")
+            ax.set(xlim=(-half, half), ylim=(-0.58 * half, 0.58 * half), xticks=[], yticks=[], aspect="equal")
+            bad, good = (100 * (kind == k).double().mean() for k in (0, 1))
+            ax.set_title(f"{name}: {bad:.0f}% bad, {good:.0f}% good", fontsize=11)
+        fig.suptitle(f"t = {t:.2f}", y=0.99, fontsize=12)
+        fig.canvas.draw()
+        picture = Image.fromarray(np.asarray(fig.canvas.buffer_rgba())[..., :3])
+        frames.append(picture.quantize(palette=frames[0], dither=0) if frames else picture.quantize(24, method=1))
+    plt.close(fig)
+    wait = [1000] + [90] * (len(frames) - 2) + [3000]        # milliseconds
+    tmp, gif = path.with_suffix(".tmp.gif"), path.with_suffix(".gif")
+    frames[0].save(tmp, save_all=True, append_images=frames[1:], duration=wait, loop=0)
+    print(tmp.replace(gif))
+
+
 def main(cfg):
     """Measure, or not (--redraw); draw from the file; print the claims."""
     path = (Path(cfg.out) if cfg.out else ROOT / "out" / "exp_toy2d" / cfg.preset) / "results.json"
@@ -457,6 +518,7 @@ def main(cfg):
         print(f"{c['claim']:74s} {c['paper']:>10s} {c['ours']:9.3g} {'[{:.3g}, {:.3g}]'.format(*c['ci95']):>18s}  "
               f"{c['verdict']}")
     print(f"\n{path.with_suffix('.png')}\n{path}")
+    if cfg.animate: animate(cfg, path)
 
 if __name__ == "__main__":                                   # a bad value is one line on stderr, and exit status 1
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)               # --preset picks the defaults of
@@ -464,7 +526,10 @@ if __name__ == "__main__":                                   # a bad value is on
     preset = peek.parse_known_args()[0].preset
     try:
         if preset not in PRESETS: raise ValueError(f"unknown preset {preset!r}: expected {', '.join(PRESETS)}")
-        main(tyro.cli(Config, default=PRESETS[preset], description=__doc__))
+        cfg = tyro.cli(Config, default=PRESETS[preset], description=__doc__)
+        print(__doc__.splitlines()[1])                       # what this will do, and, as the docstring has it, how long
+        if preset == "laptop": print("laptop preset:", re.search(r"\.py +# (.*)", __doc__)[1], flush=True)
+        main(cfg)
     except SystemExit as e:                                  # tyro exits with 2 for a wrong flag, 0 for --help
         sys.exit(1 if e.code else 0)
     except (ValueError, OSError, KeyboardInterrupt) as e:

@@ -14,6 +14,11 @@ a sample depends, a little, on what it is sampled with: keep --batch fixed to co
 In reading order: the ODE; checkpoints and pictures; many images in one .npz; the Frechet distance; the command. The
 third and the fourth are only for thousands of images; they make this file longer than sampling alone need be.
 """
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "numpy==2.4.6", "torchdiffeq==0.2.5", "matplotlib==3.11.2", "tqdm==4.70.1",
+#                 "tyro==1.0.17"]
+# ///
 import argparse
 import contextlib
 import hashlib

@@ -16,6 +16,11 @@ In reading order: the data, one step's randomness, the loss, the loop; then what
 verdicts, the results file. (The last part, and the data, make this file longer than a trainer need be: they are here so
 that an experiment can be copied with four files and no more.)
 """
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "numpy==2.4.6", "torchdiffeq==0.2.5", "matplotlib==3.11.2", "tqdm==4.70.1",
+#                 "tyro==1.0.17", "mlxtend==0.25.0", "scikit-learn==1.9.1"]
+# ///
 import contextlib
 import copy
 import dataclasses

@@ -26,6 +26,11 @@ data/.download/<name>/ keeps what was fetched. A download that broke off goes on
 data/.imagenet.partial: run the same command again, on as many processes as you like.
 Every bad input ends in one line, `error: ...`, and exit status 1, with the target folder as it was before.
 """
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "numpy==2.4.6", "torchdiffeq==0.2.5", "matplotlib==3.11.2", "tqdm==4.70.1",
+#                 "tyro==1.0.17", "mlxtend==0.25.0", "scikit-learn==1.9.1"]
+# ///
 import gzip
 import hashlib
 import http.client

@@ -2,6 +2,7 @@
 
 Between <!-- NAME --> and <!-- /NAME --> in README.md stands the output of the function NAME below.
 """
+import ast
 import json
 import math
 import re
@@ -89,8 +90,34 @@ def score():
     return "\n".join(rows)
 
 
+def imported():
+    """{file: the project's files that it imports}, read off the sources, without those that another of them imports."""
+    files, needs = {p.stem: p for p in sorted(ROOT.glob("*.py"))}, {}
+    for stem, path in files.items():
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = {a.name for node in nodes if isinstance(node, ast.Import) for a in node.names}
+        needs[stem] = files.keys() & (names | {node.module for node in nodes if isinstance(node, ast.ImportFrom)})
+    below = lambda stem: needs[stem].union(*map(below, needs[stem]))
+    return {stem: sorted(n for n in mine if not any(n in below(m) for m in mine)) for stem, mine in needs.items()}
+
+
+def code_map():
+    """What imports what, and which figures come from where, as a mermaid chart, which GitHub draws."""
+    what = {"model": "SiT, U-Net", "empirical_score": "the exact target", "sample": "the ODE",
+            "train": "the trainer; intervals, results.json"}
+    label = lambda stem: f"{stem}.py<br/>" + (what.get(stem) or f"Fig. {FIGURES[stem]}")
+    graph = imported()
+    rows = [f'    {stem}["{label(stem)}"]' for stem in (*what, *FIGURES)]
+    rows += [f"    {need} --> {stem}" for stem in (*what, *FIGURES) for need in graph[stem]]
+    rows += ['    figures[/"out/EXPERIMENT/PRESET/<br/>results.json, results.png"/]',
+             '    shown[/"assets/, README.md"/]',
+             f"    {' & '.join(FIGURES)} --> figures", "    figures -- make assets --> shown"]
+    return "\n".join(["```mermaid", "flowchart LR", *rows, "```"])
+
+
 def render(text):
-    for name, f in {"results": results, "times": times, "controls": controls, "score": score}.items():
+    parts = {"results": results, "times": times, "controls": controls, "score": score, "map": code_map}
+    for name, f in parts.items():
         pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
         assert pattern.search(text), f"README.md lacks <!-- {name} --> .. <!-- /{name} -->"
         text = pattern.sub(lambda m, f=f: f"{m[1]}{f()}\n{m[2]}", text)

@@ -61,7 +61,8 @@ def test_assets_are_small_and_budgets_are_kept():
     for path in ROOT.glob("*.py"):
         text = path.read_text()
         assert max(map(len, text.splitlines())) <= 120, path.name
-        # a file that needs more lines says why at its top
+        # a file that needs more lines says why at its top; its metadata block, the same in all, is not for reading
+        text = re.sub(r"^# /// script\n(#.*\n)+?# ///\n", "", text, count=1, flags=re.M)
         if len(text.splitlines()) > budgets.get(path.name, 300):
             assert "longer than" in text[:text.index('"""', 3)], (path.name, len(text.splitlines()))
 

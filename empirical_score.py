@@ -87,6 +87,10 @@ class Posterior(NamedTuple):
         add = lambda k, c: sum(ci.view(-1, *[1] * (p[k].ndim - 1)) * p[k] for ci, p in zip(c, parts, strict=True))
         return Posterior(m.amax(0), add(1, c), add(2, c**2), add(3, c), add(4, c))
 
+    def put(self, b, parts):
+        """Write the merger of the parts to rows b."""
+        for whole, part in zip(self, Posterior.merge(parts), strict=True): whole[b] = part
+
 
 def low_precision(device):
     """bf16 where a product in it is faster than in fp32 and its sums are kept in fp32 all the same; else fp32."""
@@ -173,9 +177,9 @@ class EmpiricalScore:
         most, size = CACHE * (2 if gpu else 1), self.D * self.low.itemsize
 
         # Each rank has queries `turn` and points `shard`. All must choose alike, or they would wait for ever.
-        self.group, self.at_hand = process_group, torch.is_tensor(x) and x.device == self.device
-        self.rank, self.world = (f(process_group) if process_group else n for f, n in
-                                 ((dist.get_rank, 0), (dist.get_world_size, 1)))
+        self.group = group = process_group
+        self.rank, self.world = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
+        self.at_hand = torch.is_tensor(x) and x.device == self.device
         whole = split == "queries" or split is None and (not gpu or self.at_hand or self.N * size <= most)
         whole = self._gather(torch.tensor(int(whole), device=self.device)).all()
         self.split, self.turn = ("queries", slice(self.rank, None, self.world)) if whole else ("points", slice(None))
@@ -183,7 +187,7 @@ class EmpiricalScore:
 
         # Distances are differences of large numbers when the data are far from the origin: centre them.
         self.centre = torch.zeros(self.D, dtype=torch.float64, device=self.device)
-        total = sum((torch.cat([r.sum(0), r.square().sum()[None]]) for _, r in self._chunks()),
+        total = sum((torch.cat([r.sum(0), r.square().sum()[None]]) for *_, r in self._chunks()),
                     self.centre.new_zeros(self.D + 1))
         total = self._gather(total).sum(0) / self.N                                              # (D + 1,)
         need(total.isfinite().all(), "the data hold nan or inf, or their squares overflow")
@@ -198,9 +202,8 @@ class EmpiricalScore:
         # Of every point, about the centre: |x|^2; and for the error bounds |x|, |low(x) - x| (rounded up), |x|^2
         self.sq = torch.empty(len(self.shard), dtype=torch.float64, device=self.device)
         self.stats = torch.empty(3, len(self.shard), device=self.device)
-        for index, rows in self._chunks():
-            i, low = slice(int(index[0]) - self.shard.start, int(index[-1]) + 1 - self.shard.start), rows.to(self.work)
-            low = low.to(self.low)
+        for _, i, rows in self._chunks():
+            low = rows.to(self.work).to(self.low)
             if self.cache is not None: self.cache[i] = low
             self.sq[i] = rows.square().sum(1)
             norm, err = self.sq[i].sqrt() * (1 + 2**-20), (rows - low.double()).norm(dim=1)
@@ -225,40 +228,36 @@ class EmpiricalScore:
         rows = rows if torch.is_tensor(rows) else torch.from_numpy(np.array(rows))
         return rows.pin_memory() if rows.device.type == "cpu" and self.device.type == "cuda" else rows
 
+    def _at(self, index):
+        """Points at `index`, a slice or (n,) indices -> where they are in this rank's shard: in cache, sq and stats."""
+        i = self.shard.start
+        return slice(index.start - i, index.stop - i) if isinstance(index, slice) else (index - i).to(self.device)
+
     def _rows(self, index, dtype=torch.float64, read=None):
         """Points at `index` -> (n, D), centred."""
-        if dtype == self.low and self.cache is not None:
-            i = self.shard.start
-            return self.cache[slice(index.start - i, index.stop - i) if isinstance(index, slice) else
-                              (index - i).to(self.device)]
+        if dtype == self.low and self.cache is not None: return self.cache[self._at(index)]
         rows = (self._read(index) if read is None else read).to(self.device, non_blocking=True)
         work = torch.float64 if dtype == torch.float64 else self.work
         return (rows.to(work) - self.centre.to(work)).to(dtype)
 
     def _chunks(self, members=None, dtype=torch.float64):
-        """Yield (indices (n,), centred points (n, D)) over this rank's shard, or those of its points in `members`. A
-        thread reads one chunk ahead, so that a disk, or the way to a GPU, is busy while the arithmetic is."""
+        """Yield (indices (n,), their places in the shard, centred points (n, D)) over this rank's shard, or its points
+        in `members`. A thread reads a chunk ahead: a disk, or the way to a GPU, is busy while the arithmetic is."""
         n, first = (len(self.shard), self.shard.start) if members is None else (len(members), 0)
         where = [slice(first + i, first + min(i + self.chunk, n)) for i in range(0, n, self.chunk)]
         if members is not None:                              # a slice where they lie together, else their indices
             where = [members[w] for w in where]
             where = [slice(int(w[0]), int(w[-1]) + 1) if w[-1] - w[0] == len(w) - 1 else w for w in where]
-        number = lambda w: torch.arange(w.start, w.stop) if isinstance(w, slice) else w
+        names = lambda w: (torch.arange(w.start, w.stop) if isinstance(w, slice) else w, self._at(w))
         if self.at_hand or len(where) < 2 or dtype == self.low and self.cache is not None:
-            yield from ((number(w), self._rows(w, dtype)) for w in where)
+            yield from ((*names(w), self._rows(w, dtype)) for w in where)
             return
         with ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(self._read, where[0])
             for w, following in zip(where, [*where[1:], None], strict=True):
                 rows = ahead.result()
                 if following is not None: ahead = reader.submit(self._read, following)
-                yield number(w), self._rows(w, dtype, rows)
-
-    def _of(self, array, index):
-        """Columns of sq or stats (.., shard) of points at index (n,) of this shard -> (.., n)."""
-        start, n = self.shard.start, len(index)
-        if n and index[-1] - index[0] == n - 1: return array[..., int(index[0]) - start:int(index[0]) - start + n]
-        return array[..., (index - start).to(self.device)]
+                yield *names(w), self._rows(w, dtype, rows)
 
     def _gather(self, a):
         """(...) -> (ranks, ...): the tensor of every rank, in rank order."""
@@ -333,11 +332,11 @@ class EmpiricalScore:
         best = torch.full((B, k), torch.inf, device=self.device)
         b = i = torch.zeros(0, dtype=torch.int64, device=self.device)
         value = best.new_zeros(0)
-        for index, rows in self._chunks(members, dtype):
+        for index, at, rows in self._chunks(members, dtype):
             live = done.nonzero()[:, 0]
             if not len(live): break
             part = slice(None) if len(live) == B else live
-            lower, upper = self._bounds(low[part] @ rows.T, error[part], exact[part], self._of(self.stats, index))
+            lower, upper = self._bounds(low[part] @ rows.T, error[part], exact[part], self.stats[:, at])
             if measure: lower, upper = measure(lower, upper, part)
             found = upper.amin(1, keepdim=True) if k == 1 else upper.topk(min(k, upper.shape[1]), largest=False).values
             best[part] = torch.cat([best[part], found], 1).topk(k, largest=False).values
@@ -411,8 +410,8 @@ class EmpiricalScore:
         for dtype, ask in ((torch.float32, rest[fine[rest]]), (torch.float64, rest[~fine[rest]])):
             dtype = torch.float64 if small else dtype
             query, bias = ((alpha / var)[ask] * q[ask].T).to(dtype), (-alpha**2 / (2 * var))[ask].to(dtype)
-            for index, rows in self._chunks(members, dtype) if n and len(ask) else ():
-                e = torch.addmm(self._of(self.sq, index).to(dtype)[:, None] * bias, rows, query).T         # (b, n)
+            for index, at, rows in self._chunks(members, dtype) if n and len(ask) else ():
+                e = torch.addmm(self.sq[at].to(dtype)[:, None] * bias, rows, query).T         # (b, n)
                 yield ask, index, rows, e, torch.full_like(t[ask], -torch.inf)
 
     def _stream(self, z, t, y):
@@ -420,7 +419,7 @@ class EmpiricalScore:
         tolerance = LOSS if z.dtype != torch.float64 else 0.0
         z, t, groups = self._queries(z, t, y)
         for q, members in groups:
-            for b, *rest in self._exponents(z[q], t[q], members, tolerance): yield q[b], *rest
+            for b, *found in self._exponents(z[q], t[q], members, tolerance): yield q[b], *found
 
     def _posterior(self, z, t, y):
         """The streamed softmax. -> Posterior, ranks merged, and (B,) what of its sum the ranks before this one have.
@@ -428,8 +427,8 @@ class EmpiricalScore:
         A rank leaves the queries that are not its turn, and those with no points in its shard, as they are: max = -inf
         and sums of 0. So one merge serves, whatever is divided among the ranks.
         """
-        p = Posterior(*(torch.zeros(len(z), *D, dtype=torch.float64, device=self.device)
-                        for D in ((), (), (), (self.D,), ())))
+        columns = (), (), (), (self.D,), ()
+        p = Posterior(*(torch.zeros(len(z), *c, dtype=torch.float64, device=self.device) for c in columns))
         p.max.fill_(-torch.inf)
         for b, index, rows, e, struck in self._stream(z, t, y):
             m = e.amax(1)
@@ -444,13 +443,11 @@ class EmpiricalScore:
                 for rr, cc in zip(r.split(self.piece), c.split(self.piece), strict=True):
                     weighted.index_add_(0, rr, w[rr, cc][:, None] * self._rows(index[rr, cc]))
             new = Posterior(m, w.sum(1, dtype=torch.float64), w.square().sum(1, dtype=torch.float64), weighted, dropped)
-            for whole, part in zip(p, Posterior.merge([Posterior(*(a[b] for a in p)), new]), strict=True):
-                whole[b] = part
+            p.put(b, [Posterior(*(a[b] for a in p)), new])
         before = torch.zeros_like(p.sum)
         for b in (slice(i, i + self.block) for i in range(0, len(z), self.block)):
             ranks = [Posterior(*r) for r in zip(*(self._gather(a[b]) for a in p), strict=True)]
-            for whole, part in zip(p, Posterior.merge(ranks), strict=True):
-                whole[b] = part
+            p.put(b, ranks)
             before[b] = sum(r.sum * torch.exp(r.max - p.max[b]) for r in ranks[:self.rank])
         self.dropped = p.dropped / p.sum
         return p, before
@@ -536,8 +533,8 @@ class EmpiricalScore:
                                          measure=lambda lo, hi, part, rest=rest: measure(lo, hi, rest[part]))
             pairs, rest = [*pairs, (rest[b], i)], rest[~done]
         best, arg = q.new_full((len(rest), min(k, n)), torch.inf), torch.zeros_like(rest)[:, None].expand(-1, min(k, n))
-        for index, rows in self._chunks() if len(rest) else ():        # too many are alike: all of them, in float64
-            d2 = torch.addmm((alpha**2)[rest][:, None] * self._of(self.sq, index), -2 * alpha[rest][:, None] * q[rest],
+        for index, at, rows in self._chunks() if len(rest) else ():    # too many are alike: all of them, in float64
+            d2 = torch.addmm((alpha**2)[rest][:, None] * self.sq[at], -2 * alpha[rest][:, None] * q[rest],
                              rows.T).add_(q[rest].square().sum(1)[:, None]).clamp_(min=0)
             value, j = torch.cat([best, measure(d2, d2, rest)[0]], 1).topk(min(k, n), largest=False)
             arg = torch.cat([arg, index.to(self.device).expand(len(rest), -1)], 1).gather(1, j)

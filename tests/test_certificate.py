@@ -163,6 +163,7 @@ def test_the_fuzz_has_teeth(low, monkeypatch):
     assert wrong > 0
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")    # of torch, in its own compiler
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float32])
 def test_compiled_bounds_are_as_good(low, device, monkeypatch):

@@ -1,4 +1,6 @@
 """The empirical score against what it must be: float64 direct differences, autograd of log p_t, exact probabilities."""
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -12,13 +14,16 @@ from empirical_score import EmpiricalScore, score_from_x, velocity_from_x
 TIMES = [1e-3, 1e-2, 0.05, 0.3, 0.7, 0.95, 0.999, 1.0]
 
 
-@pytest.fixture(autouse=True, params=["float64", "screened in fp32", "screened in bf16"])
+PATHS = {"float64": (es.SMALL, torch.float32), "screened in fp32": (0, torch.float32),
+         "screened in bf16": (0, torch.bfloat16)}
+
+
+@pytest.fixture(autouse=True, params=PATHS)
 def path(request, monkeypatch):
     """Every test three times: as small problems are answered, and as large ones are, with and without fast bf16."""
-    if request.param != "float64":
-        monkeypatch.setattr(es, "SMALL", 0)
-        low = torch.bfloat16 if "bf16" in request.param else torch.float32
-        monkeypatch.setattr(es, "low_precision", lambda device: low)
+    small, low = PATHS[request.param]
+    monkeypatch.setattr(es, "SMALL", small)
+    monkeypatch.setattr(es, "low_precision", lambda device: low)
     return request.param
 
 
@@ -320,6 +325,7 @@ def test_conversions_invert_each_other():
     (lambda E, z: E.score(z, 0.5, torch.zeros(5, dtype=torch.int64)), "need 24 labels, not 5"),
     (lambda E, z: E.score(z.long(), 0.5), "must be floating point"),
     (lambda E, z: EmpiricalScore(E.x, chunk=0), "chunk must be at least 1"),
+    (lambda E, z: EmpiricalScore(E.x, split="rows"), "split must be 'queries', 'points' or None, not 'rows'"),
 ])
 def test_errors_name_what_was_wrong(ask, message):
     x, y = clusters()
@@ -351,25 +357,25 @@ def answers(E, seed):
     return {key: got if isinstance(got, tuple) else (got,) for key, got in out.items()}
 
 
-def several_ranks(rank, folder, small, low):
+def several_ranks(rank, folder):
     """In one process group of three and one of two: answers in both ways to divide the work, and what goes wrong."""
-    es.SMALL, es.low_precision = small, lambda device: low
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=3)
     x, y = clusters()
-    for group in (dist.group.WORLD, dist.new_group([0, 1])):
-        for split in ("queries", "points") if rank < dist.get_world_size(group) else ():
-            E = EmpiricalScore(x, y, chunk=150, process_group=group, split=split)
-            z = queries(x, 0.8)
-            z[1] = torch.nan                                 # in one rank's turn alone: all must raise
-            t, labels = torch.full((24,), 0.8), torch.zeros(24, dtype=torch.int64)
-            t[2], labels[3] = 0, 99
-            for ask in (lambda E=E, z=z: E.score(z, 0.8), lambda E=E, z=z: E.r_star(z, 0.8),
-                        lambda E=E, t=t: E.sample_posterior(queries(x, 0.8), t), lambda E=E, z=z: E.nearest(z, 3),
-                        lambda E=E, labels=labels: E.velocity(queries(x, 0.8), 0.8, labels)):
-                with pytest.raises(ValueError):
-                    ask()
-            # generators differ: rank 0's must be used
-            torch.save(answers(E, rank + 5), f"{folder}/{dist.get_world_size(group)}_{split}_{rank}.pt")
+    groups = {3: dist.group.WORLD, 2: dist.new_group([0, 1])}
+    for world, path, split in itertools.product(groups, PATHS, ("queries", "points")):
+        if rank >= world: continue
+        es.SMALL, low = PATHS[path]
+        es.low_precision = lambda device, low=low: low
+        E = EmpiricalScore(x, y, chunk=150, process_group=groups[world], split=split)
+        z, t, labels = queries(x, 0.8), torch.full((24,), 0.8), torch.zeros(24, dtype=torch.int64)
+        bad = z.clone()
+        bad[1], t[2], labels[3] = torch.nan, 0, 99           # each in the turn of one rank alone: all must raise
+        for method, ask in ((E.score, (bad, 0.8)), (E.r_star, (bad, 0.8)), (E.nearest, (bad, 3)),
+                            (E.sample_posterior, (z, t)), (E.velocity, (z, 0.8, labels))):
+            with pytest.raises(ValueError):
+                method(*ask)
+        # generators differ: rank 0's must be used
+        torch.save(answers(E, rank + 5), f"{folder}/{world}, {path}, {split}, {rank}.pt")
     # By memory, and the same on all ranks even where one alone asks for something else. More ranks than points, too.
     assert EmpiricalScore(x, process_group=dist.group.WORLD).split == "queries"
     assert EmpiricalScore(x, process_group=dist.group.WORLD, split=[None, "points", None][rank]).split == "points"
@@ -378,20 +384,25 @@ def several_ranks(rank, folder, small, low):
     dist.destroy_process_group()
 
 
-def test_several_ranks_agree_with_one(tmp_path):
-    mp.spawn(several_ranks, (str(tmp_path), es.SMALL, es.low_precision(torch.device("cpu"))), nprocs=3)
+@pytest.fixture(scope="module")
+def ranks_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(several_ranks, (str(folder),), nprocs=3)
+    return folder
+
+
+@pytest.mark.parametrize("world, split", [*itertools.product((2, 3), ("queries", "points"))])
+def test_several_ranks_agree_with_one(world, split, path, ranks_folder):
     E = EmpiricalScore(*clusters())
-    want = answers(E, 5)
-    for world, split in ((w, s) for w in (2, 3) for s in ("queries", "points")):
-        ranks = [torch.load(tmp_path / f"{world}_{split}_{r}.pt") for r in range(world)]
-        for key, expected in want.items():
-            for got in ranks:                                # every rank the same, to the last bit
-                assert all(map(torch.equal, got[key], ranks[0][key])), (world, split, key)
-            for a, b in zip(ranks[0][key], expected, strict=True):
-                assert a.shape == b.shape and a.dtype == b.dtype, (world, split, key)
-                if key[-1] == "dropped":
-                    assert (a <= 2 * E.tau).all() and (a >= 0).all(), (world, split, key)
-                elif not torch.equal(a, b):
-                    # sizes have w^2, and miss twice what means do, in fp32; bf16 results may be rounded either way
-                    bound = 2**-7 if a.dtype == torch.bfloat16 else 1e-5 if key[-1] == "size" else 1e-6
-                    assert a.is_floating_point() and relative(a, b) < bound, (world, split, key)
+    ranks = [torch.load(ranks_folder / f"{world}, {path}, {split}, {r}.pt") for r in range(world)]
+    for key, want in answers(E, 5).items():
+        for got in ranks:                                    # every rank the same, to the last bit
+            assert all(map(torch.equal, got[key], ranks[0][key])), key
+        for a, b in zip(ranks[0][key], want, strict=True):
+            assert a.shape == b.shape and a.dtype == b.dtype, key
+            if key[-1] == "dropped":
+                assert (a <= 2 * E.tau).all() and (a >= 0).all(), key
+            elif not torch.equal(a, b):
+                # sizes have w^2, and miss twice what means do, in fp32; bf16 results may be rounded either way
+                bound = 2**-7 if a.dtype == torch.bfloat16 else 1e-5 if key[-1] == "size" else 1e-6
+                assert a.is_floating_point() and relative(a, b) < bound, key

@@ -18,7 +18,7 @@ and everything else is linear in x_*:
 *Flash attention.* With |z|^2 dropped, the exponent is alpha z.x_i / sigma^2 - alpha^2 |x_i|^2 / 2 sigma^2: a query
 times a key, plus a bias. So x_* is attention with keys = values = data and one softmax over all N points, and it is
 computed as flash attention is: the points stream by in chunks, and a running (max, sum, weighted sum) is kept, never
-the B x N matrix. These three merge over chunks, and over the processes among which the data are divided.
+the B x N matrix. These three merge over chunks, and over the processes among which points or queries are divided.
 
 *The certificate.* Unlike attention, these exponents reach 1e7 (t = .001), where no fast product is precise enough; but
 then nearly all weights are zero, and it takes no precision to *prove* it. So there are two passes. The first bounds
@@ -87,6 +87,10 @@ class Posterior(NamedTuple):
         add = lambda k, c: sum(ci.view(-1, *[1] * (p[k].ndim - 1)) * p[k] for ci, p in zip(c, parts, strict=True))
         return Posterior(m.amax(0), add(1, c), add(2, c**2), add(3, c), add(4, c))
 
+    def put(self, b, parts):
+        """Write the merger of the parts to rows b."""
+        for whole, part in zip(self, Posterior.merge(parts), strict=True): whole[b] = part
+
 
 def low_precision(device):
     """bf16 where a product in it is faster than in fp32 and its sums are kept in fp32 all the same; else fp32."""
@@ -94,6 +98,28 @@ def low_precision(device):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     fast = any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
     return torch.bfloat16 if fast and torch.backends.mkldnn.is_available() else torch.float32
+
+
+def bounds(p, error, exact, stats):
+    """The products p (b, n) of `_screen` -> bounds (lower, upper), both (b, n) in fp32, on the squared distances; from
+    the columns error (b, 4) and exact (b, 2), for each query, and stats (3, n), for each point.
+
+    A plain function of tensors, since on a GPU it is compiled into one pass over the matrix. A compiler may contract a
+    product and a sum into one operation (FMA), which takes a rounding away and adds none. With all of them, each 2^-24,
+    alpha^2 |x|^2 is rounded six times at most, |q|^2 four times and p twice: `error` and `share` have 2^-21 of each,
+    eight roundings. The terms of `wide` are rounded eight times at most: its columns are larger by 2^-18.
+    """
+    share = 1.02 * 2**-8 + 2**-21 if p.dtype == torch.bfloat16 else 2**-21
+    p = p.float()
+    wide = p.abs().mul_(share).addcmul_(error[:, :1], stats[0]).addcmul_(error[:, 1:2], stats[1])
+    wide = wide.addcmul_(error[:, 2:3], stats[2]).add_(error[:, 3:])
+    d2 = torch.addcmul(exact[:, 1:], exact[:, :1], stats[2]).sub_(p)
+    return d2 - wide, d2.add_(wide)
+
+
+@functools.cache
+def compiled_bounds():
+    return torch.compile(bounds, dynamic=True)
 
 
 def exactly(method):
@@ -120,58 +146,68 @@ class EmpiricalScore:
              Fastest: bf16, where the hardware has it. Points of a class are read faster where they lie together.
     device   where the arithmetic is done (default: where x is). MPS has no float64: there it is done on the CPU.
     chunk    data points per step. The extra memory is a few matrices of queries x chunk, whatever N is.
-    process_group   shard the points over its ranks. Every rank passes all of x (each reads its part) and the *same*
-             queries, and gets the same result. (It costs what sharding the queries would, and a part of the memory.)
+    process_group   divide the work over its ranks. Every rank passes all of x and the *same* queries, and gets the same
+             result. What is divided is chosen by memory: the queries, where every rank can have all points at hand (a
+             CPU; a GPU on which x lies, or that can keep a low-precision copy of x), else the points.
+    split    "queries" or "points": divide these, whatever the memory.
     tau      the weight that may be left out, of a total of 1. `dropped` (B,) bounds what the last answer did leave out.
     Queries are z (B, *shape); t is a number or (B,) in (0, 1]; labels are (B,), and None means over all points. Results
     have z's shape, dtype and device. float64 queries are answered in float64 throughout.
     ValueError: t outside (0, 1], nan in z or x, an unknown label, a wrong shape.
     """
 
-    def __init__(self, x, y=None, *, device=None, chunk=None, process_group=None, tau=1e-7):
+    def __init__(self, x, y=None, *, device=None, chunk=None, process_group=None, split=None, tau=1e-7):
         need(len(x) > 0, "the data set is empty")
         need(x.ndim > 1, f"the data must have shape (N, *shape), not {tuple(x.shape)}")
         need(chunk is None or chunk > 0, f"chunk must be at least 1, not {chunk}")
         need(0 < tau < 1, f"tau must lie in (0, 1), not {tau}")
+        need(split in (None, "queries", "points"), f"split must be 'queries', 'points' or None, not {split!r}")
         device = torch.device(device if device is not None else x.device if torch.is_tensor(x) else "cpu")
-        self.device = torch.device("cpu") if device.type == "mps" else device
+        self.device = torch.empty(0, device="cpu" if device.type == "mps" else device).device    # "cuda" -> "cuda:0"
         self.shape, self.x, self.tau, self.dropped = tuple(x.shape[1:]), x.reshape(len(x), -1), tau, None
         self.N, self.D = self.x.shape                                                            # x (N, D), a view
         gpu = self.device.type == "cuda"                     # there, a matrix product must be large to be fast; on a
         self.chunk = chunk or max(1, min(2**(27 if gpu else 22) // self.D, 2**(16 if gpu else 13)))  # CPU, fit caches
         self.piece = min(self.chunk, max(256, self.chunk // 16))         # pairs of query and point at once
         self.block = max(1, 2**(26 if gpu else 21) // self.chunk)                                # queries at once
-        self.group = process_group
-        rank, world = (dist.get_rank(process_group), dist.get_world_size(process_group)) if process_group else (0, 1)
-        self.shard = range(self.N * rank // world, self.N * (rank + 1) // world)
         sample = self.x[:1] if torch.is_tensor(x) else torch.from_numpy(np.array(self.x[:1]))
         self.work = torch.float64 if sample.dtype in (torch.float64, torch.int32, torch.int64) else torch.float32
         self.low, self.cache = low_precision(self.device), None
+        self.bounds = (lambda *args: compiled_bounds()(*args)) if gpu else bounds
+        most, size = CACHE * (2 if gpu else 1), self.D * self.low.itemsize
+
+        # Each rank has queries `turn` and points `shard`. All must choose alike, or they would wait for ever.
+        self.group = group = process_group
+        self.rank, self.world = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
+        self.at_hand = torch.is_tensor(x) and x.device == self.device
+        whole = split == "queries" or split is None and (not gpu or self.at_hand or self.N * size <= most)
+        whole = self._gather(torch.tensor(int(whole), device=self.device)).all()
+        self.split, self.turn = ("queries", slice(self.rank, None, self.world)) if whole else ("points", slice(None))
+        self.shard = range(self.N * self.rank // self.world, self.N * (self.rank + 1) // self.world)
 
         # Distances are differences of large numbers when the data are far from the origin: centre them.
         self.centre = torch.zeros(self.D, dtype=torch.float64, device=self.device)
-        total = sum((torch.cat([r.sum(0), r.square().sum()[None]]) for _, r in self._chunks()),
+        total = sum((torch.cat([r.sum(0), r.square().sum()[None]]) for *_, r in self._chunks()),
                     self.centre.new_zeros(self.D + 1))
         total = self._gather(total).sum(0) / self.N                                              # (D + 1,)
         need(total.isfinite().all(), "the data hold nan or inf, or their squares overflow")
-        size = len(self.shard) * self.D * self.low.itemsize
-        as_it_is = torch.is_tensor(x) and (x.dtype, x.device) == (self.low, self.device) and \
-            2 * total[:-1].square().sum() < total[-1]        # nearly centred: x itself can be the low-precision copy
+        if whole: self.shard = range(self.N)                 # the sums were divided all the same
+        # Nearly centred, in low precision, and here: x itself can be the low-precision copy.
+        as_it_is = self.at_hand and x.dtype == self.low and 2 * total[:-1].square().sum() < total[-1]
         if not as_it_is:
             self.centre = total[:-1].to(self.work).double()  # a number of the precision that x - centre is taken in
-            if size <= CACHE * (2 if gpu else 1):
+            if len(self.shard) * size <= most:
                 self.cache = torch.empty(len(self.shard), self.D, dtype=self.low, device=self.device)
 
-        # Of every point, about the centre: |x|^2; and for the error bounds |x|, |low(x) - x| (rounded up), |x|^2, 1
+        # Of every point, about the centre: |x|^2; and for the error bounds |x|, |low(x) - x| (rounded up), |x|^2
         self.sq = torch.empty(len(self.shard), dtype=torch.float64, device=self.device)
-        self.stats = torch.ones(4, len(self.shard), device=self.device)
-        for index, rows in self._chunks():
-            i, low = slice(int(index[0]) - self.shard.start, int(index[-1]) + 1 - self.shard.start), rows.to(self.work)
-            low = low.to(self.low)
+        self.stats = torch.empty(3, len(self.shard), device=self.device)
+        for _, i, rows in self._chunks():
+            low = rows.to(self.work).to(self.low)
             if self.cache is not None: self.cache[i] = low
             self.sq[i] = rows.square().sum(1)
             norm, err = self.sq[i].sqrt() * (1 + 2**-20), (rows - low.double()).norm(dim=1)
-            self.stats[:3, i] = torch.stack([norm, (err + 2**-22 * norm) * (1 + 2**-20), self.sq[i]]).float()
+            self.stats[:, i] = torch.stack([norm, (err + 2**-22 * norm) * (1 + 2**-20), self.sq[i]]).float()
         if as_it_is: self.cache = self.x[self.shard.start:self.shard.stop]
         self.radius = self._gather(self.sq.amax(0, keepdim=True) if len(self.sq) else self.sq.new_zeros(1)).max().sqrt()
         self.members, self._closest = None, {}
@@ -192,58 +228,50 @@ class EmpiricalScore:
         rows = rows if torch.is_tensor(rows) else torch.from_numpy(np.array(rows))
         return rows.pin_memory() if rows.device.type == "cpu" and self.device.type == "cuda" else rows
 
+    def _at(self, index):
+        """Points at `index`, a slice or (n,) indices -> where they are in this rank's shard: in cache, sq and stats."""
+        i = self.shard.start
+        return slice(index.start - i, index.stop - i) if isinstance(index, slice) else (index - i).to(self.device)
+
     def _rows(self, index, dtype=torch.float64, read=None):
         """Points at `index` -> (n, D), centred."""
-        if dtype == self.low and self.cache is not None:
-            i = self.shard.start
-            return self.cache[slice(index.start - i, index.stop - i) if isinstance(index, slice) else
-                              (index - i).to(self.device)]
+        if dtype == self.low and self.cache is not None: return self.cache[self._at(index)]
         rows = (self._read(index) if read is None else read).to(self.device, non_blocking=True)
         work = torch.float64 if dtype == torch.float64 else self.work
         return (rows.to(work) - self.centre.to(work)).to(dtype)
 
     def _chunks(self, members=None, dtype=torch.float64):
-        """Yield (indices (n,), centred points (n, D)) over this rank's shard, or those of its points in `members`. A
-        thread reads one chunk ahead, so that a disk, or the way to a GPU, is busy while the arithmetic is."""
+        """Yield (indices (n,), their places in the shard, centred points (n, D)) over this rank's shard, or its points
+        in `members`. A thread reads a chunk ahead: a disk, or the way to a GPU, is busy while the arithmetic is."""
         n, first = (len(self.shard), self.shard.start) if members is None else (len(members), 0)
         where = [slice(first + i, first + min(i + self.chunk, n)) for i in range(0, n, self.chunk)]
         if members is not None:                              # a slice where they lie together, else their indices
             where = [members[w] for w in where]
             where = [slice(int(w[0]), int(w[-1]) + 1) if w[-1] - w[0] == len(w) - 1 else w for w in where]
-        number = lambda w: torch.arange(w.start, w.stop) if isinstance(w, slice) else w
-        at_hand = torch.is_tensor(self.x) and self.x.device == self.device
-        if at_hand or len(where) < 2 or dtype == self.low and self.cache is not None:
-            yield from ((number(w), self._rows(w, dtype)) for w in where)
+        names = lambda w: (torch.arange(w.start, w.stop) if isinstance(w, slice) else w, self._at(w))
+        if self.at_hand or len(where) < 2 or dtype == self.low and self.cache is not None:
+            yield from ((*names(w), self._rows(w, dtype)) for w in where)
             return
         with ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(self._read, where[0])
             for w, following in zip(where, [*where[1:], None], strict=True):
                 rows = ahead.result()
                 if following is not None: ahead = reader.submit(self._read, following)
-                yield number(w), self._rows(w, dtype, rows)
-
-    def _mine(self, members):
-        """Those of the members, indices in ascending order, that are in this rank's shard."""
-        return members[(members >= self.shard.start) & (members < self.shard.stop)] if self.group else members
-
-    def _of(self, array, index):
-        """Columns of sq or stats (.., shard) of points at index (n,) of this shard -> (.., n)."""
-        start, n = self.shard.start, len(index)
-        if n and index[-1] - index[0] == n - 1: return array[..., int(index[0]) - start:int(index[0]) - start + n]
-        return array[..., (index - start).to(self.device)]
+                yield *names(w), self._rows(w, dtype, rows)
 
     def _gather(self, a):
         """(...) -> (ranks, ...): the tensor of every rank, in rank order."""
         if self.group is None: return a[None]
-        parts = [torch.empty_like(a) for _ in range(dist.get_world_size(self.group))]
+        parts = [torch.empty_like(a) for _ in range(self.world)]
         dist.all_gather(parts, a.contiguous(), group=self.group)
         return torch.stack(parts)
 
     def _queries(self, z, t, y=None):
         """Check the arguments. -> z (B, D) and t (B,) in float64, and a list of groups (query rows, members).
 
-        Queries of one class go together, since they need the same points; a group is split where the matrix of queries
-        by chunk would become too large.
+        All queries are checked, so that every rank raises; the groups hold those that are this rank's turn. Queries of
+        one class go together, since they need the same points; a group is split where the matrix of queries by chunk
+        would become too large.
         """
         B, t = len(z), double(t, self.device)
         need(z.shape[1:] == self.shape, f"queries must have shape (B, {str(self.shape)[1:]}, not {tuple(z.shape)}")
@@ -252,15 +280,19 @@ class EmpiricalScore:
         need(t.shape in ((), (B,)), f"{B} queries need one t or {B}, not {t.numel()}")
         bad, t = t.reshape(-1)[~((t > 0) & (t <= 1)).reshape(-1)].tolist(), t.expand(B)
         need(not bad, f"t must lie in (0, 1], not {bad[:1]}: at t = 0 a finite set of points has no score")
-        groups = [(torch.arange(B), None)]
+        mine = torch.zeros(B, dtype=torch.bool)
+        mine[self.turn] = True
+        groups = [(mine, None)]
         if y is not None:
             need(self.members is not None, "labels were asked for, but the data set was given without labels")
             y = torch.as_tensor(y).cpu()
             need(y.shape in ((), (B,)), f"{B} queries need {B} labels, not {y.numel()}")
             y = y.expand(B)
             self._need_labels(y.tolist())
-            groups = [((y == label).nonzero()[:, 0], self._mine(self.members[label])) for label in y.unique().tolist()]
-        groups = [(q.to(self.device), m) for g, m in groups for q in g.split(self.block)]
+            ends = torch.tensor([self.shard.start, self.shard.stop])     # members ascend: a slice lies in the shard
+            here = lambda i: i if self.split == "queries" else i[slice(*torch.searchsorted(i, ends).tolist())]
+            groups = [(mine & (y == label), here(self.members[label])) for label in y[mine].unique().tolist()]
+        groups = [(q.to(self.device), m) for g, m in groups for q in g.nonzero()[:, 0].split(self.block) if len(q)]
         return z.flatten(1).to(self.device).to(torch.float64), t, groups
 
     def _need_labels(self, asked):
@@ -286,29 +318,25 @@ class EmpiricalScore:
         B, limit = len(q), limit.clamp(min=max(64, k), max=max(k, SURVIVORS // max(1, len(q))))
         low = (2 * alpha[:, None] * q).to(dtype)
         size, err = 2 * alpha * q.norm(dim=1), (low.double() - 2 * alpha[:, None] * q).norm(dim=1)
-        bf16, sums, tiny = dtype == torch.bfloat16, (self.D + 16) * 2.0**-23, self.D * 2.0**-124
+        sums, tiny = (self.D + 16) * 2.0**-23, self.D * 2.0**-122
         at_x = err + sums * (size + err)                     # times |x'| <= |x| + |x' - x|
         at_err = at_x + size
         if dtype != self.low:                                # stats hold the errors of self.low; those of fp32 are less
             at_x, at_err = at_x + 2.0**-22 * at_err, 0 * at_err
         qq = q.square().sum(1)
-        # columns as in stats: of |x|, |x' - x|, |x|^2 and 1. The last two: rounding of the lines below, and underflow
-        bound = torch.stack([at_x, at_err, 2.0**-21 * alpha**2, 2.0**-21 * qq + tiny * (1 + size + self.radius)], 1)
-        bound, exact = (bound * (1 + 2**-18)).float(), torch.stack([alpha**2, qq], 1).float()
+        # columns as in stats: of |x|, |x' - x|, |x|^2 and 1. The last two: rounding in `bounds`, and underflow
+        error = torch.stack([at_x, at_err, 2.0**-21 * alpha**2, 2.0**-21 * qq + tiny * (1 + size + self.radius)], 1)
+        error, exact = (error * (1 + 2**-18)).float(), torch.stack([alpha**2, qq], 1).float()
         # False where the numbers are so large that a product could overflow, and would bound nothing
         done = torch.maximum((size + err) * (self.radius + 1), qq + (alpha * self.radius)**2) < 1e36
         best = torch.full((B, k), torch.inf, device=self.device)
         b = i = torch.zeros(0, dtype=torch.int64, device=self.device)
         value = best.new_zeros(0)
-        for index, rows in self._chunks(members, dtype):
+        for index, at, rows in self._chunks(members, dtype):
             live = done.nonzero()[:, 0]
             if not len(live): break
             part = slice(None) if len(live) == B else live
-            stats = self._of(self.stats, index)                                                  # (4, n)
-            p = (low[part] @ rows.T).float()                                                     # (b, n)
-            error = torch.addmm(p.abs(), bound[part], stats, beta=1.02 * 2**-8 + 2**-21 if bf16 else 2**-21)
-            d2 = torch.addmm(p, exact[part], stats[2:], beta=-1)
-            lower, upper = d2 - error, d2.add_(error)
+            lower, upper = self._bounds(low[part] @ rows.T, error[part], exact[part], self.stats[:, at])
             if measure: lower, upper = measure(lower, upper, part)
             found = upper.amin(1, keepdim=True) if k == 1 else upper.topk(min(k, upper.shape[1]), largest=False).values
             best[part] = torch.cat([best[part], found], 1).topk(k, largest=False).values
@@ -324,6 +352,13 @@ class EmpiricalScore:
         order = (value <= cut[b]).nonzero()[:, 0]
         order = order[b[order].argsort(stable=True)]
         return b[order], i[order], value[order], done, cut.double()
+
+    def _bounds(self, *args):
+        try: return self.bounds(*args)
+        except Exception:                                    # where it cannot be compiled, it runs as it is written
+            if self.bounds is bounds: raise
+            self.bounds = bounds
+            return bounds(*args)
 
     def _each(self, b, i, f):
         """f(queries (n,), points (n, D) float64) of pairs (b, i), in pieces -> (P,)."""
@@ -375,19 +410,27 @@ class EmpiricalScore:
         for dtype, ask in ((torch.float32, rest[fine[rest]]), (torch.float64, rest[~fine[rest]])):
             dtype = torch.float64 if small else dtype
             query, bias = ((alpha / var)[ask] * q[ask].T).to(dtype), (-alpha**2 / (2 * var))[ask].to(dtype)
-            for index, rows in self._chunks(members, dtype) if n and len(ask) else ():
-                e = torch.addmm(self._of(self.sq, index).to(dtype)[:, None] * bias, rows, query).T         # (b, n)
+            for index, at, rows in self._chunks(members, dtype) if n and len(ask) else ():
+                e = torch.addmm(self.sq[at].to(dtype)[:, None] * bias, rows, query).T         # (b, n)
                 yield ask, index, rows, e, torch.full_like(t[ask], -torch.inf)
 
-    @staticmethod
-    def _nothing(z):                                         # the Posterior over no points
-        largest, total, total_sq, dropped = (torch.full_like(z[:, 0], a) for a in (-torch.inf, 0, 0, 0))
-        return Posterior(largest, total, total_sq, torch.zeros_like(z), dropped)
+    def _stream(self, z, t, y):
+        """Yield what `_exponents` does, group by group, for the queries that are this rank's turn."""
+        tolerance = LOSS if z.dtype != torch.float64 else 0.0
+        z, t, groups = self._queries(z, t, y)
+        for q, members in groups:
+            for b, *found in self._exponents(z[q], t[q], members, tolerance): yield q[b], *found
 
-    def _local_posterior(self, z, t, members, tolerance):
-        """The streamed softmax over this rank's points; an empty shard gives max = -inf and sums of 0."""
-        p = self._nothing(z)
-        for b, index, rows, e, struck in self._exponents(z, t, members, tolerance):
+    def _posterior(self, z, t, y):
+        """The streamed softmax. -> Posterior, ranks merged, and (B,) what of its sum the ranks before this one have.
+
+        A rank leaves the queries that are not its turn, and those with no points in its shard, as they are: max = -inf
+        and sums of 0. So one merge serves, whatever is divided among the ranks.
+        """
+        columns = (), (), (), (self.D,), ()
+        p = Posterior(*(torch.zeros(len(z), *c, dtype=torch.float64, device=self.device) for c in columns))
+        p.max.fill_(-torch.inf)
+        for b, index, rows, e, struck in self._stream(z, t, y):
             m = e.amax(1)
             w = e.sub_(m[:, None]).exp_()                                                        # (b, n)
             m, dropped = m.double(), torch.exp(struck - m.double())
@@ -396,31 +439,24 @@ class EmpiricalScore:
             else:                                            # survivors: most weigh nothing, once that is known exactly
                 light = w < self.tau / self.N
                 dropped, w = dropped + light.sum(1) * self.tau / self.N, w.masked_fill_(light, 0)
-                weighted, (r, c) = z.new_zeros(len(b), self.D), w.nonzero(as_tuple=True)
+                weighted, (r, c) = p.weighted.new_zeros(len(b), self.D), w.nonzero(as_tuple=True)
                 for rr, cc in zip(r.split(self.piece), c.split(self.piece), strict=True):
                     weighted.index_add_(0, rr, w[rr, cc][:, None] * self._rows(index[rr, cc]))
             new = Posterior(m, w.sum(1, dtype=torch.float64), w.square().sum(1, dtype=torch.float64), weighted, dropped)
-            for whole, part in zip(p, Posterior.merge([Posterior(*(a[b] for a in p)), new]), strict=True):
-                whole[b] = part
-        return p
-
-    def _posterior(self, z, t, y):
-        """-> Posterior over all queries, ranks merged."""
-        tolerance = LOSS if z.dtype != torch.float64 else 0.0
-        z, t, groups = self._queries(z, t, y)
-        out = self._nothing(z)
-        for q, members in groups:
-            ranks = zip(*[self._gather(a) for a in self._local_posterior(z[q], t[q], members, tolerance)], strict=True)
-            for whole, part in zip(out, Posterior.merge([Posterior(*r) for r in ranks]), strict=True):
-                whole[q] = part
-        self.dropped = out.dropped / out.sum
-        return out
+            p.put(b, [Posterior(*(a[b] for a in p)), new])
+        before = torch.zeros_like(p.sum)
+        for b in (slice(i, i + self.block) for i in range(0, len(z), self.block)):
+            ranks = [Posterior(*r) for r in zip(*(self._gather(a[b]) for a in p), strict=True)]
+            p.put(b, ranks)
+            before[b] = sum(r.sum * torch.exp(r.max - p.max[b]) for r in ranks[:self.rank])
+        self.dropped = p.dropped / p.sum
+        return p, before
 
     # ---- what one asks ----------------------------------------------------------------------------------------------
 
     @exactly
     def _answer(self, z, t, y, convert=None):
-        p = self._posterior(z, t, y)
+        p, _ = self._posterior(z, t, y)
         x = p.weighted / p.sum[:, None] + self.centre                                            # (B, D), float64
         if convert:                                         # in float64: alpha x_* - z is a small difference at small t
             x = convert(x, z.flatten(1).to(self.device).to(torch.float64), t)
@@ -453,39 +489,42 @@ class EmpiricalScore:
         By inversion: a uniform number a query, then the first point at which the running sum of the weights exceeds it.
         It takes the exponents twice, but the draw depends on the generator alone, not on chunks or ranks.
         """
-        p, tolerance = self._posterior(z, t, y), LOSS if z.dtype != torch.float64 else 0.0
+        p, run = self._posterior(z, t, y)                    # run: the weight of all points before, other ranks' too
         where = generator.device if generator else self.device
         u = torch.rand(len(z), generator=generator, device=where,
                        dtype=torch.float32 if where.type == "mps" else torch.float64)
         u = double(u, self.device) * p.sum
         if self.group is not None:                           # every rank must look for the same number
             dist.broadcast(u, dist.get_global_rank(self.group, 0), group=self.group)
-        z64, t64, groups = self._queries(z, t, y)
-        out = torch.zeros(len(z), dtype=torch.int64, device=self.device)
-        for q, members in groups:
-            run, mine = torch.zeros_like(u[q]), torch.full_like(q, -1)
-            if self.group is not None:                       # start where the ranks before this one end
-                part = self._local_posterior(z64[q], t64[q], members, tolerance)
-                run = self._gather(part.sum * torch.exp(part.max - p.max[q]))[:dist.get_rank(self.group)].sum(0)
-            for b, index, _, e, _ in self._exponents(z64[q], t64[q], members, tolerance):
-                cum = run[b][:, None] + torch.exp(e.double() - p.max[q][b][:, None]).cumsum(1)   # (b, n)
-                passed = (cum <= u[q][b][:, None]).sum(1)    # points before the one looked for; all: it comes later
-                found = index.to(self.device).expand(len(b), -1).gather(1, passed.clamp(max=e.shape[1] - 1)[:, None])
-                # a point of no weight is never drawn; where rounding leaves the last sum below u, the last one stands
-                new = (run[b] <= u[q][b]) & (cum[:, -1] > run[b])
-                mine[b], run[b] = torch.where(new, found[:, 0], mine[b]), cum[:, -1]
-            out[q] = self._last(self._gather(mine))
-        return out.to(z.device)
-
-    @staticmethod
-    def _last(ranks):                                        # (ranks, B) -> (B,): of the last rank that found any
-        return functools.reduce(lambda a, b: torch.where(b >= 0, b, a), ranks)
+        out = torch.full((len(z),), -1, device=self.device)
+        for b, index, _, e, _ in self._stream(z, t, y):
+            cum = run[b][:, None] + torch.exp(e.double() - p.max[b][:, None]).cumsum(1)          # (b, n)
+            passed = (cum <= u[b][:, None]).sum(1)           # points before the one looked for; all: it comes later
+            found = index.to(self.device).expand(len(b), -1).gather(1, passed.clamp(max=e.shape[1] - 1)[:, None])
+            # a point of no weight is never drawn; where rounding leaves the last sum below u, the last one stands
+            new = (run[b] <= u[b]) & (cum[:, -1] > run[b])
+            out[b], run[b] = torch.where(new, found[:, 0], out[b]), cum[:, -1]
+        last = lambda a, b: torch.where(b >= 0, b, a)        # what the last rank found that found any
+        return functools.reduce(last, self._gather(out)).to(z.device)
 
     @exactly
-    def _best(self, q, alpha, k, measure):
-        """The k points of smallest measure(|q - alpha x|^2) for each query of q (B, D), about the centre; measure takes
-        bounds (lower, upper) (B, n) on squared distances to bounds on what is to be small, row by row of `part`.
+    def _best(self, z, alpha, groups, k, measure):
+        """The k points of smallest measure(|z - alpha x|^2) for each query; measure takes bounds (lower, upper) (b, n)
+        on squared distances, and the rows (b,) of these queries, to bounds on what is to be small.
         -> squared distances (B, k) by direct differences, and indices (B, k), best first."""
+        d2 = z.new_full((len(z), k), torch.inf)              # stays so for other ranks' queries, or fewer than k points
+        where = torch.zeros_like(d2, dtype=torch.int64)
+        for b, _ in groups:
+            best, index = self._best_here(z[b] - alpha[b, None] * self.centre, alpha[b], k,
+                                          lambda lower, upper, part, b=b: measure(lower, upper, b[part]))
+            d2[b, :best.shape[1]], where[b, :best.shape[1]] = best, index
+        d2, where = (self._gather(a).transpose(0, 1).flatten(1) for a in (d2, where))            # (B, ranks k)
+        order = measure(d2, d2, slice(None))[0].argsort(dim=1, stable=True)[:, :k]
+        return d2.gather(1, order), where.gather(1, order)
+
+    def _best_here(self, q, alpha, k, measure):
+        """The same over the points of this rank, for a few queries q (b, D), about the centre; fewer than k (b, <= k)
+        where it has fewer."""
         rest, pairs = torch.arange(len(q), device=self.device), []
         n = len(self.shard)
         for dtype in dict.fromkeys((self.low, torch.float32)) if len(q) * n * self.D > SMALL else ():
@@ -494,8 +533,8 @@ class EmpiricalScore:
                                          measure=lambda lo, hi, part, rest=rest: measure(lo, hi, rest[part]))
             pairs, rest = [*pairs, (rest[b], i)], rest[~done]
         best, arg = q.new_full((len(rest), min(k, n)), torch.inf), torch.zeros_like(rest)[:, None].expand(-1, min(k, n))
-        for index, rows in self._chunks() if len(rest) else ():        # too many are alike: all of them, in float64
-            d2 = torch.addmm((alpha**2)[rest][:, None] * self._of(self.sq, index), -2 * alpha[rest][:, None] * q[rest],
+        for index, at, rows in self._chunks() if len(rest) else ():    # too many are alike: all of them, in float64
+            d2 = torch.addmm((alpha**2)[rest][:, None] * self.sq[at], -2 * alpha[rest][:, None] * q[rest],
                              rows.T).add_(q[rest].square().sum(1)[:, None]).clamp_(min=0)
             value, j = torch.cat([best, measure(d2, d2, rest)[0]], 1).topk(min(k, n), largest=False)
             arg = torch.cat([arg, index.to(self.device).expand(len(rest), -1)], 1).gather(1, j)
@@ -505,10 +544,6 @@ class EmpiricalScore:
         b, i = (a[(b * self.N + i).argsort()] for a in (b, i))
         d2 = self._each(b, i, lambda b, rows: (q[b] - alpha[b][:, None] * rows).square().sum(1))
         (d2, i), _ = self._table(b, len(q), (d2, torch.inf), (i, 0))
-        short = (0, max(0, k - d2.shape[1]))                 # a shard may have fewer than k
-        d2, i = (torch.nn.functional.pad(a, short, value=fill) for a, fill in ((d2, torch.inf), (i, 0)))
-        order = measure(d2, d2, slice(None))[0].argsort(dim=1, stable=True)[:, :k]
-        d2, i = (self._gather(a.gather(1, order)).transpose(0, 1).flatten(1) for a in (d2, i))   # (B, ranks k)
         order = measure(d2, d2, slice(None))[0].argsort(dim=1, stable=True)[:, :k]
         return d2.gather(1, order), i.gather(1, order)
 
@@ -518,26 +553,21 @@ class EmpiricalScore:
         Over all of D, and not the nearest neighbour's: inside some shell r_* = 1, however near another point lies.
         """
         z64, t64, groups = self._queries(z, t)
-        r, where = torch.zeros_like(t64), torch.zeros(len(z), dtype=torch.int64, device=self.device)
-        for b, _ in groups:
-            scale = t64[b, None] * self.D**0.5               # sigma sqrt d
+        scale = t64[:, None] * self.D**0.5                   # sigma sqrt d
 
-            def gap(lower, upper, part, scale=scale):        # bounds on |r - 1|, wider by what their rounding loses
-                s = scale[part].to(lower.dtype)
-                lower, upper = (a.clamp(min=0).sqrt() / s - 1 for a in (lower, upper))
-                loss = 4 * torch.finfo(lower.dtype).eps * (1 + upper.abs())
-                return torch.maximum(lower, -upper).clamp(min=0) - loss, torch.maximum(upper, -lower) + loss
-            d2, i = self._best(z64[b] - (1 - t64[b, None]) * self.centre, 1 - t64[b], 1, gap)
-            r[b], where[b] = (d2.sqrt() / scale)[:, 0], i[:, 0]
-        return r.to(z.dtype).to(z.device), where.to(z.device)
+        def gap(lower, upper, b):                            # bounds on |r - 1|, wider by what their rounding loses
+            s = scale[b].to(lower.dtype)
+            lower, upper = (a.clamp(min=0).sqrt() / s - 1 for a in (lower, upper))
+            loss = 4 * torch.finfo(lower.dtype).eps * (1 + upper.abs())
+            return torch.maximum(lower, -upper).clamp(min=0) - loss, torch.maximum(upper, -lower) + loss
+        d2, where = self._best(z64, 1 - t64, groups, 1, gap)
+        return (d2.sqrt() / scale)[:, 0].to(z.dtype).to(z.device), where[:, 0].to(z.device)
 
     def nearest(self, x, k=1):
         """The k points nearest to each x (B, *shape) -> squared distances (B, k) ascending, indices (B, k)."""
         need(1 <= k <= self.N, f"k must lie between 1 and the number of points, {self.N}, not {k}")
-        q, _, groups = self._queries(x, 1.0)
-        d2, where = q.new_zeros(len(x), k), torch.zeros(len(x), k, dtype=torch.int64, device=self.device)
-        for b, _ in groups:
-            d2[b], where[b] = self._best(q[b] - self.centre, torch.ones_like(q[b][:, 0]), k, lambda lo, hi, _: (lo, hi))
+        q, t, groups = self._queries(x, 1.0)
+        d2, where = self._best(q, torch.ones_like(t), groups, k, lambda lower, upper, _: (lower, upper))
         return d2.to(x.dtype).to(x.device), where.to(x.device)
 
     @exactly
@@ -560,9 +590,8 @@ class EmpiricalScore:
         best, pair, duplicates = torch.inf, (-1, -1), 0
         everyone = torch.arange(self.N) if members is None else members
         side = max(1, min(self.chunk, 2**12))                # tiles of side x side, so that memory does not grow with N
-        mine = None if members is None else self._mine(members)
-        for i_index, rows in ((i, r) for ii, rr in self._chunks(mine) for i, r in
-                              zip(ii.split(side), rr.split(side), strict=True)):
+        for i_index in everyone.split(side)[self.rank::self.world]:
+            rows = self._rows(i_index)
             for j_index in everyone.split(side):
                 if j_index[-1] <= i_index[0]: continue       # each pair once: i < j
                 cols = self._rows(j_index)
@@ -578,5 +607,5 @@ class EmpiricalScore:
                     at = divmod(int(d2.argmin()), d2.shape[1])
                     best, pair = m, (int(i_index[at[0]]), int(j_index[at[1]]))
         ranks = self._gather(torch.tensor([best, *pair, duplicates], dtype=torch.float64, device=self.device))
-        best, i, j, _ = ranks[ranks[:, 0].argmin()].tolist()
+        best, i, j, _ = min(ranks.tolist())                  # the first one, where several pairs are as close
         return best, (int(i), int(j)) if i >= 0 else None, int(ranks[:, 3].sum())

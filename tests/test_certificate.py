@@ -1,6 +1,9 @@
 """The certificate of empirical_score.py: what the first pass strikes is light, whatever the data; by brute force.
 
 The truth is computed in numpy's long double (80 bits on x86), by direct differences of the very numbers given."""
+import os
+import shutil
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -79,12 +82,12 @@ def screen(E, z, t, k=1, slack=0.0, dtype=None):
     """The first pass alone -> which points survived (B, N), which queries it answers (B,), and its cut (B,)."""
     z64, t64, _ = E._queries(z, t)
     q = z64 - (1 - t64)[:, None] * E.centre
-    limit = torch.full((len(z),), E.N)
+    limit, slack = (torch.full((len(z),), a, device=E.device) for a in (E.N, slack))
     with torch.no_grad():
-        b, i, _, done, cut = E._screen(q, 1 - t64, None, dtype or E.low, limit, k, torch.full((len(z),), slack))
+        b, i, _, done, cut = E._screen(q, 1 - t64, None, dtype or E.low, limit, k, slack)
     kept = torch.zeros(len(z), E.N, dtype=torch.bool)
-    kept[b, i] = True
-    return kept.numpy(), done.numpy(), cut.numpy()
+    kept[b.cpu(), i.cpu()] = True
+    return kept.numpy(), done.cpu().numpy(), cut.cpu().numpy()
 
 
 @FUZZ
@@ -154,13 +157,44 @@ def test_the_fuzz_has_teeth(low, monkeypatch):
     for seed in range(20):
         x = random_set(seed, 150, 64, "alike", 1.0, 0.0)
         z, E = random_queries(x, 0.001, 8, seed, 1.0), EmpiricalScore(x)
-        E.stats[:2], E.radius = 0, torch.zeros((), dtype=torch.float64)
-        real = torch.addmm
-        monkeypatch.setattr(torch, "addmm", lambda a, b, c, beta=1, real=real: real(a, b, c, beta=beta) * (beta == -1))
+        E.bounds = lambda *args: [sum(es.bounds(*args)) / 2] * 2
         kept, _, cut = screen(E, z, 0.001)
-        monkeypatch.setattr(torch, "addmm", real)
         wrong += (~kept & (truth(x, z, 0.001)[0] < cut[:, None])).sum()
     assert wrong > 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")    # of torch, in its own compiler
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float32])
+def test_compiled_bounds_are_as_good(low, device, monkeypatch):
+    """What a GPU runs in one pass: the function of the CPU, but for rounding, and it strikes nothing that matters."""
+    if device == "cuda" and not torch.cuda.is_available() or not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("no such device, or no compiler")
+    monkeypatch.setattr(es, "low_precision", lambda device: low)
+    compiled = es.compiled_bounds()
+    for kind in ("alike", "norms", "spikes"):
+        x = random_set(0, 400, 64, kind, 1.0, 3.0)
+        z, E = random_queries(x, 0.3, 8, 0, 1.0), EmpiricalScore(x, device=device, chunk=100)
+        calls = []
+        E.bounds = lambda *args, calls=calls: calls.append((args, compiled(*args))) or calls[-1][1]
+        kept, done, cut = screen(E, z.to(device), 0.3, k=3)
+        d2, _, _ = truth(x, z, 0.3)
+        assert calls and done.all() and (kept | (d2 > cut[:, None])).all()
+        for args, (lower, upper) in calls:
+            eager = es.bounds(*args)
+            size = args[2][:, 1:] + args[2][:, :1] * args[3][2] + args[0].float().abs()
+            slack = 8 * 2**-24 * size + 2**-20 * (upper - lower)
+            assert ((lower - eager[0]).abs() <= slack).all() and ((upper - eager[1]).abs() <= slack).all()
+    assert E.bounds is not es.bounds                         # it did compile
+
+
+def test_where_nothing_can_be_compiled_the_answer_is_the_same():
+    def no_compiler(*args):
+        raise RuntimeError("no compiler")
+    x = random_set(0, 200, 64, "plain", 1.0, 0.0)
+    z, E = random_queries(x, 0.1, 8, 0, 1.0), EmpiricalScore(x)
+    want, E.bounds = E.posterior_mean(z, 0.1), no_compiler
+    assert torch.equal(E.posterior_mean(z, 0.1), want) and E.bounds is es.bounds
 
 
 def test_values_that_overflow_a_fast_product_are_answered_all_the_same():

@@ -58,7 +58,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.special import stdtrit
 from torch import nn
@@ -67,7 +66,7 @@ import sample
 import train
 from empirical_score import EmpiricalScore
 from model import build_model
-from sample import cli, frechet, gaussian, load_run, noise, pick_device, processes, replacing
+from sample import cli, frechet, gaussian, load_run, noise, pick_device, processes, replacing, wait_for_all
 
 
 @dataclass
@@ -443,8 +442,7 @@ def run_all(cfg, todo):
     if rank == 0:
         for name in {job.data for job in todo}:              # here, or two processes would write the same file
             dataset(cfg, name)
-    if dist.is_initialized():
-        dist.barrier()
+    wait_for_all()
     train.run_jobs(functools.partial(run, cfg), todo, cfg.workers)
 
 

@@ -23,6 +23,7 @@ import argparse
 import math
 import pickle
 import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -339,12 +340,19 @@ def count_parameters(model):
 # The official SiT weights
 
 def read_weights(path):
-    """A .pt or .safetensors file -> the dict in it. Nothing in the file is ever run. ValueError if it cannot be read
-    that way, ImportError if it is .safetensors and that package is missing."""
+    """A .pt or .safetensors file -> the dict in it. Nothing in the file is ever run, nothing in it can swell, and its
+    checksums are looked at, which torch does not do. ValueError if it cannot be read that way, ImportError if it is
+    .safetensors and that package is missing."""
     try:
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file
             return load_file(path)
+        if zipfile.is_zipfile(path):                         # what torch.save has written since 2020
+            with zipfile.ZipFile(path) as z:
+                if sum(part.file_size for part in z.infolist()) > Path(path).stat().st_size:
+                    raise ValueError("its parts are larger than the file")
+                if damaged := z.testzip():
+                    raise ValueError(f"{damaged} is damaged")
         with torch.serialization.safe_globals([argparse.Namespace]):        # training checkpoints hold their arguments
             state = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(state, dict): return state

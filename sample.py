@@ -149,18 +149,41 @@ def wait_for_all():
         raise OSError("another process has ended: what it has said tells why") from e
 
 
+def read_checkpoint(path):
+    """A checkpoint of train.py -> its dict. ValueError if it is none, or damaged."""
+    ckpt = read_weights(path)
+    if missing := {"ema", "model_args", "step", "config", "device"} - set(ckpt):
+        raise ValueError(f"{path} is not a checkpoint of train.py: {min(missing)} is missing")
+    return ckpt
+
+
+def rebuild(model_args, state):
+    """The model of these arguments with these weights. Their shapes are compared before anything is allocated: a file
+    may claim any size."""
+    with torch.device("meta"):
+        want = {k: v.shape for k, v in build_model(**model_args).state_dict().items()}
+    if differ := [k for k in {*want, *state} if k not in want or k not in state or state[k].shape != want[k]]:
+        raise ValueError(f"its weights {min(differ)} are not those of {model_args['name']}")
+    if any(v.untyped_storage().nbytes() < v.numel() * v.element_size() for v in state.values()):
+        raise ValueError("its weights are fewer than they claim")
+    model = build_model(**model_args)
+    model.load_state_dict(state)
+    return model
+
+
 def load_run(run, device="cpu", ema=True):
     """out/<run>, a checkpoint of ours, or official SiT weights (.pt, .safetensors; see load_sit_checkpoint) -> (the
     model in eval mode, its EMA weights by default; the rest of our checkpoint, {} for official weights).
     FileNotFoundError if there is no such file, ValueError if it is neither."""
     path = Path(run) if Path(run).suffix in (".pt", ".safetensors") else Path(run) / "ckpt.pt"
+    if not path.exists() and (before := path.with_name("ckpt.before.pt")).exists():      # killed between two renames
+        path = before
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}: train one with python train.py, and name its folder")
     try:
         ckpt = read_weights(path)
         if {"model_args", "config", "optimizer"} & set(ckpt):            # ours: the names of its weights do not tell
-            model = build_model(**ckpt["model_args"])
-            model.load_state_dict(ckpt.pop("ema" if ema else "model"))
+            model = rebuild(ckpt["model_args"], ckpt.pop("ema" if ema else "model"))
         else:
             model, ckpt = load_sit_checkpoint(ckpt if ema else ckpt.get("model", ckpt)), {}
     except ImportError:
@@ -186,24 +209,6 @@ def load_vae(path):
     except ImportError as e:
         raise ImportError(f"--vae needs the package diffusers ({e}): pip install diffusers") from e
     return AutoencoderKL.from_pretrained(path).eval().requires_grad_(False)
-
-
-def read_checkpoint(path):
-    """A checkpoint of train.py -> its dict. ValueError if it is none or damaged. Nothing in it is run, nothing in it
-    can swell, and its checksums are looked at, which torch does not do."""
-    try:
-        with zipfile.ZipFile(path) as z:
-            if sum(i.file_size for i in z.infolist()) > Path(path).stat().st_size:
-                raise ValueError("its parts are larger than the file")
-            if damaged := z.testzip():
-                raise ValueError(f"{damaged} is damaged")
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"ema", "model_args", "step", "config", "device"} - set(ckpt)
-        if missing:
-            raise ValueError(f"{min(missing)} is missing")
-        return ckpt
-    except Exception as e:                                   # torch and zipfile raise a dozen kinds for a broken file
-        raise ValueError(f"{path} is not a whole checkpoint of train.py: {str(e).splitlines()[0]}") from e
 
 
 @contextlib.contextmanager

@@ -49,7 +49,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from model import build_model
-from sample import cli, load_run, noise, pick_device, processes, read_checkpoint, replacing, sample, save_grid
+from sample import (
+    cli,
+    load_run,
+    noise,
+    pick_device,
+    processes,
+    read_checkpoint,
+    replacing,
+    sample,
+    save_grid,
+    wait_for_all,
+)
 
 ROOT = Path(__file__).resolve().parent
 DATA = ROOT / "data"
@@ -383,18 +394,12 @@ def newest_checkpoint(run):
 
 def join(device_name, alone=False):
     """-> rank, number of processes, device of this process; under torchrun, joins the others, or trains `alone`."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device_name)
     if alone:
         return 0, 1, device
-    if world > 1:
-        local = int(os.environ.get("LOCAL_RANK", rank))
-        device = torch.device("cuda", local) if device.type == "cuda" else torch.device("cpu")
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, world, device
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and device.type == "cuda" and not dist.is_initialized():
+        dist.init_process_group("nccl")                      # for the gradients; on a CPU, gloo
+    return processes(device)
 
 
 def train(cfg, alone=False):
@@ -425,8 +430,11 @@ def train(cfg, alone=False):
                       prediction=cfg.prediction)
     model = build_model(**model_args).to(device)
     if cfg.init:
+        start = load_run(cfg.init)[0]
         try:
-            model.load_state_dict(load_run(cfg.init)[0].state_dict())
+            if start.t_embedder.scale != model.t_embedder.scale:         # official weights in a size of a laptop
+                raise ValueError(f"{cfg.init} takes another scale of time than {cfg.model}")
+            model.load_state_dict(start.state_dict())
         except RuntimeError as e:                            # torch names the misfits from the second line on
             raise ValueError(f"{cfg.init} does not fit {cfg.model} on {cfg.data}: {str(e).splitlines()[1].strip()}"
                              ) from None
@@ -618,7 +626,7 @@ def run_jobs(f, jobs, workers):
     if world > 1:
         for job in tqdm(jobs[rank::world], desc="networks", disable=None if rank == 0 else True, leave=False):
             f(job)
-        dist.barrier()
+        wait_for_all()
         return {job: f(job) for job in jobs}                 # found, all of them
     with tqdm(total=len(jobs), desc="networks", disable=None, leave=False) as bar:
         if workers == 1:

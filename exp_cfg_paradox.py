@@ -58,6 +58,7 @@ class Config:
     seed: int = 0  # of the points, the noise and the trajectories
     device: str = "auto"  # auto, cpu, cuda, mps
     redraw: bool = False  # draw the figure again from results.json, and measure nothing
+    dry_run: bool = False  # check data, memory and disk, say what would run and for how long, and stop
     out: str = ""  # folder of the results; default out/exp_cfg_paradox/<preset>
 
 
@@ -90,6 +91,18 @@ def learned_gap(model, z, t, y):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Measuring
+
+def work(cfg):
+    """What --dry-run is to foretell: dopri5 takes about 150 evaluations an image."""
+    data = train.load_data(cfg.train.data)
+    todo = None if cfg.model_path else train.training_of(dataclasses.replace(cfg.train, device=cfg.device))
+    args = dict(name=cfg.train.model, input_size=data["x"].shape[2], in_channels=data["x"].shape[1],
+                num_classes=data["meta"]["num_classes"])
+    if cfg.model_path:
+        check_fit(load_run(cfg.model_path)[0], cfg.model_path, data["x"].shape[1:], args["num_classes"], cfg.train.data)
+    return dict(data=data, nets=[todo] if todo else [], queries=4 * cfg.n * cfg.n_times,
+                images=[(args, cfg.n * (150 + 4 * cfg.n_times))])
+
 
 def measure(cfg):
     """The four gaps and the effective numbers of points, each (n, T), and the claims, written to results.json."""
@@ -219,4 +232,4 @@ def plot(path):
 
 
 if __name__ == "__main__":
-    cli(lambda cfg: train.experiment("exp_cfg_paradox", cfg, measure, plot), PRESETS)
+    cli(lambda cfg: train.experiment("exp_cfg_paradox", cfg, measure, plot, work), PRESETS)

@@ -88,6 +88,7 @@ class Config:
     seed: int = 0  # of the subsets; the networks have the seeds from here on
     device: str = "cpu"  # cpu, auto, cuda, mps; networks as small as the laptop preset's are at home on a CPU
     redraw: bool = False  # draw the figure again from results.json, and measure nothing
+    dry_run: bool = False  # check data, memory and disk, say what would run and for how long, and stop
     out: str = ""  # folder of the results; default out/exp_freedom/<preset>
 
 PRESETS = {
@@ -325,6 +326,19 @@ def check(cfg):
     return size, [len(subsets(data["y"], cfg.per_class, r, cfg.seed, cfg.balanced)[1]) for r in cfg.ratios]
 
 
+def work(cfg):
+    """What --dry-run is to foretell, with nothing found from an earlier call."""
+    check(cfg)
+    data, n = train.load_data(cfg.data), len(cfg.ratios)
+    args = dict(input_size=data["x"].shape[2], in_channels=data["x"].shape[1], num_classes=data["meta"]["num_classes"],
+                prediction="x")
+    often = dict(transformer=2 * n * cfg.n_seeds, unet=(n + 2) * cfg.n_seeds, compare=len(TARGETS) * cfg.compare_seeds)
+    nets = [(dict(name=net.model, **args), net.batch, net.batch, net.steps * often[arch], 0)
+            for arch, net in ((a, getattr(cfg, a)) for a in often)]
+    return dict(data=data, nets=nets, queries=0, images=[
+        (args, k * cfg.n_samples * 2 * cfg.sample_steps) for k, (args, *_) in zip(often.values(), nets, strict=True)])
+
+
 def measure(cfg):
     """Train or find all networks; write fractions, scores, images and claims to results.json."""
     size, sizes = check(cfg)
@@ -464,4 +478,4 @@ def plot(path):
     plt.close(fig)
 
 if __name__ == "__main__":
-    cli(lambda cfg: train.experiment("exp_freedom", cfg, measure, plot), PRESETS)
+    cli(lambda cfg: train.experiment("exp_freedom", cfg, measure, plot, work), PRESETS)

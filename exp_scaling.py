@@ -49,6 +49,7 @@ command goes on after an interrupt, another length or trajectory count costs no 
 import functools
 import hashlib
 import json
+import os
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -111,6 +112,7 @@ class Config:
     seed: int = 0  # of data, weights, batches and noise
     device: str = "cpu"  # cpu, auto, cuda, mps; networks as small as the laptop preset's are at home on a CPU
     redraw: bool = False  # draw the figure again from results.json, and measure nothing
+    dry_run: bool = False  # check data, memory and disk, say what would run and for how long, and stop
     out: str = ""  # folder of the results; default out/exp_scaling/<preset>
 
 
@@ -734,6 +736,24 @@ def check(cfg):
         raise ValueError(f"amounts of texture lie between 0 and 1, not {cfg.amounts}")
 
 
+def work(cfg):
+    """What --dry-run is to foretell, with nothing found from an earlier call; networks of a process each."""
+    check(cfg)
+    parts = (PARTS[:3] if cfg.data else PARTS) if cfg.only == "all" else (cfg.only,)
+    todo, nets, images = {job for part in parts for job in jobs(cfg, part) if job.model != "Wiener"}, [], []
+    for job in sorted(todo):
+        data = train.load_data(dataset(cfg, job.data))
+        args = dict(name=job.model, input_size=data["x"].shape[2], in_channels=data["x"].shape[1],
+                    num_classes=data["meta"]["num_classes"])
+        nets.append((args, cfg.batch // cfg.accum, cfg.batch, job.lengths[-1], len(job.lengths)))
+        each = cfg.n_trajectories * cfg.n_times * 3.5 + (150 * cfg.n_fid if cfg.data else 0)
+        images.append((args, int(each) * len(job.lengths)))
+    count = sum(len(job.lengths) for job in todo)
+    world = max(int(os.environ.get("WORLD_SIZE", 1)), cfg.workers)
+    return dict(data=data, nets=nets, images=images, processes=world, files=2 * 4 * count * cfg.n_trajectories * 400,
+                queries=int((0.25 + 1 / args["num_classes"]) * (count + 1) * cfg.n_trajectories * cfg.n_times))
+
+
 def measure(cfg):
     """Train or find the networks of the parts asked for; write what they say, with claims, to results.json. Parts that
     were not asked for, but whose networks are all there, are written along."""
@@ -917,4 +937,4 @@ def plot(path):
 
 
 if __name__ == "__main__":
-    cli(lambda cfg: train.experiment("exp_scaling", cfg, measure, plot), PRESETS)
+    cli(lambda cfg: train.experiment("exp_scaling", cfg, measure, plot, work), PRESETS)

@@ -65,6 +65,7 @@ class Config:
     seed: int = 0  # of the points, the noise and the trajectories
     device: str = "auto"  # auto, cpu, cuda, mps
     redraw: bool = False  # draw the figure again from results.json, and measure nothing
+    dry_run: bool = False  # check data, memory and disk, say what would run and for how long, and stop
     animate: bool = False  # also write results.gif: trajectories leaving the shells, beside their images
     out: str = ""  # folder of the results; default out/exp_shells/<preset>
 
@@ -104,6 +105,19 @@ def pair_log_overlaps(x):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Measuring
+
+def work(cfg):
+    """What --dry-run is to foretell: dopri5 takes about 150 evaluations an image."""
+    data = train.load_data(cfg.train.data)
+    todo, n = None if cfg.model_path else train.training_of(dataclasses.replace(cfg.train, device=cfg.device)), 150
+    args = dict(name=cfg.train.model, input_size=data["x"].shape[2], in_channels=data["x"].shape[1],
+                num_classes=data["meta"]["num_classes"])
+    if cfg.model_path:
+        check_fit(load_run(cfg.model_path)[0], cfg.model_path, data["x"].shape[1:], args["num_classes"], cfg.train.data)
+    points = (2 * cfg.n_points + cfg.n_trajectories) * cfg.n_times + cfg.n_images * cfg.memo_times
+    return dict(data=data, nets=[todo] if todo else [], queries=points,
+                images=[(args, n * (cfg.n_trajectories + cfg.n_images * (cfg.memo_times - 1)))])
+
 
 def measure(cfg):
     """Everything that the figure shows, as a dict of arrays, and the claims, written to results.json."""
@@ -353,7 +367,7 @@ def animate(cfg, shown=5, farthest=4.2):
 
 
 def main(cfg):
-    train.experiment("exp_shells", cfg, measure, plot)
+    train.experiment("exp_shells", cfg, measure, plot, work)
     if cfg.animate: animate(cfg)
 
 

@@ -48,6 +48,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from empirical_score import EmpiricalScore
 from model import build_model
 from sample import (
     cli,
@@ -90,6 +91,7 @@ class Config:
     keep: tuple[int, ...] = ()  # steps whose averaged weights are kept for good, as ema_<step>.pt
     grid: bool = True  # a grid of samples with every checkpoint
     device: str = "auto"  # auto, cpu, cuda, mps
+    dry_run: bool = False  # check data, memory and disk, say what would run and for how long, and stop
     out: str = ""  # folder of the run; default out/<preset>_<data>_<model>_<what differs from the preset>
 
 
@@ -274,7 +276,8 @@ class Repa(nn.Module):
 # The loop
 
 # Fields that may change when a run is resumed. (Another kind of device draws other noise: it is said, not refused.)
-HARMLESS = ("preset", "out", "device", "compile", "log_every", "save_every", "steps", "keep", "grid", "accum")
+HARMLESS = ("preset", "out", "device", "compile", "log_every", "save_every", "steps", "keep", "grid", "accum",
+            "dry_run")
 TOO_STEEP = 1e4                                              # no healthy run here comes near a gradient of this norm
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}      # dense bf16 FLOP/s as their maker gives them, for the MFU
 
@@ -290,12 +293,17 @@ def run_folder(cfg):
     return ROOT / "out" / "_".join([cfg.preset, Path(cfg.data).name, cfg.model.replace("/", "-"), *differs])
 
 
+def build_on_meta(args):                                     # shapes without numbers
+    with torch.device("meta"):
+        return build_model(**args)
+
+
 @functools.cache
 def step_flops(model_args, batch):
     """model_args: the items of build_model's arguments. -> (FLOPs of a training step, forward and backward; the paper's
     count, 2 x MACs x batch, forward only, which by torch's counter comes out as the FLOPs of the forward)."""
-    with torch.device("meta"):                               # shapes without numbers
-        net = build_model(**dict(model_args))
+    net = build_on_meta(dict(model_args))
+    with torch.device("meta"):
         z, t = torch.empty(batch, net.in_channels, net.input_size, net.input_size), torch.empty(batch)
         y = torch.zeros(batch, dtype=torch.long)
     counts = []
@@ -402,6 +410,96 @@ def join(device_name, alone=False):
     return processes(device)
 
 
+@functools.cache
+def rates(model_args, device):
+    """Seconds of a forward pass and of a training step, and bytes that a step keeps, all for one image: measured here,
+    in a small batch, the quickest of a few. model_args: the items of build_model's arguments."""
+    model = build_model(**dict(model_args)).to(device)
+    b = int(min(64, max(1, (1e13 if device.type == "cuda" else 1e11) // step_flops(model_args, 1)[0])))
+    z, t = torch.randn(b, model.in_channels, model.input_size, model.input_size).to(device), torch.rand(b).to(device)
+    y, kept = torch.zeros(b, dtype=torch.long, device=device), {}
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(a):                                             # what autograd holds on to until the backward pass
+        if a.untyped_storage().data_ptr() not in weights:
+            kept[a.untyped_storage().data_ptr()] = a.untyped_storage().nbytes()
+        return a
+    best, began = [float("inf")] * 2, time.perf_counter()
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda a: a):
+            model(z, t, y).square().mean().backward()
+        while best[1] == float("inf") or time.perf_counter() - began < 1:        # at least once, else for a second
+            wait(); start = time.perf_counter()
+            out = model(z, t, y)
+            wait(); middle = time.perf_counter()
+            out.square().mean().backward()
+            wait(); end = time.perf_counter()
+            best = [min(a, b) for a, b in zip(best, (middle - start, end - start), strict=True)]
+    return best[0] / b, best[1] / b, sum(kept.values()) / b
+
+
+def forecast(data, folder, device, nets=(), images=(), queries=0, files=0, processes=1):
+    """What --dry-run prints: work and hours, from rates measured here. ValueError if memory or disk is short.
+
+    data    as load_data gives it
+    nets    [(model_args, images that a process holds at once, batch, steps, number of averages that are kept)]
+    images  [(model_args, forward passes of one image)];  queries: empirical scores;  files: bytes written besides
+    """
+    N, hours, disk, memory = len(data["x"]), 0.0, files, 0.0
+    print(f"data: {N:,} x {data['x'].shape[1:]}, {data['x'].nbytes / 1e9:.2f} GB; device: {device}, "
+          f"{processes} process{'es' * (processes > 1)}; times are measured here in small batches, and scaled")
+    for net in {json.dumps(net[:3]): net for net in nets}.values():
+        args, at_once, batch, *_ = net
+        alike = [other for other in nets if other[:3] == net[:3]]
+        steps, kept = (sum(other[k] for other in alike) for k in (3, 4))
+        weights = 4 * sum(p.numel() for p in build_on_meta(args).parameters())
+        _, step, activations = rates(tuple(args.items()), device)
+        need = 5 * weights + at_once * activations           # weights, average, gradients, two moments of AdamW
+        took = step * batch * steps / processes / 3600
+        hours, disk, memory = hours + took, disk + weights * (8 * len(alike) + kept), max(memory, need)
+        print(f"train {len(alike)} x {args['name']}, {weights / 4e6:.2f}M parameters: {steps:,} steps of {batch}, "
+              f"{took:.2f} h, {need / 1e9:.2f} GB of memory")
+    for args in {json.dumps(args): args for args, _ in images}.values():
+        n = sum(m for other, m in images if other == args)
+        took = rates(tuple(args.items()), device)[0] * n / processes / 3600
+        hours += took
+        print(f"evaluate {args['name']}: {n:,} forward passes: {took:.2f} h")
+    if queries:
+        few = torch.from_numpy(np.array(data["x"][:20_000], dtype=np.float32)).to(device)
+        E, z = EmpiricalScore(few), torch.lerp(few[:64], torch.randn_like(few[:64]), 0.7)
+        clock = [time.perf_counter(), *(E.posterior_mean(z, 0.7) is None or time.perf_counter() for _ in range(3))]
+        took = np.diff(clock).min() / len(z) * N / len(few) * queries / processes / 3600
+        hours += took
+        print(f"empirical score: {queries:,} queries over {N:,} points: {took:.2f} h")
+    there = Path(folder).absolute()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else \
+        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else float("inf")
+    print(f"in all about {hours:.2f} h, {memory / 1e9:.2f} GB of memory for training (there are {room / 1e9:.1f}), "
+          f"{disk / 1e9:.2f} GB on the disk of {there} (free: {free / 1e9:.1f})")
+    if memory > room:
+        raise ValueError(f"{memory / 1e9:.1f} GB of memory are needed, {room / 1e9:.1f} GB are there: a smaller batch, "
+                         "or a larger --accum, needs less")
+    if disk > free:
+        raise ValueError(f"{disk / 1e9:.1f} GB are needed on the disk of {there}, {free / 1e9:.1f} GB are free")
+
+
+def training_of(cfg):
+    """The entry of `nets` above for a training config, with the steps that are still to do; None if there are none."""
+    data, ckpt = load_data(cfg.data), newest_checkpoint(run_folder(cfg))
+    steps, world = cfg.steps - (ckpt["step"] if ckpt else 0), int(os.environ.get("WORLD_SIZE", 1))
+    args = dict(name=cfg.model, input_size=data["x"].shape[2], in_channels=data["x"].shape[1],
+                num_classes=data["meta"]["num_classes"])
+    if cfg.init:
+        load_run(cfg.init)
+    if cfg.repa:
+        check_repa(cfg, data, build_model(**args))
+    return (args, cfg.batch // world // cfg.accum, cfg.batch, steps, len(cfg.keep)) if steps > 0 else None
+
+
 def train(cfg, alone=False):
     """Train, or resume, or find it done. -> the run's folder. Call on every process of a torchrun; over several nodes,
     out/ and data/ must be folders that all of them see. `alone`: one process, whatever torchrun says, and without a
@@ -414,6 +512,11 @@ def train(cfg, alone=False):
                          f"{cfg.warmup}, {cfg.repa:g}")
     if not 0 <= cfg.label_dropout <= 1:
         raise ValueError(f"label_dropout must lie in [0, 1], not {cfg.label_dropout:g}")
+    if cfg.dry_run:
+        nets = [n for n in [training_of(cfg)] if n]
+        forecast(load_data(cfg.data), run_folder(cfg), pick_device(cfg.device), nets,
+                 processes=int(os.environ.get("WORLD_SIZE", 1)))
+        return run_folder(cfg)
     rank, world, device = join(cfg.device, alone)
     if cfg.batch % (world * cfg.accum):
         raise ValueError(f"batch {cfg.batch} does not divide by processes x accum = {world} x {cfg.accum}")
@@ -668,9 +771,12 @@ def save_results(script, cfg, device, started, arrays, claims):
         f.write(json.dumps(results).encode())
 
 
-def experiment(script, cfg, measure, plot):
-    """What the command of every experiment does: measure, or not (--redraw); draw from the file; print the claims."""
+def experiment(script, cfg, measure, plot, work):
+    """What the command of every experiment does: measure, or not (--redraw); draw from the file; print the claims. Or,
+    for --dry-run, say what it would do: work(cfg) are the arguments of forecast."""
     path = results_path(script, cfg)
+    if cfg.dry_run:
+        return forecast(**work(cfg), folder=path.parent, device=pick_device(cfg.device))
     if not cfg.redraw:
         measure(cfg)
     elif not path.exists():

@@ -36,7 +36,7 @@ def percent(script, config=None):
     docstring = ast.get_docstring(ast.parse(text))
     body = text[text.index('"""\n', 3) + 4:text.index('if __name__ == "__main__":')]
     config = config or (ALONE if "\n    workers: int" in body else CONFIG)
-    run = "main(cfg)" if "\ndef main(" in body else f'train.experiment("{name}", cfg, measure, plot)'
+    run = "main(cfg)" if "\ndef main(" in body else f'train.experiment("{name}", cfg, measure, plot, work)'
     plain = lambda line: line if line.startswith("    ") else line.replace("_*", r"\_\*")         # no emphasis: s_*
     say = lambda prose: "# %% [markdown]\n" + "".join(f"# {plain(li)}".rstrip() + "\n" for li in prose.splitlines())
     title, _, rest = docstring.partition("\n")

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -190,6 +191,29 @@ def test_weights_to_start_from_and_weights_that_are_kept(data, tmp_path):
     assert torch.equal(kept, weights(short)) and (one / "ema_4.pt").exists() and not (one / "ema_6.pt").exists()
     with pytest.raises(ValueError, match="does not fit SiT-micro/4"):
         train.train(config(data, tmp_path / "bad", init=str(one), model="SiT-micro/4"))
+
+
+def test_a_dry_run_writes_nothing_and_says_what_is_missing(data, tmp_path, capsys, monkeypatch):
+    cfg = config(data, tmp_path / "a", dry_run=True)
+    train.train(cfg)
+    said = capsys.readouterr().out
+    assert "train 1 x SiT-nano/4, 0.05M parameters: 6 steps of 12" in said and not (tmp_path / "a").exists()
+    args = tuple(dict(name="SiT-nano/4", input_size=8, in_channels=1, num_classes=4).items())
+    forward, step, kept = train.rates(args, torch.device("cpu"))
+    assert 0 < forward < step < 1 and 4 * 4 * 32 * 10 < kept < 4 * 4 * 32 * 200       # 4 tokens of width 32, two blocks
+    run = train.train(config(data, tmp_path / "a", steps=4))
+    train.train(cfg)
+    assert ": 2 steps of 12" in capsys.readouterr().out      # what is still to do
+    before = (run / "ckpt.pt").stat().st_mtime_ns
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
+    with pytest.raises(ValueError, match="GB are needed on the disk"):
+        train.train(cfg)
+    monkeypatch.setattr(train, "rates", lambda *a: (1.0, 1.0, 1e15))
+    with pytest.raises(ValueError, match="GB of memory are needed"):
+        train.train(cfg)
+    assert (run / "ckpt.pt").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="features.npy"):
+        train.train(config(data, tmp_path / "b", dry_run=True, repa=1.0, repa_depth=1))
 
 
 def test_label_dropout_trains_the_null_label(data, tmp_path):

@@ -333,10 +333,9 @@ def work(cfg):
     args = dict(input_size=data["x"].shape[2], in_channels=data["x"].shape[1], num_classes=data["meta"]["num_classes"],
                 prediction="x")
     often = dict(transformer=2 * n * cfg.n_seeds, unet=(n + 2) * cfg.n_seeds, compare=len(TARGETS) * cfg.compare_seeds)
-    nets = [(dict(name=net.model, **args), net.batch, net.batch, net.steps * often[arch], 0)
-            for arch, net in ((a, getattr(cfg, a)) for a in often)]
-    return dict(data=data, nets=nets, queries=0, images=[
-        (args, k * cfg.n_samples * 2 * cfg.sample_steps) for k, (args, *_) in zip(often.values(), nets, strict=True)])
+    nets = [(dict(name=net.model, **args), net.batch, net.batch, net.steps, 0)
+            for net, k in ((getattr(cfg, arch), k) for arch, k in often.items()) for _ in range(k)]
+    return dict(data=data, nets=nets, images=[(net[0], cfg.n_samples * 2 * cfg.sample_steps) for net in nets])
 
 
 def measure(cfg):

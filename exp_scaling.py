@@ -745,7 +745,7 @@ def work(cfg):
         data = train.load_data(dataset(cfg, job.data))
         args = dict(name=job.model, input_size=data["x"].shape[2], in_channels=data["x"].shape[1],
                     num_classes=data["meta"]["num_classes"])
-        nets.append((args, cfg.batch // cfg.accum, cfg.batch, job.lengths[-1], len(job.lengths)))
+        nets.append((args, cfg.batch // cfg.accum, cfg.batch, job.lengths[-1], 8 + len(job.lengths)))
         each = cfg.n_trajectories * cfg.n_times * 3.5 + (150 * cfg.n_fid if cfg.data else 0)
         images.append((args, int(each) * len(job.lengths)))
     count = sum(len(job.lengths) for job in todo)

@@ -24,6 +24,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import zipfile
@@ -260,7 +261,11 @@ def cli(main, presets):
     name = peek.parse_known_args()[0].preset
     try:
         if name not in presets: raise ValueError(f"unknown preset {name!r}: expected {', '.join(presets)}")
-        main(tyro.cli(type(presets[name]), default=presets[name], description=sys.modules["__main__"].__doc__))
+        cfg = tyro.cli(type(presets[name]), default=presets[name], description=(doc := sys.modules["__main__"].__doc__))
+        if int(os.environ.get("RANK", 0)) == 0 and doc:      # what this will do, and, as it says there, for how long
+            took = re.search(r"^ +python \S+ +# (.*)", doc, re.M) if name == "laptop" else None
+            print(doc.strip().splitlines()[0] + (f"\n{name} preset: {took[1]}" if took else ""), flush=True)
+        main(cfg)
     except SystemExit as e:                                  # tyro exits with 2 for a wrong flag, 0 for --help
         sys.exit(1 if e.code else 0)
     except (ValueError, OSError, ImportError) as e:

@@ -443,7 +443,7 @@ def forecast(data, folder, device, nets=(), images=(), queries=0, files=0, proce
     """What --dry-run prints: work and hours, from rates measured here. ValueError if memory or disk is short.
 
     data    as load_data gives it
-    nets    [(model_args, images that a process holds at once, batch, steps, number of averages that are kept)]
+    nets    [(model_args, images that a process holds at once, batch, steps, copies of the weights on the disk)]
     images  [(model_args, forward passes of one image)];  queries: empirical scores;  files: bytes written besides
     """
     N, hours, disk, memory = len(data["x"]), 0.0, files, 0.0
@@ -457,7 +457,7 @@ def forecast(data, folder, device, nets=(), images=(), queries=0, files=0, proce
         _, step, activations = rates(tuple(args.items()), device)
         need = 5 * weights + at_once * activations           # weights, average, gradients, two moments of AdamW
         took = step * batch * steps / processes / 3600
-        hours, disk, memory = hours + took, disk + weights * (8 * len(alike) + kept), max(memory, need)
+        hours, disk, memory = hours + took, disk + weights * kept, max(memory, need)
         print(f"train {len(alike)} x {args['name']}, {weights / 4e6:.2f}M parameters: {steps:,} steps of {batch}, "
               f"{took:.2f} h, {need / 1e9:.2f} GB of memory")
     for args in {json.dumps(args): args for args, _ in images}.values():
@@ -497,7 +497,8 @@ def training_of(cfg):
         load_run(cfg.init)
     if cfg.repa:
         check_repa(cfg, data, build_model(**args))
-    return (args, cfg.batch // world // cfg.accum, cfg.batch, steps, len(cfg.keep)) if steps > 0 else None
+    copies = 8 + len(cfg.keep)                               # two checkpoints, each of weights, average and two moments
+    return (args, cfg.batch // world // cfg.accum, cfg.batch, steps, copies) if steps > 0 else None
 
 
 def train(cfg, alone=False):

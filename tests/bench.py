@@ -5,6 +5,8 @@ How long things take, measured here and printed as one table; never part of the 
     python tests/bench.py laptop          # train the default model afresh, then run each experiment on it
     python tests/bench.py exp_toy2d.py    # one experiment
     python tests/bench.py tests           # the test suite
+    python tests/bench.py paper           # counts, not times: what the paper presets compute, from the networks' shapes
+    python tests/bench.py train           # images a second and MFU of train.py, beside the plain version of its step
     python tests/bench.py score           # the exact empirical score beside other ways to compute it
     python tests/bench.py growth ranks memory     # its time against N, on two processes, and what memory it takes
 
@@ -84,6 +86,88 @@ def tests():
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The exact empirical score beside other ways to compute a posterior mean. Each is a function (z, t) -> (B, D).
+
+def plain(cfg, data, dtype, steps, device):
+    """The step as one would first write it: eager, no fused optimizer, parameters averaged one by one. -> images/s."""
+    import train
+    from model import build_model
+    x, y = (torch.from_numpy(np.array(data[k])).to(device) for k in "xy")
+    torch.manual_seed(0)
+    model = build_model(cfg.model, x.shape[2], x.shape[1], data["meta"]["num_classes"]).to(device)
+    average = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0, foreach=False, fused=False)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    for step in range(steps):
+        if step == steps // 5:                               # warmed up
+            wait()
+            started = time.perf_counter()
+        i = torch.randint(len(x), (cfg.batch,), device=device)
+        t, eps = torch.rand(cfg.batch, device=device), torch.randn(cfg.batch, *x.shape[1:], device=device)
+        label = torch.where(torch.rand(cfg.batch, device=device) < 0.1, model.num_classes, y[i])
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+            loss = train.dsm_loss(model, x[i].float(), label, t, eps, "v")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for k, v in model.state_dict().items():
+                average[k].mul_(cfg.ema).add_(v, alpha=1 - cfg.ema)
+    wait()
+    return cfg.batch * (steps - steps // 5) / (time.perf_counter() - started)
+
+
+def training():
+    """train.py beside the plain step with the same layers: alternately, the best of three each."""
+    import dataclasses
+
+    import train
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        if device.type == "cuda":                            # latents of the right shape are enough for speed
+            x = np.random.default_rng(0).standard_normal((10_000, 4, 32, 32)).astype(np.float16)
+            train.save_dataset(Path(folder) / "latents", dict(x=x, y=np.arange(len(x)) % 1000), dict(num_classes=1000))
+            cfg = dataclasses.replace(train.PRESETS["paper"], data=f"{folder}/latents", batch=64, steps=120,
+                                      log_every=20, save_every=10_000, keep=(), grid=False)
+        else:
+            cfg = dataclasses.replace(train.Config(), steps=120, log_every=20, save_every=10_000, grid=False)
+        data, rates, mfu = train.load_data(cfg.data), {}, []
+        for k in range(3):
+            run = train.train(dataclasses.replace(cfg, out=f"{folder}/{k}"), alone=True)
+            log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()][1:-1]
+            rates.setdefault("train.py", []).append(max(r["images_per_second"] for r in log))
+            mfu += [r["mfu"] for r in log if "mfu" in r]
+            for dtype in ("fp32", "bf16") if device.type == "cuda" else ("fp32",):
+                rates.setdefault(f"plain, {dtype}", []).append(plain(cfg, data, dtype, 60, device))
+    for name, r in rates.items():
+        note = f"{max(rates['train.py']) / max(r):.2f} x as fast is train.py" if name != "train.py" else \
+            f"MFU {max(mfu):.2f}" if mfu else "MFU: not known of this machine"
+        print(f"{cfg.model}, batch {cfg.batch}, {name:12s} {max(r):10.0f} images/s  {note}", flush=True)
+
+
+def paper():
+    """FLOPs, memory of the largest network and disk of every paper preset, to assets/paper.json. Nothing is run: the
+    networks have shapes and no numbers, and so has the data set, ImageNet's latents with their mirror images."""
+    import importlib
+
+    import train
+    N = 2_562_334
+    data = dict(x=np.broadcast_to(np.float16(0), (N, 4, 32, 32)), y=np.arange(N) % 1000, meta=dict(num_classes=1000),
+                features=np.broadcast_to(np.float16(0), (N, 256, 768)))
+    train.load_data, rows = lambda name: data, {}
+    for script in ("train", "exp_shells", "exp_cfg_paradox", "exp_freedom", "exp_scaling"):
+        module = importlib.import_module(script)
+        cfg = module.PRESETS["paper"]
+        w = module.work(cfg) if script != "train" else dict(nets=[train.training_of(cfg)], images=[], queries=0)
+        count = lambda args, k: train.step_flops(tuple(args.items()), 1)[k]
+        weights = lambda args: 4 * sum(p.numel() for p in train.build_on_meta(args).parameters())
+        rows[script] = dict(
+            networks=len(w["nets"]), training=sum(count(a, 0) * b * steps for a, _, b, steps, _ in w["nets"]),
+            sampling=sum(count(a, 1) * n for a, n in w["images"]), score=2 * w.get("queries", 0) * N * 4096 * 2,
+            memory=5 * max(weights(a) for a, *_ in w["nets"]),
+            disk=sum(weights(a) * kept for a, *_, kept in w["nets"]) + w.get("files", 0))
+        print(f"{script:16s} {rows[script]}", flush=True)
+    (ROOT / "assets" / "paper.json").write_text(json.dumps(rows, indent=1) + "\n")
+
 
 def digits(N, D=784):
     """N points: the 5,000 digits over and over, with a little more noise each time. float32."""
@@ -291,7 +375,8 @@ def keep(**what):
 
 
 if __name__ == "__main__":
-    benches = {"laptop": laptop, "tests": tests, "score": score, "growth": growth, "ranks": ranks, "memory": memory}
+    benches = {"laptop": laptop, "tests": tests, "score": score, "growth": growth, "ranks": ranks, "memory": memory,
+               "train": training, "paper": paper}
     what, scripts = sys.argv[1:] or ["laptop", "tests", "score"], [p.name for p in ROOT.glob("exp_*.py")]
     if unknown := set(what) - set(benches) - set(scripts):
         sys.exit(f"error: unknown benchmark {min(unknown)!r}: expected {', '.join([*benches, *scripts])}")

@@ -90,6 +90,29 @@ def score():
     return "\n".join(rows)
 
 
+def paper():
+    """What the paper presets take, from counts of FLOPs, and what the paper has to compare with."""
+    published = {
+        "train": "validation by the experiments below",
+        "exp_shells": "r_\\* near 1 on training points, above 1 when sampling; memorization until t about .8",
+        "exp_cfg_paradox": "empirical gap 0, learned gap above 0",
+        "exp_freedom": "copies at ratio 1, 2, 4, 8, 25.6: .08 .41 .76 .82 .85; U-Net-B: 0 .01 .05 .59 .80",
+        "exp_scaling": "E^sup .1875 to .1834, E^ext .5340 to .5359 from S to XL; FID 59, 37, 20 for S, B, L"}
+    rate = 0.4 * 989e12
+    hours = lambda flops: format(flops / rate / 3600, ",.0f" if flops / rate > 36_000 else ".1f")
+    rows = ["Not run here: no such GPU was at hand. The hours are counts of FLOPs (torch.utils.flop_counter) at an "
+            f"assumed {rate / 1e12:.0f} TFLOP/s, 40% of an H100; `--dry-run` measures your machine's own. Memory is "
+            "that of the largest network's weights, gradients and optimizer; activations come on top.", "",
+            "| command | networks | GPU-hours: training | sampling | empirical score | memory | disk | published |",
+            "|---|---|---|---|---|---|---|---|"]
+    for script, r in load("paper").items():
+        cells = [f"`python {script}.py --preset paper`", r["networks"],
+                 *(hours(r[k]) for k in ("training", "sampling", "score")), f"{r['memory'] / 1e9:.0f} GB",
+                 f"{r['disk'] / 1e9:.0f} GB", published[script]]
+        rows.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(rows)
+
+
 def imported():
     """{file: the project's files that it imports}, read off the sources, without those that another of them imports."""
     files, needs = {p.stem: p for p in sorted(ROOT.glob("*.py"))}, {}
@@ -116,7 +139,8 @@ def code_map():
 
 
 def render(text):
-    parts = {"results": results, "times": times, "controls": controls, "score": score, "map": code_map}
+    parts = {"results": results, "times": times, "controls": controls, "score": score, "map": code_map,
+             "paper": paper}
     for name, f in parts.items():
         pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
         assert pattern.search(text), f"README.md lacks <!-- {name} --> .. <!-- /{name} -->"

@@ -1,4 +1,4 @@
-"""Hostile and broken input: each ends in one line that names the file or the flag, and exit status 1; nothing is lost."""
+"""Hostile and broken input: one line that names the file or the flag, exit status 1, nothing lost."""
 import contextlib
 import json
 import os
@@ -161,13 +161,14 @@ def damaged_results(script):
     whole = json.loads((ROOT / "assets" / f"{script}.json").read_text())
     other = "exp_gaussian" if script != "exp_gaussian" else "exp_shells"
     cases = {"no JSON": "junk", "half": json.dumps(whole)[:5000], "a list": "[]", "empty": "",
-             "another's": (ROOT / "assets" / f"{other}.json").read_text(), "no claims": json.dumps(whole | {"claims": 3}),
+             "another's": (ROOT / "assets" / f"{other}.json").read_text(),
+             "no claims": json.dumps(whole | {"claims": 3}),
              "no arrays": json.dumps({k: v for k, v in whole.items() if k != "arrays"})}
     return {f"{script} --redraw, {what}": (f"{script}.py --redraw --out={{f}}/drawn", write("drawn/results.json", text),
                                            ["drawn/results.json"]) for what, text in cases.items()}
 
 
-# ---- numbers: for each script, what may not be zero, what may not be negative (all of them), what is a rate -----------
+# ---- numbers: for each script, what may not be zero, what may not be negative (all of them), what is a rate ----------
 
 NUMBERS = {
     TRAIN: ("steps batch accum log-every save-every lr ema keep", "warmup label-dropout repa seed",
@@ -261,11 +262,13 @@ CASES = {
         RESUME, checkpoint(lambda c: {k: c[k] for k in c if k != "optimizer"}), CKPT + ["'optimizer' is missing"]),
     "another batch, to go on from": (RESUME.replace("=12", "=4"), None, CKPT + ["batch = 12, not 4"]),
     "a checkpoint for other images": (SHELLS, official(), ["run", "(4, 8, 8)", "(1, 8, 8)"]),
-    "a checkpoint for other images to start from": (TRAIN + " --init={f}/run", official(), ["run takes another scale of time"]),
+    "a checkpoint for other images to start from": (TRAIN + " --init={f}/run", official(),
+                                                    ["run takes another scale of time"]),
     "a checkpoint of another size to start from": (TRAIN.replace("nano", "micro") + " --init={f}/run", None,
                                                    ["run does not fit SiT-micro/4"]),
     "official weights of stride 0": (
-        SAMPLE, official(lambda s: s | {"pos_embed": torch.zeros(1, 1, 1).expand(1, 10**10, 32)}), CKPT + ["pos_embed"]),
+        SAMPLE, official(lambda s: s | {"pos_embed": torch.zeros(1, 1, 1).expand(1, 10**10, 32)}),
+        CKPT + ["pos_embed"]),
     "official weights of 1e12 classes": (
         SAMPLE, official(lambda s: s | {"y_embedder.embedding_table.weight": torch.zeros(1, 1).expand(HUGE, 32)}),
         CKPT + ["y_embedder.embedding_table.weight", "fewer numbers"]),
@@ -331,7 +334,8 @@ CASES = {
     "images of long doubles": (TRAIN, array("x", lambda a: a.astype(np.longdouble)), [x, "floating point"]),
     "images of the wrong byte order": (TRAIN, array("x", lambda a: a.astype(">f4")), [x, ">f4"]),
     "held-out images of another size": (TRAIN, array("x_heldout", lambda a: a[..., :4, :4]), [xh, "(9, 1, 4, 4)"]),
-    "images that the model cannot cut in patches": (TRAIN + " --model=SiT-nano/3", None, ["patch size 3", "image size 8"]),
+    "images that the model cannot cut in patches": (TRAIN + " --model=SiT-nano/3", None,
+                                                    ["patch size 3", "image size 8"]),
     "images of another shape than the model's": (SHELLS, lambda f: [array(k, lambda a: a[..., :4, :4])(f)
                                                                     for k in ("x", "x_heldout")],
                                                  ["run", "(1, 8, 8)", "(1, 4, 4)"]),
@@ -371,7 +375,8 @@ CASES = {
     "ratios that descend": ("exp_freedom.py --ratios 4 1", None, ["ratios", "ascending"]),
     "a batch that does not divide": (TRAIN + " --accum=3", None, ["batch 4", "accum = 1 x 3"]),
     # t outside of [0, 1], which no command takes: through the same door
-    **{f"t_grid = {grid}": (lambda grid=grid: sample(None, torch.zeros(1), None, t_grid=grid), None, ["t_grid", "[0, 1]"])
+    **{f"t_grid = {grid}": (lambda grid=grid: sample(None, torch.zeros(1), None, t_grid=grid), None, ["t_grid", "[0, 1]"]
+                            )
        for grid in ([1.5, 0], [1, -0.5], [0, 1], [1], [1, 1], [float("nan"), 0], [1, float("nan")])},
     **{f"a score at t = {t}": (lambda t=t: EmpiricalScore(torch.zeros(3, 4)).score(torch.zeros(2, 4), t), None, ["t "])
        for t in (0, -0.1, 1.1, float("nan"), float("inf"))},

@@ -23,6 +23,7 @@ import argparse
 import math
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -357,7 +358,8 @@ def read_weights(path):
                 raise ValueError("its parts are larger than the file")
             if damaged := z.testzip():
                 raise ValueError(f"{damaged} is damaged")
-        with torch.serialization.safe_globals([argparse.Namespace]):        # training checkpoints hold their arguments
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")                  # the error will do. Namespace: what official SiT's holds
             state = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(state, dict): return state
         raise ValueError(f"it holds a {type(state).__name__}, expected a dict")
@@ -380,6 +382,8 @@ def check_weights(state, want):
             raise ValueError(f"key {key!r} is missing from the checkpoint")
         if v.shape != want[key].shape:
             raise ValueError(f"key {key!r} has shape {tuple(v.shape)}, expected {tuple(want[key].shape)}")
+        if not v.is_floating_point():
+            raise ValueError(f"key {key!r} holds {v.dtype}, expected floating point")
         if v.layout != torch.strided or v.is_meta or v.untyped_storage().nbytes() < v.numel() * v.element_size():
             raise ValueError(f"key {key!r} holds fewer numbers than it claims")
 

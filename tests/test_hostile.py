@@ -236,6 +236,8 @@ CASES = {
                                    CKPT + ["fewer numbers"]),
     "weights of stride 0": (SAMPLE, ema(lambda e: e | {"pos_embed": torch.zeros(1, 1, 1).expand(1, 4, 32)}),
                             CKPT + ["pos_embed", "fewer numbers"]),
+    "weights of integers": (SAMPLE, ema(lambda e: e | {"pos_embed": torch.zeros(1, 4, 32, dtype=torch.int8)}),
+                            CKPT + ["pos_embed", "torch.int8"]),
     "sparse weights": (SAMPLE, ema(lambda e: e | {"pos_embed": torch.zeros(1, 4, 32).to_sparse()}), CKPT),
     "a model of a million classes, of stride 0": (SAMPLE, checkpoint(lambda c: c | dict(
         model_args=c["model_args"] | dict(num_classes=HUGE),
@@ -375,8 +377,8 @@ CASES = {
     "ratios that descend": ("exp_freedom.py --ratios 4 1", None, ["ratios", "ascending"]),
     "a batch that does not divide": (TRAIN + " --accum=3", None, ["batch 4", "accum = 1 x 3"]),
     # t outside of [0, 1], which no command takes: through the same door
-    **{f"t_grid = {grid}": (lambda grid=grid: sample(None, torch.zeros(1), None, t_grid=grid), None, ["t_grid", "[0, 1]"]
-                            )
+    **{f"t_grid = {grid}": (lambda grid=grid: sample(None, torch.zeros(1), None, t_grid=grid), None,
+                            ["t_grid", "[0, 1]"])
        for grid in ([1.5, 0], [1, -0.5], [0, 1], [1], [1, 1], [float("nan"), 0], [1, float("nan")])},
     **{f"a score at t = {t}": (lambda t=t: EmpiricalScore(torch.zeros(3, 4)).score(torch.zeros(2, 4), t), None, ["t "])
        for t in (0, -0.1, 1.1, float("nan"), float("inf"))},

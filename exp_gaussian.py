@@ -308,6 +308,7 @@ def main(cfg):
     print(f"\n{path.with_suffix('.png')}\n{path}")
 
 if __name__ == "__main__":                                   # a bad value is one line on stderr, and exit status 1
+    if debug := "--debug" in sys.argv: sys.argv.remove("--debug")
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False); peek.add_argument("--preset", default="laptop")
     preset = peek.parse_known_args()[0].preset
     try:
@@ -319,4 +320,5 @@ if __name__ == "__main__":                                   # a bad value is on
     except SystemExit as e:                                  # tyro exits with 2 for a wrong flag, 0 for --help
         sys.exit(1 if e.code else 0)
     except (ValueError, OSError, KeyboardInterrupt) as e:
+        if debug: raise
         sys.exit(f"error: {(str(e) or type(e).__name__).splitlines()[0]}")

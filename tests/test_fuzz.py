@@ -1,7 +1,7 @@
 """The loaders on inputs that hypothesis makes up: what is no data, or no checkpoint, is refused by an exception of the
 kinds that a command turns into one line, soon, and without taking the memory that the file claims.
 
-A few hundred here; FUZZ=10000 python -m pytest tests/test_fuzz.py tries as many, and others in every run.
+A few hundred here, always the same; FUZZ=10000 python -m pytest tests/test_fuzz.py tries as many, others every time.
 """
 import contextlib
 import gzip
@@ -25,8 +25,9 @@ import train
 from model import build_model
 from sample import load_run
 
-INPUTS = int(os.environ.get("FUZZ", 600))
-SHARE = dict(checkpoints=INPUTS // 3, data=INPUTS // 3, idx=INPUTS - 2 * (INPUTS // 3))
+INPUTS, MANY = 600, 10_000                                   # whenever the tests run; to be tried now and then
+NOW = int(os.environ.get("FUZZ", INPUTS))
+SHARE = dict(checkpoints=NOW // 3, data=NOW // 3, idx=NOW - 2 * (NOW // 3))
 KINDS = (ValueError, OSError, prepare.DataError)             # FileNotFoundError is an OSError
 ODD = [0, 1, -1, 127, 128, 255, 2**15, 2**31 - 1, 2**32, 2**63 - 1, 2**64, -2**63, 10**12]
 

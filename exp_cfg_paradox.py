@@ -106,8 +106,8 @@ def work(cfg):
 
 def measure(cfg):
     """The four gaps and the effective numbers of points, each (n, T), and the claims, written to results.json."""
-    for name in ("n", "n_times", "batch"):
-        if getattr(cfg, name) < (least := 2 if name == "n_times" else 1):
+    for name in ("n", "n_times", "batch", "seed"):
+        if getattr(cfg, name) < (least := 0 if name == "seed" else 2 if name == "n_times" else 1):
             raise ValueError(f"{name} must be at least {least}, not {getattr(cfg, name)}")
     data, device = train.load_data(cfg.train.data), pick_device(cfg.device)
     run = cfg.model_path or train.train(dataclasses.replace(cfg.train, device=cfg.device))

@@ -309,6 +309,10 @@ def check(cfg):
     for name in ("per_class", "n_seeds", "compare_seeds", "n_samples", "sample_steps", "n", "workers", "k"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(cfg, name)}")
+    for net in (cfg.transformer, cfg.unet, cfg.compare):
+        train.check_rates(net.lr, cfg.warmup, cfg.ema, cfg.label_dropout, cfg.seed)
+    if not 0 < cfg.threshold < np.inf:
+        raise ValueError(f"threshold must be positive, not {cfg.threshold:g}")
     if cfg.target not in TARGETS:
         raise ValueError(f"unknown target {cfg.target!r}: expected {', '.join(TARGETS)}")
     if len(cfg.ratios) < 2 or cfg.ratios[0] < 1 or list(cfg.ratios) != sorted(set(cfg.ratios)):

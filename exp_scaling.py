@@ -700,6 +700,10 @@ def check(cfg):
                  "n_fid"):
         if getattr(cfg, name) < (least := 2 if name in ("n_trajectories", "n_data", "n_onset", "n_fid") else 1):
             raise ValueError(f"{name} must be at least {least}, not {getattr(cfg, name)}")
+    train.check_rates(cfg.lr, cfg.warmup, cfg.ema, cfg.label_dropout, cfg.seed)
+    for name in ("contrast", "threshold"):
+        if not 0 < getattr(cfg, name) < np.inf:
+            raise ValueError(f"{name} must be positive, not {getattr(cfg, name):g}")
     shapes = dict(fig3=(16, 1, 10), plateau=(16, 1, 10), dial=(16, 1, 10), onset=(16, 1, 3), fig7=(8, 1, 10),
                   unets=(8, 1, 10))
     if cfg.data:
@@ -728,8 +732,6 @@ def check(cfg):
                 raise ValueError(f"repa_depth {cfg.repa_depth} is more than the {len(net.blocks)} blocks of {model}")
             if name == "fig7" and model.split("/")[1] != models[0].split("/")[1]:
                 raise ValueError(f"fig7.models must have one patch size, that of the teacher's tokens, not {models}")
-    if not cfg.contrast > 0:
-        raise ValueError(f"contrast must be positive, not {cfg.contrast:g}")
     if len(cfg.lambdas) < 2 or cfg.lambdas[0] != 0 or list(cfg.lambdas) != sorted(set(cfg.lambdas)):
         raise ValueError(f"lambdas must ascend from 0, and be two at least, not {cfg.lambdas}")
     if not cfg.amounts or min(cfg.amounts) < 0 or max(cfg.amounts) > 1:

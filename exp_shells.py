@@ -121,9 +121,13 @@ def work(cfg):
 
 def measure(cfg):
     """Everything that the figure shows, as a dict of arrays, and the claims, written to results.json."""
-    for name in ("n_points", "n_trajectories", "n_lines", "n_times", "n_images", "memo_times", "batch"):
-        if getattr(cfg, name) < (least := 2 if "times" in name else 1):
+    for name in ("n_points", "n_trajectories", "n_lines", "n_times", "n_images", "memo_times", "batch", "seed"):
+        if getattr(cfg, name) < (least := 0 if name == "seed" else 2 if "times" in name else 1):
             raise ValueError(f"{name} must be at least {least}, not {getattr(cfg, name)}")
+    if not 0 <= cfg.image < cfg.n_images:
+        raise ValueError(f"image must be 0 to {cfg.n_images - 1}, one of the n_images, not {cfg.image}")
+    if not 0 < cfg.delta < 1:
+        raise ValueError(f"delta must lie between 0 and 1, not {cfg.delta:g}")
     data, device = train.load_data(cfg.train.data), pick_device(cfg.device)
     members = np.flatnonzero(np.asarray(data["y"]) == cfg.overlap_class)
     if len(members) < 2:

@@ -304,11 +304,12 @@ def claim(text, paper, ours, ci95, low=-np.inf, high=np.inf):
 def check(cfg):
     """-> the device; ValueError for what cannot be measured."""
     for name in "n steps batch lr points width widths bandwidth bandwidths ridge ridges".split():
-        if not (least := np.min(getattr(cfg, name), initial=1)) > 0:                 # not >: nan is wrong, too
-            raise ValueError(f"{name} must be positive, not {least:g}")
+        for v in np.atleast_1d(getattr(cfg, name)):
+            if not 0 < v <= 1e9: raise ValueError(f"{name} must be positive, not {v:g}, and at most 1e9")
     if not 2 <= cfg.nets <= 10 or cfg.n % cfg.nets:
         raise ValueError(f"nets must be 2 to 10, and a divisor of n = {cfg.n}, not {cfg.nets}")
-    if cfg.times < 2: raise ValueError(f"times must be at least 2, not {cfg.times}")
+    if not 2 <= cfg.times <= 1e9: raise ValueError(f"times must be at least 2, at most 1e9, not {cfg.times}")
+    if not 0 <= cfg.seed <= 1e9: raise ValueError(f"seed must be 0 to 1e9, not {cfg.seed}")
     if not 0 < cfg.margin < 0.2: raise ValueError(f"margin must lie between 0 and .2, not {cfg.margin:g}")
     if cfg.device not in ("auto", "cpu", "cuda") or (cfg.device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"device {cfg.device!r} is not available here: expected auto, cpu or cuda")
@@ -512,7 +513,11 @@ def main(cfg):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".tmp").write_text(text)            # never half a file
         path.with_suffix(".tmp").replace(path)
-    plot(path)
+    try:
+        plot(path)
+    except Exception as e:
+        if not cfg.redraw: raise                             # then it is no fault of the file's
+        raise ValueError(f"{path} is damaged, or none of this script: {type(e).__name__} {e}") from e
     print(f"\n{'claim':74s} {'paper':>10s} {'ours':>9s} {'95% interval':>18s}  verdict")
     for c in json.loads(path.read_text())["claims"]:
         print(f"{c['claim']:74s} {c['paper']:>10s} {c['ours']:9.3g} {'[{:.3g}, {:.3g}]'.format(*c['ci95']):>18s}  "
@@ -521,6 +526,7 @@ def main(cfg):
     if cfg.animate: animate(cfg, path)
 
 if __name__ == "__main__":                                   # a bad value is one line on stderr, and exit status 1
+    if debug := "--debug" in sys.argv: sys.argv.remove("--debug")
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)               # --preset picks the defaults of
     peek.add_argument("--preset", default="laptop")                                  # all other flags
     preset = peek.parse_known_args()[0].preset
@@ -533,4 +539,5 @@ if __name__ == "__main__":                                   # a bad value is on
     except SystemExit as e:                                  # tyro exits with 2 for a wrong flag, 0 for --help
         sys.exit(1 if e.code else 0)
     except (ValueError, OSError, KeyboardInterrupt) as e:
+        if debug: raise
         sys.exit(f"error: {(str(e) or type(e).__name__).splitlines()[0]}")

@@ -23,6 +23,7 @@ import argparse
 import math
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -74,6 +75,9 @@ class Denoiser(nn.Module):
         super().__init__()
         if prediction not in ("v", "x"):
             raise ValueError(f"prediction must be 'v' or 'x', not {prediction!r}")
+        for what, n in dict(input_size=input_size, in_channels=in_channels, num_classes=num_classes).items():
+            if not isinstance(n, int) or n < 1:
+                raise ValueError(f"{what} must be a whole number from 1 up, not {n!r}")
         self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
         self.prediction = prediction
 
@@ -347,13 +351,15 @@ def read_weights(path):
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file
             return load_file(path)
-        if zipfile.is_zipfile(path):                         # what torch.save has written since 2020
-            with zipfile.ZipFile(path) as z:
-                if sum(part.file_size for part in z.infolist()) > Path(path).stat().st_size:
-                    raise ValueError("its parts are larger than the file")
-                if damaged := z.testzip():
-                    raise ValueError(f"{damaged} is damaged")
-        with torch.serialization.safe_globals([argparse.Namespace]):        # training checkpoints hold their arguments
+        if not zipfile.is_zipfile(path):                     # torch's older format allocates what the file claims
+            raise ValueError("it is no zip archive, as torch.save writes them")
+        with zipfile.ZipFile(path) as z:
+            if sum(part.file_size for part in z.infolist()) > Path(path).stat().st_size:
+                raise ValueError("its parts are larger than the file")
+            if damaged := z.testzip():
+                raise ValueError(f"{damaged} is damaged")
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")                  # the error will do. Namespace: what official SiT's holds
             state = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(state, dict): return state
         raise ValueError(f"it holds a {type(state).__name__}, expected a dict")
@@ -364,6 +370,22 @@ def read_weights(path):
         if isinstance(e, pickle.UnpicklingError):            # torch's own words advise to run what is in the file
             reason = "it is damaged, or holds more than tensors and plain values"
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from None
+
+
+def check_weights(state, want):
+    """ValueError that names the first tensor of a state dict that is missing, extra, of another shape than in `want`,
+    a model's on the meta device, or of fewer numbers than it claims: with a stride of 0, a few bytes are any size."""
+    for key in sorted({*want, *state}, key=str):
+        if key not in want:
+            raise ValueError(f"key {key!r} of the checkpoint is none of the model's")
+        if not torch.is_tensor(v := state.get(key)):
+            raise ValueError(f"key {key!r} is missing from the checkpoint")
+        if v.shape != want[key].shape:
+            raise ValueError(f"key {key!r} has shape {tuple(v.shape)}, expected {tuple(want[key].shape)}")
+        if not v.is_floating_point():
+            raise ValueError(f"key {key!r} holds {v.dtype}, expected floating point")
+        if v.layout != torch.strided or v.is_meta or v.untyped_storage().nbytes() < v.numel() * v.element_size():
+            raise ValueError(f"key {key!r} holds fewer numbers than it claims")
 
 
 def load_sit_checkpoint(checkpoint):
@@ -385,6 +407,8 @@ def load_sit_checkpoint(checkpoint):
             raise ValueError(f"not a SiT checkpoint: key {key!r} is missing")
         if state[key].ndim != ndim:
             raise ValueError(f"key {key!r} has shape {tuple(state[key].shape)}, expected {ndim} dimensions")
+        if 0 in state[key].shape:
+            raise ValueError(f"key {key!r} has shape {tuple(state[key].shape)}: it is empty")
     _, in_channels, patch, _ = state["x_embedder.proj.weight"].shape
     (_, tokens, width), rows = state["pos_embed"].shape, state["y_embedder.embedding_table.weight"].shape[0]
     out_channels = state["final_layer.linear.weight"].shape[0] // patch**2
@@ -394,15 +418,11 @@ def load_sit_checkpoint(checkpoint):
         known = ", ".join(f"{n} {d}/{w}" for n, (d, w, _) in SIT_SIZES.items())
         raise ValueError(f"a SiT of depth {depth} and width {width} is of no known size (depth/width: {known})")
 
-    model = SiT(depth, width, heads, patch, math.isqrt(tokens) * patch, in_channels, rows - 1,
-                learn_sigma=out_channels == 2 * in_channels)
-    for key, value in model.state_dict().items():
-        if not torch.is_tensor(state.get(key)):
-            raise ValueError(f"key {key!r} is missing from the SiT checkpoint")
-        if state[key].shape != value.shape:
-            raise ValueError(f"key {key!r} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}")
-    if extra := set(state) - set(model.state_dict()):
-        raise ValueError(f"key {min(extra)!r} of the checkpoint is none of SiT's")
+    sizes = (depth, width, heads, patch, math.isqrt(tokens) * patch, in_channels, rows - 1)
+    learn_sigma = out_channels == 2 * in_channels
+    with torch.device("meta"):                               # nothing is allocated before the file is known to hold it
+        check_weights(state, SiT(*sizes, learn_sigma=learn_sigma).state_dict())
+    model = SiT(*sizes, learn_sigma=learn_sigma)
     state = {k: v.float() for k, v in state.items()}         # a new dict: the caller's stays as it was
 
     # cos(k(1-t)) = cos k cos kt + sin k sin kt,   sin(k(1-t)) = sin k cos kt - cos k sin kt

@@ -28,7 +28,7 @@ import re
 import shutil
 import sys
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -40,7 +40,7 @@ import tyro
 from torchdiffeq import odeint
 from tqdm import tqdm
 
-from model import build_model, load_sit_checkpoint, read_weights
+from model import build_model, check_weights, load_sit_checkpoint, read_weights
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The ODE
@@ -72,7 +72,7 @@ def sample(model, z1, y, *, t_grid=None, w=1.0, solver="dopri5", steps=50, atol=
     the predicted x itself, does the rest. Raises ValueError for a solver or a grid that is none.
     """
     t_grid = torch.as_tensor([1.0, 0.0] if t_grid is None else t_grid, dtype=torch.float32, device=z1.device)
-    if len(t_grid) < 2 or (t_grid.diff() >= 0).any() or t_grid[0] > 1 or t_grid[-1] < 0:
+    if len(t_grid) < 2 or not ((t_grid.diff() < 0).all() and t_grid[0] <= 1 and t_grid[-1] >= 0):    # nan is none
         raise ValueError("t_grid must hold at least two times that descend within [0, 1]")
     if solver not in ("dopri5", "heun", "euler"):
         raise ValueError(f"unknown solver {solver!r}: expected dopri5, heun or euler")
@@ -153,8 +153,10 @@ def wait_for_all():
 def read_checkpoint(path):
     """A checkpoint of train.py -> its dict. ValueError if it is none, or damaged."""
     ckpt = read_weights(path)
-    if missing := {"ema", "model_args", "step", "config", "device"} - set(ckpt):
-        raise ValueError(f"{path} is not a checkpoint of train.py: {min(missing)} is missing")
+    for key, kind in dict(ema=dict, model_args=dict, step=int, config=dict, device=str).items():
+        if not isinstance(ckpt.get(key), kind):
+            what = f"is a {type(ckpt[key]).__name__}, expected {kind.__name__}" if key in ckpt else "is missing"
+            raise ValueError(f"{path} is not a checkpoint of train.py: {key} {what}")
     return ckpt
 
 
@@ -162,11 +164,7 @@ def rebuild(model_args, state):
     """The model of these arguments with these weights. Their shapes are compared before anything is allocated: a file
     may claim any size."""
     with torch.device("meta"):
-        want = {k: v.shape for k, v in build_model(**model_args).state_dict().items()}
-    if differ := [k for k in {*want, *state} if k not in want or k not in state or state[k].shape != want[k]]:
-        raise ValueError(f"its weights {min(differ)} are not those of {model_args['name']}")
-    if any(v.untyped_storage().nbytes() < v.numel() * v.element_size() for v in state.values()):
-        raise ValueError("its weights are fewer than they claim")
+        check_weights(state, build_model(**model_args).state_dict())
     model = build_model(**model_args)
     model.load_state_dict(state)
     return model
@@ -179,7 +177,7 @@ def load_run(run, device="cpu", ema=True):
     path = Path(run) if Path(run).suffix in (".pt", ".safetensors") else Path(run) / "ckpt.pt"
     if not path.exists() and (before := path.with_name("ckpt.before.pt")).exists():      # killed between two renames
         path = before
-    if not path.exists():
+    if not path.is_file():                                   # (reading a pipe would wait for ever)
         raise FileNotFoundError(f"no checkpoint at {path}: train one with python train.py, and name its folder")
     try:
         ckpt = read_weights(path)
@@ -251,10 +249,21 @@ def save_grid(x, path, columns=8):
     os.replace(tmp, path)
 
 
+def check_numbers(cfg, within=""):
+    """ValueError that names the first number of a config, of those within it too, that is no size and no rate of
+    anything here: nan, infinite, or beyond 1e9. What is too small, every script knows for itself."""
+    for name, value in vars(cfg).items():
+        if is_dataclass(value):
+            check_numbers(value, f"{within}{name}.")
+        for v in value if isinstance(value, (tuple, list)) else [value]:
+            if isinstance(v, (int, float)) and not -1e9 <= v <= 1e9:
+                raise ValueError(f"{within}{name} must be a number of at most 1e9, not {v}")
+
+
 def cli(main, presets):
     """Run main(config) with a config from the command line: --preset picks one, every other flag overrides one field.
-    What the user got wrong (ValueError, OSError, an optional package that is missing) becomes one line and exit
-    status 1; --debug shows the traceback."""
+    What the user got wrong (ValueError, OSError, an optional package that is missing, sizes for which the memory is too
+    small) becomes one line and exit status 1; --debug shows the traceback."""
     if debug := "--debug" in sys.argv: sys.argv.remove("--debug")
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--preset", default=next(iter(presets)))
@@ -262,13 +271,14 @@ def cli(main, presets):
     try:
         if name not in presets: raise ValueError(f"unknown preset {name!r}: expected {', '.join(presets)}")
         cfg = tyro.cli(type(presets[name]), default=presets[name], description=(doc := sys.modules["__main__"].__doc__))
+        check_numbers(cfg)
         if int(os.environ.get("RANK", 0)) == 0 and doc:      # what this will do, and, as it says there, for how long
             took = re.search(r"^ +python \S+ +# (.*)", doc, re.M) if name == "laptop" else None
             print(doc.strip().splitlines()[0] + (f"\n{name} preset: {took[1]}" if took else ""), flush=True)
         main(cfg)
     except SystemExit as e:                                  # tyro exits with 2 for a wrong flag, 0 for --help
         sys.exit(1 if e.code else 0)
-    except (ValueError, OSError, ImportError) as e:
+    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError) as e:
         if debug: raise
         sys.exit(f"error: {str(e).splitlines()[0] if str(e) else type(e).__name__}")
     except KeyboardInterrupt as e:

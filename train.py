@@ -108,6 +108,18 @@ PRESETS = {
 # ----------------------------------------------------------------------------------------------------------------------
 # Data: a folder with x.npy (N, C, H, W) float in [-1, 1], y.npy (N,) int64, x_heldout.npy, y_heldout.npy, meta.json
 
+def read_json(path):
+    """A .json file that holds a dict -> the dict. ValueError that names it, if it does not."""
+    try:
+        value = json.loads(path.read_text()) if path.is_file() else None
+    except (ValueError, RecursionError) as e:                # the second: a thousand brackets
+        raise ValueError(f"{path} is not JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}" if path.is_file() else
+                         f"there is no file {path}")
+    return value
+
+
 def save_dataset(folder, arrays, meta):
     """Write {"x": array, "y": array, ...} as .npy files plus meta.json to `folder`, all of it or nothing."""
     folder = Path(folder)
@@ -154,6 +166,27 @@ def embedded(name):
             raise
 
 
+def open_array(path):
+    """A .npy file as a memory map, which neither unpickles anything nor allocates what its header claims. ValueError
+    that names the file if it is none, or holds fewer numbers than it claims."""
+    try:
+        if not path.is_file():                               # opening a pipe would wait for ever
+            raise ValueError("it is no file")
+        with np.errstate(all="raise"):                       # the product of the sizes that it claims may overflow
+            return np.lib.format.open_memmap(path, mode="r")
+    except Exception as e:                                   # a damaged header raises a dozen kinds
+        raise ValueError(f"{path} cannot be read as an array: {str(e).splitlines()[0] if str(e) else e!r}") from None
+
+
+def check_finite(path, x):
+    """ValueError if x (N, ...) holds nan or inf. Of more than a gigabyte, 1,000 rows are looked at: to read ImageNet's
+    latents takes minutes, and at every start; the rest are looked at by whoever's loss they have made nan."""
+    rows, few = max(1, 2**26 // x[:1].nbytes), x[::max(1, len(x) // 1000)] if x.nbytes > 1e9 else x
+    for i in range(0, len(few), rows):
+        if not np.isfinite(few[i:i + rows]).all():
+            raise ValueError(f"{path} holds nan or inf, expected finite numbers")
+
+
 def load_data(name):
     """data/<name>, or the folder `name` -> dict(x, y, x_heldout, y_heldout, meta); x (N, C, H, W) and y (N,) are memory
     maps. The embedded sets are written on first use; FileNotFoundError says how to prepare the others, ValueError
@@ -164,20 +197,24 @@ def load_data(name):
             raise FileNotFoundError(f"no data set at {folder}: python data/prepare.py --help says how to make one")
         embedded(name)
     try:
-        out = {p.stem: np.load(p, mmap_mode="r", allow_pickle=False) for p in sorted(folder.glob("*.npy"))}
-        out["meta"] = json.loads((folder / "meta.json").read_text())
+        out = {p.stem: open_array(p) for p in sorted(folder.glob("*.npy"))}
+        out["meta"] = read_json(folder / "meta.json")
         classes = out["meta"]["num_classes"]
+        if type(classes) is not int or not 1 <= classes <= 100_000:      # each is a row of the model's embedding
+            raise ValueError(f"meta.json: num_classes must be a whole number from 1 to 100,000, not {classes!r:.50}")
         parts = [("x", "y")] + [("x_heldout", "y_heldout")] * ("x_heldout" in out)
         pairs = [(k, out[k], l, out[l]) for k, l in parts]
-    except (ValueError, KeyError, EOFError, FileNotFoundError) as e:
+    except (ValueError, KeyError) as e:
         what = f"{e} is missing" if isinstance(e, KeyError) else e
         raise ValueError(f"{folder} is not a data set (x.npy, y.npy, meta.json with num_classes): {what}") from None
     for k, x, l, y in pairs:
-        square = x.ndim == 4 and x.shape[2] == x.shape[3] and x.shape[1:] == out["x"].shape[1:] and len(x) > 0
-        if not square or x.dtype.kind != "f":
+        square = x.ndim == 4 and x.shape[2] == x.shape[3] and x.shape[1:] == out["x"].shape[1:] and x.size > 0
+        if not square or x.dtype not in (np.float16, np.float32, np.float64):
             raise ValueError(f"{folder}/{k}.npy must be floating point of shape (N, C, H, H), not {x.dtype} {x.shape}")
-        if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or not 0 <= y.min() <= y.max() < classes:
+        if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or not y.dtype.isnative or \
+                not 0 <= y.min() <= y.max() < classes:
             raise ValueError(f"{folder}/{l}.npy must be {len(x)} integer labels in 0 .. {classes - 1}")
+        check_finite(f"{folder}/{k}.npy", x)
     return out
 
 
@@ -364,15 +401,28 @@ def stopping():
             signal.signal(s, handler_before)
 
 
+def check_rates(lr, warmup, ema, label_dropout, seed):
+    """ValueError that names the first of them that is none."""
+    for name, fits, value, want in (
+            ("lr", 0 < lr < np.inf, lr, "positive"), ("warmup", warmup >= 0, warmup, "0 or more"),
+            ("ema", 0 < ema < 1, ema, "between 0 and 1"), ("seed", 0 <= seed <= 1e9, seed, "0 to 1e9"),
+            ("label_dropout", 0 <= label_dropout <= 1, label_dropout, "in [0, 1]")):
+        if not fits:                                         # of a nan, no comparison holds
+            raise ValueError(f"{name} must be {want}, not {value}")
+
+
 def check_repa(cfg, data, model):
     """The model with what REPA adds. ValueError where the model has no tokens, or the data no features for them."""
     if not 1 <= cfg.repa_depth <= len(getattr(model, "blocks", ())):
         raise ValueError(f"repa_depth {cfg.repa_depth} is none of the blocks of {cfg.model}, which has "
                          f"{len(getattr(model, 'blocks', ()))}: REPA needs a SiT at least so deep")
     want, found = (len(data["x"]), model.pos_embed.shape[1]), data.get("features")
-    if found is None or found.ndim != 3 or found.shape[:2] != want or found.dtype.kind != "f":
+    if found is None or found.ndim != 3 or found.shape[:2] != want or found.shape[2] < 1 or \
+            found.dtype not in (np.float16, np.float32):
         raise ValueError(f"REPA needs a teacher's features beside {cfg.data}/x.npy: features.npy, floating point of "
-                         f"shape ({want[0]}, {want[1]}, dim)" + ("" if found is None else f", not {found.shape}"))
+                         f"shape ({want[0]}, {want[1]}, dim)" + ("" if found is None else
+                                                                 f", not {found.dtype} {found.shape}"))
+    check_finite(f"{cfg.data}/features.npy", found)
     return Repa(model, cfg.repa_depth, found.shape[2])
 
 
@@ -508,11 +558,11 @@ def train(cfg, alone=False):
     for name in ("steps", "batch", "accum", "log_every", "save_every"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(cfg, name)}")
-    if not all(v > 0 and np.isfinite(v) for v in (cfg.lr, cfg.ema)) or cfg.warmup < 0 or cfg.repa < 0 or cfg.ema >= 1:
-        raise ValueError(f"expected lr > 0, 0 < ema < 1, warmup >= 0, repa >= 0, not {cfg.lr:g}, {cfg.ema:g}, "
-                         f"{cfg.warmup}, {cfg.repa:g}")
-    if not 0 <= cfg.label_dropout <= 1:
-        raise ValueError(f"label_dropout must lie in [0, 1], not {cfg.label_dropout:g}")
+    check_rates(cfg.lr, cfg.warmup, cfg.ema, cfg.label_dropout, cfg.seed)
+    if not 0 <= cfg.repa < np.inf:
+        raise ValueError(f"repa must be 0 or more, not {cfg.repa:g}")
+    if cfg.keep and min(cfg.keep) < 1:
+        raise ValueError(f"keep must be steps from 1 on, not {cfg.keep}")
     if cfg.dry_run:
         nets = [n for n in [training_of(cfg)] if n]
         forecast(load_data(cfg.data), run_folder(cfg), pick_device(cfg.device), nets,
@@ -560,9 +610,13 @@ def train(cfg, alone=False):
             return run
         if ckpt["device"] != device.type:
             say(f"{run} was trained on {ckpt['device']}: on {device.type} its noise will be another")
-        for name, part in parts.items():
-            part.load_state_dict(ckpt[name])
-        carried, last = ckpt["carried"], ckpt["last"]
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(ckpt[name])
+            carried, last = float(ckpt["carried"]), int(ckpt["last"])
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as e:
+            what = f"{e} is missing" if isinstance(e, KeyError) else " ".join(str(e).split())
+            raise ValueError(f"{run}/ckpt.pt is not a checkpoint to resume from: {what}") from e
         del ckpt
     if world > 1:                                            # a node that does not see the folder would start anew
         steps = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(world)]
@@ -628,6 +682,8 @@ def train(cfg, alone=False):
             if not (log or save or leave or device.type == "cpu"):
                 continue                                     # on a GPU, what follows would make it wait for each step
             if not (running.isfinite() and worst < TOO_STEEP):
+                if not all(v.isfinite().all() for v in (x, *features)):
+                    raise ValueError(f"{cfg.data}: the images or features of step {step} hold nan or inf: stopped")
                 raise ValueError(f"the loss is {cfg.accum * loss.item():g}, the gradient's norm up to {worst:g} at "
                                  f"step {step} (lr {update.rate(step - 1):g}, noise of seed "
                                  f"{1_000_003 * cfg.seed + step - 1}): stopped; a checkpoint from before is kept")
@@ -784,9 +840,16 @@ def experiment(script, cfg, measure, plot, work):
         raise FileNotFoundError(f"nothing to redraw: there is no {path}")
     if int(os.environ.get("RANK", 0)):
         return
-    plot(path)
+    try:
+        if (found := read_json(path)).get("script") != script:
+            raise ValueError(f"it is of the script {found.get('script')!r:.50}")
+        claims = found["claims"]
+        plot(path)
+    except Exception as e:
+        if not cfg.redraw: raise                             # then it is no fault of the file's
+        raise ValueError(f"{path} is damaged, or none of {script}.py: {type(e).__name__} {e}") from e
     print(f"\n{'claim':74s} {'paper':>10s} {'ours':>9s} {'95% interval':>18s}  verdict")
-    for c in json.loads(path.read_text())["claims"]:
+    for c in claims:
         print(f"{c['claim']:74s} {c['paper']:>10s} {c['ours']:9.3g} {'[{:.3g}, {:.3g}]'.format(*c['ci95']):>18s}  "
               f"{c['verdict']}")
     print(f"\n{path.with_suffix('.png')}\n{path}")

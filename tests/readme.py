@@ -6,6 +6,7 @@ import ast
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,9 +139,39 @@ def code_map():
     return "\n".join(["```mermaid", "flowchart LR", *rows, "```"])
 
 
+def trust():
+    """What the tests try, counted in the tests themselves."""
+    sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "tests")) if p not in sys.path]
+    import test_data
+    import test_faults
+    import test_fuzz
+    import test_hostile
+    import test_imagenet
+    import test_sample
+    import test_tutorial
+    refused = len(test_hostile.CASES) + len(test_data.BAD_MNIST) + len(test_data.BAD_CIFAR10)
+    numbers = sum("=" in case for case in test_hostile.CASES if ".py --" in case)
+    return "\n".join([
+        f"- **Killed, a run goes on.** Training killed {test_faults.KILLS} times and more, at random moments, ends "
+        "with the weights, the optimizer and the log of a run that was left alone, bit for bit (on a CPU, on as many "
+        f"processes). The same for images into an .npz, killed at each of more than {test_sample.MOMENTS} moments, and "
+        f"for `data/prepare.py imagenet`, at each of more than {test_imagenet.MOMENTS}. SIGTERM and Ctrl-C save first.",
+        "- **Never half a file.** What is written goes into place whole. The last two checkpoints are kept; a damaged "
+        "one is found by its checksums, and the one before it taken. A full disk leaves what was there.",
+        f"- **Bad input is refused**, in one line that names the file or the flag, with exit status 1, and nothing "
+        f"changed: {refused} cases, {numbers} of them sizes and rates (negative, zero, nan, huge), the others pickle "
+        "bombs, damaged archives, headers that claim terabytes, wrong labels, nan in the data, and the like. `--debug` "
+        "shows the traceback.",
+        f"- **No file is trusted.** {test_fuzz.INPUTS} made-up checkpoints, data sets and archives are refused, or "
+        f"read, soon and in little memory, whenever the tests run, and {test_fuzz.MANY:,} by `FUZZ={test_fuzz.MANY} "
+        ".venv/bin/python -m pytest tests/test_fuzz.py`. Nothing is ever unpickled but tensors and plain values.",
+        f"- **Run twice, the same.** Each of the {len(test_tutorial.TINY)} experiments, at a small size with the same "
+        "seed on one thread of one machine, gives the same numbers and the same picture, bit for bit."])
+
+
 def render(text):
     parts = {"results": results, "times": times, "controls": controls, "score": score, "map": code_map,
-             "paper": paper}
+             "paper": paper, "trust": trust}
     for name, f in parts.items():
         pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
         assert pattern.search(text), f"README.md lacks <!-- {name} --> .. <!-- /{name} -->"

@@ -239,9 +239,11 @@ def cifar_case(box, case):
         "not gz": ["gzip"], "gz of something else": ["not a whole"], "missing": ["missing", "binary.tar.gz"]}[case]]
 
 
-@pytest.mark.parametrize("case", [
-    "bins truncated", "bins missing one", "bins label", "member too long", "member missing", "member elsewhere",
-    "cut", "wrong CRC", "not gz", "gz of something else", "missing"])
+BAD_CIFAR10 = ["bins truncated", "bins missing one", "bins label", "member too long", "member missing",
+               "member elsewhere", "cut", "wrong CRC", "not gz", "gz of something else", "missing"]
+
+
+@pytest.mark.parametrize("case", BAD_CIFAR10)
 def test_bad_cifar10(box, capsys, case):
     source, expected = cifar_case(box, case)
     assert_untouched(box, capsys, ["cifar10", "--source", source], expected)

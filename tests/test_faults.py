@@ -20,6 +20,7 @@ import train
 ROOT = Path(__file__).resolve().parents[1]
 SERVER = multiprocessing.get_context("forkserver")           # it imports torch once, so that a child starts in no time
 SERVER.set_forkserver_preload(["train"])
+KILLS = 10                                                   # at least
 
 
 def state(run):
@@ -60,14 +61,14 @@ def test_killed_at_any_moment_and_started_again_it_ends_the_same(data, tmp_path)
     while True:
         child = SERVER.Process(target=work, args=(cfg,))
         child.start()
-        child.join(rng.uniform(0.05, 0.6) if kills < 12 else None)
+        child.join(rng.uniform(0.05, 0.6) if kills < KILLS + 2 else None)
         if child.exitcode is not None:
             assert child.exitcode == 0
             break
         child.kill()
         child.join()
         kills += 1
-    assert kills >= 10, "it was too quick to be killed ten times"
+    assert kills >= KILLS, "it was too quick to be killed so often"
     for a, b in zip(state(tmp_path / "whole"), state(tmp_path / "killed"), strict=True):
         assert_same(a, b)
 

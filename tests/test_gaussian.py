@@ -259,12 +259,12 @@ def test_a_plateau_is_not_read_off_one_evaluation():
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(seeds=1), "seeds must be at least 2, not 1"),
+    (dict(seeds=1), "seeds must be at least 2, at most 1e9, not 1"),
     (dict(points=(100,)), "points must be two sizes or more, ascending"),
     (dict(points=(100, 10)), "points must be two sizes or more, ascending"),
     (dict(points=(0, 10)), "points must be two sizes or more, ascending"),
     (dict(depth=1), "depth must be at least 2"),
-    (dict(lr=float("nan")), "lr must be at least 0, not nan"),
+    (dict(lr=float("nan")), "lr must be at least 1e-09, at most 1e9, not nan"),
     (dict(slowdown=0.0), "slowdown must be at least"),
     (dict(n_eval=30), "n_eval must be a multiple of 20, not 30"),
     (dict(batch=0), "batch must be at least 1"),

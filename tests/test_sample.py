@@ -334,6 +334,7 @@ def test_any_number_of_processes_makes_the_same_file(rough, tmp_path, one_thread
     assert not np.array_equal(three, four)
 
 
+MOMENTS = 15                                                 # at least
 # Kills before call number 0, 1, 2 .. of any function that touches the disk, or that draws, until none is left to kill.
 KILLS = """
 import os, pathlib, shutil, signal, sys
@@ -371,7 +372,7 @@ print(moment)
 def test_killed_at_any_moment_it_goes_on(tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLS, tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (moments := int(done.stdout)) > 15
+    assert (moments := int(done.stdout)) > MOMENTS
     want = (tmp_path / "whole.npz").read_bytes()
     assert all((tmp_path / f"{k}.npz").read_bytes() == want for k in range(moments))
     assert len(list(tmp_path.iterdir())) == moments + 1      # and nothing else is left behind

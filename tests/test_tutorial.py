@@ -140,20 +140,40 @@ def copy(script, folder):
         shutil.copy(ROOT / f"{name}.py", folder)
 
 
-def run(folder, script, *argv):
-    """python script.py in `folder`, with nothing of this checkout on its path -> what it printed."""
+def start(folder, script, *argv):
+    """python script.py in `folder`, with nothing of this checkout on its path, started."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | dict(OMP_NUM_THREADS="1")
-    done = subprocess.run([sys.executable, f"{script}.py", *argv], cwd=folder, env=env, capture_output=True, text=True,
-                          timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    return subprocess.Popen([sys.executable, f"{script}.py", *argv], cwd=folder, env=env, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
+
+
+def untimed(results):
+    """What is in results.json, without the times that were taken and the commit."""
+    if isinstance(results, dict):
+        return {k: untimed(v) for k, v in results.items() if k not in ("seconds", "ms", "commit")}
+    return [untimed(v) for v in results] if isinstance(results, list) else results
 
 
 @pytest.mark.parametrize("script", TINY)
-def test_a_copied_experiment_runs(script, tmp_path):
-    copy(script, tmp_path)
-    printed = run(tmp_path, script, *TINY[script])
+def test_a_copied_experiment_runs_and_runs_the_same_again(script, tmp_path_factory):
+    """In two folders, from nothing: the same numbers, and the same picture, bit for bit."""
+    tmp_path, again = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    children = []
+    for folder in (tmp_path, again):
+        copy(script, folder)
+        children.append(start(folder, script, *TINY[script]))
+    (printed, err), (_, err2) = (child.communicate(timeout=200) for child in children)
+    assert [child.returncode for child in children] == [0, 0], (err + err2)[-2000:]
     out = tmp_path / "out" / script / "laptop"
+    one, two = (json.loads((f / "out" / script / "laptop" / "results.json").read_text()) for f in (tmp_path, again))
+    assert untimed(one) == untimed(two) and "arrays" in one
+    if "ms" in one["arrays"]:                                # this picture tells times: here those of the first run
+        two["arrays"]["ms"] = one["arrays"]["ms"]
+        (again / "out" / script / "laptop" / "results.json").write_text(json.dumps(two))
+        assert start(again, script, "--redraw").wait(timeout=200) == 0
+    for kind in ("png", "gif"):
+        pictures = [list((f / "out" / script / "laptop").glob(f"*.{kind}")) for f in (tmp_path, again)]
+        assert [p.read_bytes() for p in pictures[0]] == [p.read_bytes() for p in pictures[1]], kind
     if script in ALONE:                                      # what it does, and for how long, before all else
         docstring = (ROOT / f"{script}.py").read_text().splitlines()
         assert printed.startswith(docstring[1] + "\nlaptop preset: ")

@@ -219,7 +219,7 @@ class Code:
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"", "EOFError"), (b"junk", "cannot be read as a checkpoint"), ("half", "cannot be read as a checkpoint"),
+    (b"", "no zip archive"), (b"junk", "cannot be read as a checkpoint"), ("half", "cannot be read as a checkpoint"),
     (Code(), "holds more than tensors and plain values"), ([1], "it holds a list"),
     ({"weight": torch.zeros(3)}, "not a SiT"), ({"ema": 3}, "'x_embedder.proj.weight' is missing"),
     (lambda s: {k: v for k, v in s.items() if k != "blocks.1.mlp.fc1.bias"}, "'blocks.1.mlp.fc1.bias' is missing"),

@@ -40,7 +40,15 @@ it before the first copy; 6% of the samples are copies after 2,000 steps: the fa
 
 Networks and their measurements are kept in out/exp_scaling/<preset>/runs/, named by what they depend on: the same
 command goes on after an interrupt, another length or trajectory count costs no more than what is new.
-(Three figures, five sweeps, their data, REPA and the Frechet distance make this file longer than the others.)
+(Three figures, six sweeps, their data and the Frechet distance make this file longer than the others.)
+
+Try this, after a first run; the answers are in the table that is printed last, and most networks are found again.
+1. python exp_scaling.py --only onset --threshold 0.5     How much does "memorized" depend on what is called a copy? See
+   "memorized fraction": more than three times as many of the samples are copies.
+2. python exp_scaling.py --only fig3 --n-times 8    What depends on the grid of t? Not "v-space over x-space": E^sup has
+   a finite limit in v-space as t falls to 0. But see "why": twice the step, and the solver's error is in E^ext.
+3. python exp_scaling.py --only dial --amounts 0 1 --dial.lengths 400    Is the dial a matter of the moment? See "digits
+   alone" and "fields alone" for networks half as old: both slopes keep their sign.
 """
 # /// script
 # requires-python = ">=3.11"

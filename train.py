@@ -6,15 +6,17 @@ Train a diffusion model by denoising score matching (Eq. 1), the way every exper
     python train.py --preset gpu                       # MNIST, minutes on one GPU; first: python data/prepare.py mnist
     python train.py --model UNet-nano --steps 500      # any field of Config, below
 
-Writes out/<run>/: ckpt.pt (the same command resumes from it), log.jsonl (one line per log step), samples.png.
+Writes out/<run>/: ckpt.pt and the one before it (the same command resumes), log.jsonl (one line per log step),
+samples.png. SIGTERM and Ctrl-C save first. --dry-run says what a command would do, and for how long.
 
 What is random about step k (which images, which t, which noise, which labels are dropped) is a function of (seed, k)
 and the kind of device, drawn for the whole global batch; every process takes its part. So an interrupted run continues
 as if it had not been, and N processes make the update of one, without any state of random generators to store.
 
-In reading order: the data, one step's randomness, the loss, the loop; then what the experiments share: intervals,
-verdicts, the results file. (The last part, and the data, make this file longer than a trainer need be: they are here so
-that an experiment can be copied with four files and no more.)
+In reading order: the data, one step's randomness, the loss, the update, REPA; what the loop needs, and the loop; then
+what the experiments share: intervals, verdicts, the results file. (The last part, the data and the forecasts of
+--dry-run make this file longer than a trainer need be: they are here so that an experiment can be copied with four
+files and no more.)
 """
 # /// script
 # requires-python = ">=3.11"

@@ -23,6 +23,12 @@ SERVER.set_forkserver_preload(["train"])
 KILLS = 10                                                   # at least
 
 
+def wait_for(child, *texts):
+    """Read on until a line has each of these texts, in this order; a child that ends before fails."""
+    for text in texts:
+        assert any(text in line for line in iter(child.stdout.readline, "")), f"it ended without a word of {text!r}"
+
+
 def state(run):
     """All that training is to end with, the times in the log left out."""
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -78,7 +84,7 @@ def test_signals_save_and_leave(data, tmp_path, number):  # noqa: F811
     argv = [sys.executable, ROOT / "train.py", "--data", data, "--model=SiT-nano/4", "--steps=10000000", "--batch=12",
             "--log-every=2", "--save-every=1000000", "--warmup=0", "--no-grid", "--device=cpu", "--out", tmp_path / "a"]
     child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert "training:" in child.stdout.readline() and child.stdout.readline().startswith("step 2")
+    wait_for(child, "training:", "step 2")
     child.send_signal(number)
     out, err = child.communicate(timeout=60)
     assert child.returncode == 1 and err.strip().splitlines()[-1].startswith("interrupted: saved at step"), err
@@ -131,7 +137,7 @@ def test_one_process_that_dies_takes_the_others_along(data, tmp_path):  # noqa: 
     child = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
                               ROOT / "train.py", *argv, "--no-grid", "--save-every=1000"], stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True)
-    assert "2 processes" in child.stdout.readline() and child.stdout.readline().startswith("step 2")
+    wait_for(child, "2 processes", "step 2")
     ranks = [int(p) for p in Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()] \
         if Path("/proc").exists() else pytest.skip("it finds the processes under /proc")
     started = time.time()

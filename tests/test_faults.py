@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from test_train import config, data, weights  # noqa: F401
@@ -159,13 +158,12 @@ train.Update.__init__ = keep
 train.train(train.Config(data={data!r}, model="SiT-nano/4", steps=5, batch=12, log_every=5, save_every=5, device="cpu",
                          out={str(tmp_path / 'a')!r}))
 mine = torch.cat([p.flatten() for p in average[0].parameters()])
-theirs = [torch.empty_like(mine) for _ in range(3)]
-dist.all_gather(theirs, mine)
-assert all(torch.equal(mine, other) for other in theirs)
-dist.destroy_process_group()
+torch.save(mine, {str(tmp_path)!r} + f"/{{dist.get_rank()}}.pt")         # through files: a process that leaves right
+dist.destroy_process_group()                                             # after a collective can abort its peers
 """
     (tmp_path / "script.py").write_text(code)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", "--standalone",
                            tmp_path / "script.py"], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert np.isfinite(weights(tmp_path / "a").numpy()).all()
+    first, *others = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3))
+    assert len(first) > 1000 and first.isfinite().all() and all(torch.equal(first, other) for other in others)

@@ -12,6 +12,54 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = {"exp_shells": "1b, 4", "exp_cfg_paradox": "2", "exp_freedom": "5", "exp_scaling": "3, 6, 7",
            "exp_toy2d": "9, 11", "exp_gaussian": "10"}
+# What the gallery shows of each: a title, pictures, what to see in them, and {in short: how its claim begins}. What
+# came out is not said here: that follows from the verdicts.
+GALLERY = {
+    "exp_shells": (
+        "Shells", ("exp_shells.gif",),
+        "The figure at the top, in motion: distance r_\\* to the nearest shell, of noisy training points (blue) and "
+        "of sampling trajectories (red). Dashed, the control: images that no model was trained on, noised afresh.",
+        {"C1, training points lie on shells": "C1 ", "C2, sampling leaves them": "C2 ",
+         "memorization until t = .5": "Fig 4 memorization", "shells of a class apart until t = .8": "Fig 4 the closest",
+         "control: new real images stay": "control: new real"}),
+    "exp_cfg_paradox": (
+        "The paradox of guidance", ("exp_cfg_paradox.png",),
+        "Guidance feeds on the gap between conditional and unconditional score. The paper shows that of the empirical "
+        "score on training points (blue, solid) and of the learned one on trajectories (red, dashed); the thin lines "
+        "are the missing half of the comparison.",
+        {"no empirical gap on training points": "Fig 2 empirical", "a learned gap on trajectories": "Fig 2 learned",
+         "control: no learned gap on training points": "control: learned gap on training"}),
+    "exp_freedom": (
+        "Freedom of extrapolation", ("exp_freedom.png",),
+        "The same target, the empirical score of D_score, asked for in a larger and larger region: does less freedom "
+        "make more of the samples copies (blue)? The control (black) sees the same images without that target.",
+        {"C3, for the transformer": "C3 SiT", "C3, for the U-Net": "C3 UNet",
+         "control: plain training does not copy more": "control, plain DSM, SiT",
+         "drawn and exact targets agree": "targets: fraction of copies with sampled"}),
+    "exp_scaling": (
+        "Selective underfitting, REPA and the scaling law", ("exp_scaling.png",),
+        "Both errors against compute, for networks that all see the same points and noise; what REPA changes, and what "
+        "another seed does; and Fréchet distance as a function of supervision loss, recipe by recipe.",
+        {"supervision error falls with compute": "Fig 3 supervision error per decade",
+         "extrapolation error grows": "Fig 3 extrapolation error per decade",
+         "REPA changes more on trajectories": "Fig 6 change by REPA",
+         "control: more so than another seed": "Fig 6 control",
+         "REPA is better at equal L": "Fig 7b FD at equal L, REPA 1",
+         "U-Nets are better at equal L": "Fig 7c FD at equal L, U-Net, attention"}),
+    "exp_toy2d": (
+        "Perception-aligned training", ("exp_toy2d.png", "exp_toy2d.gif"),
+        "Four training points on a line, two of each kind: samples between the kinds look like nothing (bad, red), "
+        "those within a kind are new and make sense (good, green). Does alignment with the kinds (PAT) move them?",
+        {f"P{k}, {what}": f"P{k} {start}" for k in (1, 2, 3)
+         for what, start in (("fewer bad samples", "fewer bad"), ("more good ones", "more good"))}),
+    "exp_gaussian": (
+        "A Gaussian, whose true score is known", ("exp_gaussian.png",),
+        "Error to the empirical score s_\\* (solid) and to the true one, s_gt (dashed), on noisy training points "
+        "(blue) and on fresh points of the same density (red): which of the two has the network learned, and where?",
+        {"on training points nearer to s_\\*": "Fig 10 N = 100, supervision",
+         "on fresh points nearer to s_gt": "Fig 10 N = 100, true", "there it approaches s_gt": "Fig 10 true p_t: s_gt",
+         "on training points the error to s_gt plateaus": "Fig 10 supervision: error"}),
+}
 
 
 def load(name):
@@ -22,41 +70,76 @@ def minutes(seconds):
     return "1 minute" if seconds <= 60 else f"{math.ceil(seconds / 60)} minutes"
 
 
-def results():
-    """One row a claim, with the interval and the verdict that follows from it."""
-    rows = ["| experiment | figure | claim | paper | ours (95% interval) | verdict |", "|---|---|---|---|---|---|"]
-    for script in [s for s in FIGURES if (ROOT / "assets" / f"{s}.json").exists()]:
-        r = load(script)
-        for i, c in enumerate(r["claims"]):
-            low, high = c["ci95"]
-            first = (f"`python {script}.py`", FIGURES[script]) if i == 0 else ("", "")
-            text = c["claim"].replace("|", "\\|")
-            verdict = c["verdict"] if c["verdict"] == "holds" else f"**{c['verdict']}**"
-            ours = f"{c['ours']:.3g} ({low:.3g} to {high:.3g})"
-            rows.append(f"| {first[0]} | {first[1]} | {text} | {c['paper']} | {ours} | {verdict} |")
+def claims(script, start=""):
+    """The claims of an experiment that begin so."""
+    return [c for c in load(script)["claims"] if c["claim"].startswith(start)]
+
+
+def one(script, start):
+    """The one claim that begins so."""
+    (found,) = claims(script, start)
+    return found
+
+
+def cells(c, *after_claim):
+    """A claim as cells of a table: what is claimed, what the paper has, what came out, the verdict."""
+    text = c["claim"].replace("|", "\\|").replace("*", "\\*")
+    ours = "{:.3g} ({:.3g} to {:.3g})".format(c["ours"], *c["ci95"])
+    verdict = c["verdict"] if c["verdict"] == "holds" else f"**{c['verdict']}**"
+    return " | ".join([text, *after_claim, c["paper"], ours, verdict])
+
+
+def gallery():
+    """Every figure, what to see in it, and what came out."""
+    parts = []
+    for script, (title, pictures, sentence, short) in GALLERY.items():
+        verdicts = {}
+        for what, start in short.items():
+            verdicts.setdefault(one(script, start)["verdict"], []).append(what)
+        came = " ".join(f"**{v[0].upper()}{v[1:]}**: {'; '.join(verdicts[v])}."
+                        for v in ("holds", "not resolved", "contradicted") if v in verdicts)
+        parts += [f"### {title} (`{script}.py`, Fig. {FIGURES[script]})", f"{sentence} {came}",
+                  *(f"![{title}](assets/{picture})" for picture in pictures)]
+    return "\n\n".join(parts)
+
+
+def table():
+    """The claims of the gallery in numbers, with what it takes to see them."""
+    rows = ["| experiment | claim | command | paper | ours (95% interval) | verdict | time |",
+            "|---|---|---|---|---|---|---|"]
+    for script, (*_, short) in GALLERY.items():
+        for i, start in enumerate(short.values()):
+            figure, command, took = (f"Fig. {FIGURES[script]}", f"`python {script}.py`",
+                                     minutes(load(script)["seconds"])) if i == 0 else ("", "", "")
+            rows.append(f"| {figure} | {cells(one(script, start), command)} | {took} |")
     return "\n".join(rows)
 
 
+def results():
+    """All claims, folded away."""
+    rows = [f"| {script}.py | {cells(c)} |" for script in FIGURES for c in claims(script)]
+    return "\n".join([f"<details><summary>All {len(rows)} claims and controls</summary>", "",
+                      "| experiment | claim | paper | ours (95% interval) | verdict |", "|---|---|---|---|---|", *rows,
+                      "", "</details>"])
+
+
 def times():
-    """What the two commands take."""
-    if not (ROOT / "assets" / "bench.json").exists():
+    """When which figure appears."""
+    if "figures" not in (bench := load("bench")):            # not measured yet
         return ""
-    bench = load("bench")
-    s = bench["seconds"]
-    figures = sum(v for k, v in s.items() if k != "tests")
-    parts = ", ".join(f"{minutes(v)} for {k}" for k, v in s.items() if k.startswith("exp_"))
-    return (f"Measured on {bench['machine']}, after the installation: `make figures` about {minutes(figures)} "
-            f"({minutes(s['train.py'])} of training, once; {parts})"
-            + (f", `make test` about {minutes(s['tests'])}." if "tests" in s else "."))
+    at = bench["figures"]
+    first, both, last = min(at.values()), max(at["exp_shells"], at["exp_cfg_paradox"]), max(at.values())
+    return (f"On {bench['machine']}, `make figures` took {minutes(bench['installation'])} to install; after that, the "
+            f"first figure was there within {minutes(first)}, those of exp_cfg_paradox.py and exp_shells.py, with the "
+            f"training, within {minutes(both)}, and all six within {minutes(last)}. `make test` took "
+            f"{minutes(bench['tests'])}.")
 
 
 def controls():
     """What the two controls say, in the figures of the last run."""
-    shells, cfg = (load(n)["claims"] for n in ("exp_shells", "exp_cfg_paradox"))
-    find = lambda claims, start: next(c for c in claims if c["claim"].startswith(start))
-    inside, held = find(shells, "C2"), find(shells, "control: new real")
-    gap, control = find(cfg, "Fig 2 learned"), find(cfg, "control: learned gap on training")
-    ratio = find(cfg, "control: learned gap, trajectories")
+    inside, held = one("exp_shells", "C2"), one("exp_shells", "control: new real")
+    gap, control = one("exp_cfg_paradox", "Fig 2 learned"), one("exp_cfg_paradox", "control: learned gap on training")
+    ratio = one("exp_cfg_paradox", "control: learned gap, trajectories")
     share = (held["ours"] - 1) / (inside["ours"] - 1)
     return (f"At t = .3 the median r_\\* is {inside['ours']:.2f} along trajectories and {held['ours']:.2f} for "
             f"held-out images noised afresh: {100 * share:.0f}% of the departure from the shells is that of any image "
@@ -170,8 +253,8 @@ def trust():
 
 
 def render(text):
-    parts = {"results": results, "times": times, "controls": controls, "score": score, "map": code_map,
-             "paper": paper, "trust": trust}
+    parts = {"times": times, "gallery": gallery, "table": table, "results": results, "controls": controls,
+             "score": score, "map": code_map, "paper": paper, "trust": trust}
     for name, f in parts.items():
         pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
         assert pattern.search(text), f"README.md lacks <!-- {name} --> .. <!-- /{name} -->"

@@ -2,6 +2,9 @@
 #   make figures    set up, then run every experiment: figures in out/<experiment>/laptop/results.png
 #   make test       set up, then run the tests
 PYTHON ?= python3
+# Threads that wait give their core to others, instead of turning in circles: else a second program on the same cores
+# makes each of these ten times slower, not twice.
+export OMP_WAIT_POLICY ?= PASSIVE
 BIN := .venv/bin
 # cheap ones first
 EXPERIMENTS := $(wildcard exp_toy2d.py exp_gaussian.py exp_cfg_paradox.py exp_shells.py exp_freedom.py exp_scaling.py)
@@ -26,7 +29,7 @@ lint: .venv/ready
 notebooks: .venv/ready
 	$(BIN)/python tests/notebooks.py
 
-# For maintainers: what the README shows, from the last `make figures` and `make bench`.
+# For maintainers: what the README shows, from the last `make bench`.
 assets:
 	@for script in $(EXPERIMENTS:.py=); do for kind in json png; do \
 	  cp out/$$script/laptop/results.$$kind assets/$$script.$$kind || exit 1; done; done

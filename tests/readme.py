@@ -37,9 +37,10 @@ GALLERY = {
          "control: plain training does not copy more": "control, plain DSM, SiT",
          "drawn and exact targets agree": "targets: fraction of copies with sampled"}),
     "exp_scaling": (
-        "Selective underfitting, REPA and the scaling law", ("exp_scaling.png",),
-        "Both errors against compute, for networks that all see the same points and noise; what REPA changes, and what "
-        "another seed does; and Fréchet distance as a function of supervision loss, recipe by recipe.",
+        "Selective underfitting, REPA and the scaling law", ("exp_scaling.png", "exp_scaling_when.png"),
+        "Above, both errors against compute, for networks that all see the same points and noise; what REPA changes, "
+        "and what another seed does; Fréchet distance against supervision loss. Below, the search for data and "
+        "lengths of training where the second error grows.",
         {"supervision error falls with compute": "Fig 3 supervision error per decade",
          "extrapolation error grows": "Fig 3 extrapolation error per decade",
          "REPA changes more on trajectories": "Fig 6 change by REPA",

@@ -5,18 +5,19 @@ Figures 9 and 11: perception-aligned training (PAT) on four points of the plane 
 
 A model that fits the empirical score around these points can still blend two of them. "Bad" samples lie between the two
 that are close in the plane but not in angle (-.2 and .2), "good" ones between two of one angle (.2 and 1). The claim:
-three ways to tell a model about angles (P1, P2, P3) turn the bad samples into good ones, and since all models are
-supervised almost perfectly, by extrapolation alone.
+three ways to tell a model about angles turn the bad samples into good ones, and since all models are supervised almost
+perfectly, by extrapolation alone. The three are P1, diffusion in polar space instead of the plane; P2, kernel ridge
+regression on polar features instead of (x, y); P3, a radial-equivariant network, f(a z) = a f(z), instead of any other.
 
     python exp_toy2d.py                # 45 seconds on 2 CPU cores; needs empirical_score.py and nothing else
     python exp_toy2d.py --redraw --animate   # P2's samples on their way, as a GIF; after the command above, seconds
 
-What you should see. Half of C4: with P1 (diffusion in polar space) and P2 (kernel ridge regression on polar features)
-the red samples, between -.2 and .2, are gone. But there are fewer green ones too: what was bad is now memorized. P2's
-loss is also lower; with its ridge raised until the loss equals the baseline's ("equal L", what C4 is about) there are
-fewer bad and slightly more good samples. P3 (a radial-equivariant network) makes many good ones, because it must: it
-cannot fit the four points, and its loss is about the least that any such network can have. The strips at the bottom are
-the sweep over what the paper leaves open (widths, bandwidths, ridges); with wide kernels the bad samples come back.
+What you should see. Half of C4: with P1 and P2 the red samples, between -.2 and .2, are gone. But there are fewer green
+ones too: what was bad is now memorized. P2's loss is also lower; with its ridge raised until the loss equals the
+baseline's ("equal L", what C4 is about) there are fewer bad and slightly more good samples. P3 makes many good ones,
+because it must: it cannot fit the four points, and its loss is about the least that any such network can have. The
+strips at the bottom are the sweep over what the paper leaves open (widths, bandwidths, ridges); with wide kernels the
+bad samples come back.
 
 L here is E_t E_{z ~ p_t} |x_theta - x_*|^2 over the variance of the data, so that it compares across spaces: 0 is a
 perfect fit, 1 is what predicting the mean would get. The file is longer than the other experiments since it carries its
@@ -113,6 +114,15 @@ def posterior_mean(x, z, t):
     """x_*(z, t) for z (..., d) and t (...): what a perfectly supervised model predicts."""
     return EmpiricalScore(x, chunk=len(x)).posterior_mean(z.flatten(0, -2), t.flatten()).view(z.shape)
 
+
+def variance(x):                                             # E|x - E x|^2, the unit of the loss L
+    return (x - x.mean(0)).square().sum(1).mean()
+
+
+def time_grid(cfg):
+    return torch.linspace(1, 1e-3**0.5, cfg.times, dtype=torch.float64)**2           # 1 to .001, finer towards 0
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The models. Each is a function x_theta(z, i): z (K, M, d), of K repetitions, at time grid[i] -> (K, M, d)
 
 def mlp(weights, z, t, equivariant=False):
@@ -129,8 +139,9 @@ def mlp(weights, z, t, equivariant=False):
 def fit_mlp(cfg, x, width, equivariant, grid, device):
     """Train K networks to predict v. -> x_theta
 
-    The target is v_* = (z - x_*)/t, the mean of DSM's noisy eps - x, to come nearer to a perfect fit. They predict v,
-    since x_theta = z - t v_theta then gets exact as t falls; x-prediction lands beside the training points."""
+    The target is v_* = (z - x_*)/t, the mean of the noisy eps - x of denoising score matching, to come nearer to a
+    perfect fit. They predict v, since x_theta = z - t v_theta then gets exact as t falls; x-prediction lands beside
+    the training points."""
     g, d = torch.Generator().manual_seed(cfg.seed), x.shape[1]
     uniform = lambda a, b, fan_in: (2 * torch.rand(cfg.nets, a, b, generator=g) - 1) / fan_in**0.5
     weights = [uniform(*shape).to(device).requires_grad_() for shape in (
@@ -219,10 +230,6 @@ def kind_of(p, margin):
     return kind
 
 
-def variance(x):
-    return (x - x.mean(0)).square().sum(1).mean()
-
-
 def supervision_loss(x_theta, x, grid, nets, seed, n=500):
     """L (K,): n fresh z_t at every time of the grid, the trapezoid rule over t."""
     g, error = torch.Generator().manual_seed(seed), []
@@ -241,10 +248,6 @@ PAIRS = {"P1": ("MLP", "MLP, polar space"), "P2": (XY, RSC), "P3": ("MLP", "equi
 FIELD = np.stack(np.meshgrid(np.linspace(-1.3, 1.3, 14), np.linspace(-0.6, 0.6, 5)), axis=-1)  # (5, 14, 2)
 SHOWN = (0.5, 0.2, 0.05)                                     # the times of the fields
 STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)       # t_.975 with 1 .. 9 degrees of freedom
-
-
-def time_grid(cfg):
-    return torch.linspace(1, 1e-3**0.5, cfg.times, dtype=torch.float64)**2           # 1 to .001, finer towards 0
 
 
 def evaluate(cfg, name, size, device):
@@ -327,30 +330,29 @@ def sweep_of(cfg):
 
 
 def forecast(cfg, folder):
-    """What --dry-run prints. Each model is fitted here for a few steps, or at two times, and its time is scaled up.
-    ValueError if memory or disk is short."""
+    """What --dry-run prints. The largest model of each kind is fitted for a few steps, or at two times, and the time is
+    scaled up. ValueError if memory or disk is short."""
     device, (_, _, todo) = check(cfg), sweep_of(cfg)
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     free, room = shutil.disk_usage(there).free, float("inf")
     if device.type == "cuda": room = torch.cuda.mem_get_info(device)[0]
     elif hasattr(os, "sysconf"): room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    widest = max(*cfg.widths, cfg.width)
-    need = 8 * max(cfg.points * (3 * cfg.nets * cfg.points + 2 * max(cfg.n, 500 * cfg.nets) + 8 * cfg.nets * cfg.times),
-                   widest * (2 * max(cfg.n, 500 * cfg.nets) + 2 * cfg.nets * (cfg.batch + 10)))  # kernels, layers
+    need = 24 * cfg.nets * cfg.points**2                     # kernel matrices; of samples, kernels or hidden units
+    need += 16 * max(cfg.n, 500 * cfg.nets) * max(cfg.points, *cfg.widths, cfg.width)
     disk = 2e6 + 100 * cfg.n                                 # results.json, .png and .gif
     print(f"{len(todo) + 1} models, {cfg.nets} of each, on {device}: {need / 1e9:.2f} GB of memory (there are "
           f"{room / 1e9:.1f}), {disk / 1e6:.1f} MB on the disk of {there} (free: {free / 1e6:,.0f})", flush=True)
     if need > room: raise ValueError(f"{need / 1e9:.1f} GB of memory are needed, {room / 1e9:.1f} GB are there: fewer "
-                                     "points, or a smaller width, n or batch, need less")
+                                     "points or samples, or a smaller width, need less")
     if disk > free: raise ValueError(f"{disk / 1e6:.1f} MB are needed on the disk of {there}, {free / 1e6:.1f} free")
-    few, hours = replace(cfg, steps=min(cfg.steps, 250), times=2), 0.0
-    for name, size in tqdm(todo, desc="timing", disable=None, leave=False):
-        clock, is_kernel = time.perf_counter(), name in (XY, RSC)
-        evaluate(few, name, size, device)
-        scale = cfg.times / 2 if is_kernel else cfg.steps / few.steps
-        often = 8 if (name, size) == (RSC, (cfg.bandwidth, cfg.ridge)) else 1    # bisection: P2 at equal L
-        hours += (time.perf_counter() - clock) * scale * often / 3600
-    print(f"about {60 * hours:.1f} minutes, by a few steps of each here")
+    few, seconds = replace(cfg, steps=min(cfg.steps, 250), times=2), 0.0
+    for name in tqdm({name: None for name, _ in todo}, desc="timing", disable=None, leave=False):
+        sizes, clock = [size for other, size in todo if other == name], time.perf_counter()
+        evaluate(few, name, max(sizes), device)
+        often = len(sizes) + 8 * (name == RSC)               # 8: the bisection for P2 at equal L
+        scale = cfg.times / 2 if name in (XY, RSC) else cfg.steps / few.steps
+        seconds += (time.perf_counter() - clock) * scale * often
+    print(f"at most about {seconds / 60:.1f} minutes, by a few steps of each kind here")
 
 
 def measure(cfg):
@@ -594,8 +596,7 @@ def main(cfg):
 
 if __name__ == "__main__":                                   # a bad value is one line on stderr, and exit status 1
     if debug := "--debug" in sys.argv: sys.argv.remove("--debug")
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)               # --preset picks the defaults of
-    peek.add_argument("--preset", default="laptop")                                  # all other flags
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False); peek.add_argument("--preset", default="laptop")
     preset = peek.parse_known_args()[0].preset
     try:
         if preset not in PRESETS: raise ValueError(f"unknown preset {preset!r}: expected {', '.join(PRESETS)}")

@@ -185,49 +185,54 @@ def plot(path):
     a, claims, model = results["arrays"], results["claims"], results["config"]["train"]
     name = Path(results["config"].get("model_path", "")).name or model["model"]
     t = np.array(a["t"])
-    fig, axes = plt.subplots(1, 2, figsize=(13, 5.6), width_ratios=(1.35, 1))
-    fig.subplots_adjust(left=0.065, right=0.985, top=0.92, bottom=0.245, wspace=0.16)
+    fig, axes = plt.subplots(1, 2, figsize=(10, 5.6), width_ratios=(1.35, 1))
+    fig.subplots_adjust(left=0.078, right=0.985, top=0.82, bottom=0.24, wspace=0.21)
+    places = {"supervision": (BLUE, "noisy training points"), "extrapolation": (RED, "sampling trajectories")}
 
-    def curve(ax, quantiles, colour, style, label, main=True):
+    def curve(ax, quantiles, colour, style, band=True, **more):
         low, median, high = np.maximum(np.array(quantiles), FLOOR)
-        ax.fill_between(t, low, high, color=colour, alpha=0.2 if main else 0.07, lw=0)
-        ax.plot(t, median, style, color=colour, lw=2.4 if main else 1.5, label=label, zorder=4 if main else 3)
+        if band: ax.fill_between(t, low, high, color=colour, alpha=0.17, lw=0)
+        ax.plot(t, median, ls=style, color=colour, **more)
 
     ax = axes[0]
-    ax.set_title("(a) Gap between conditional and unconditional score (Fig. 2)")
-    for k, note in (("empirical, supervision", "in the paper"), ("learned, extrapolation", "in the paper"),
-                    ("learned, supervision", "control"), ("empirical, extrapolation", "control")):
-        what, where = k.split(", ")
-        place = "noisy training points" if where == "supervision" else "sampling trajectories"
-        curve(ax, a["gap"][k], BLUE if where == "supervision" else RED, "-" if what == "empirical" else "--",
-              f"{what} score, {place} ({note})", main=note == "in the paper")
-    ax.set(yscale="log", ylim=(FLOOR * 0.8, None), xlim=(0, 1), xlabel="t        (0 = data, 1 = noise)",
+    ax.set_title("(a) gap between conditional and unconditional score (Fig. 2)", fontsize=10.5)
+    for what, paper in (("empirical", "supervision"), ("learned", "extrapolation")):
+        for shift, (where, (colour, place)) in enumerate(places.items()):        # where two dashed lines coincide, both
+            style = "-" if what == "empirical" else (3 * shift, (3, 3))          # are seen, in turn
+            label = f"{what}, {place} ({'paper' if where == paper else 'control'})"
+            curve(ax, a["gap"][f"{what}, {where}"], colour, style, (what, where) != ("empirical", "extrapolation"),
+                  lw=2.4, label=label, zorder=4 - shift)
+        if what == "empirical":                              # a band from nothing to here would cover all else
+            ax.plot(t, np.maximum(a["gap"]["empirical, extrapolation"][2], FLOOR), ":", color=RED, lw=1.3,
+                    label="its 90th percentile: nearest image of another class")
+    ax.set(yscale="log", ylim=(FLOOR * 0.8, None), xlim=(0, 1), xlabel="t  (0 = data, 1 = noise)",
            ylabel="$\\|s^c - s^\\varnothing\\|$")
-    ax.text(0.02, FLOOR * 1.3, f"below {FLOOR:g} drawn at {FLOOR:g}", fontsize=8)
-    ax.legend(fontsize=9, loc="upper right")
+    ax.text(0.02, FLOOR * 1.5, f"below {FLOOR:g} drawn at {FLOOR:g}", fontsize=8.5)
+    fig.legend(*ax.get_legend_handles_labels(), fontsize=9, loc="upper left", bbox_to_anchor=(0.06, 1), ncols=2,
+               frameon=False, handlelength=2.6)
 
     ax = axes[1]
-    ax.set_title("(b) Why: how many training points share the softmax")
-    for k, q in a["effective_size"].items():
-        what, where = k.split(", ")
-        curve(ax, q, BLUE if where == "supervision" else RED, "-" if what == "conditional" else "--",
-              f"{what}, {'training points' if where == 'supervision' else 'trajectories'}")
-    ax.set(yscale="log", ylim=(0.8, None), xlim=(0, 1), xlabel="t", ylabel="effective number $1 / \\sum_i w_i^2$")
-    ax.legend(fontsize=9, loc="upper left")
+    ax.set_title("(b) how many training points share the softmax", fontsize=10.5)
+    for where, (colour, _) in places.items():
+        for what, style in (("conditional", "-"), ("unconditional", "--")):
+            curve(ax, a["effective_size"][f"{what}, {where}"], colour, style, lw=2)
+    ax.set(yscale="log", ylim=(0.8, None), xlim=(0, 1), xlabel="t",
+           ylabel="effective number of points, $1\\,/\\,\\Sigma_i w_i^2$")
+    ax.legend(handles=[plt.Line2D([], [], color="black", ls=ls, label=label) for ls, label in
+                       (("-", "among those of the class"), ("--", "among all"))], fontsize=9, loc="upper left")
 
     vanishes, ratio = claims[2], claims[3]
-    meaning = {"contradicted": "This network misses the empirical score inside the shells too, by just what guidance "
-                               "feeds on: extrapolation alone does not explain the gap.",
+    meaning = {"contradicted": "So this network misses the empirical score inside the shells too: extrapolation alone "
+                               "does not explain the gap.",
                "holds": "It vanishes there, as the paper's argument assumes: the gap is made by extrapolation.",
                "not resolved": "Whether it vanishes there is not resolved."}[vanishes["verdict"]]
-    caption = [f"Lines: median over {a['n']} points; bands: 10 to 90%. {name} on {a['N']:,} images of "
-               f"{model['data']}, d = {a['d']}; trajectories with w = {a['w']:g}.",
-               "The paper compares blue, solid, with red, dashed. The control (blue, dashed) is the learned gap at "
-               "points that training used:",
-               f"its median is at least {vanishes['ours']:.2g} for t <= .5, and the gap on trajectories is "
-               f"{ratio['ours']:.2f} times as large (95%: {ratio['ci95'][0]:.2f} to {ratio['ci95'][1]:.2f}).", meaning]
-    fig.text(0.065, 0.015, "\n".join(caption), fontsize=9.5)
-    fig.savefig(Path(path).with_suffix(".png"), dpi=100)
+    caption = [f"The learned gap at points that training used is {vanishes['ours']:.2g} or more for t <= .5; on "
+               f"trajectories it is {ratio['ours']:.2f} times as large [{ratio['ci95'][0]:.2f}, "
+               f"{ratio['ci95'][1]:.2f}].", meaning,
+               f"Lines: median of {a['n']} points; bands: 10 to 90%; brackets: 95%. {name} on {a['N']:,} images of "
+               f"{model['data']}, d = {a['d']}; trajectories with w = {a['w']:g}."]
+    fig.text(0.02, 0.02, "\n".join(caption), fontsize=9, linespacing=1.4)
+    fig.savefig(Path(path).with_suffix(".png"), dpi=130)
     plt.close(fig)
 
 

@@ -12,10 +12,11 @@ Noisy points z_t = (1 - t) x + t eps of such data are N(0, ((1 - t)^2 + t^2) I),
 s_gt(z, t) = -z / ((1 - t)^2 + t^2), and a network can be held against both scores, s_* and s_gt, in both regions.
 
 What you should see. On training points (blue) the error to s_* (solid) falls below that to s_gt (dashed), by (b) for t
-above .1; on fresh points (red) it stays above, but only for t below .4, where shells do not overlap. s_gt is approached
-in the first hundreds of iterations only, then left on fresh points too; and the error to s_* there, which the paper
-does not show, does not grow: it falls, and stops far from 0. With 10,000 points nothing is left to select. (With its
-own intervals, results file and command line, this file is longer than 300 lines, and works without train.py.)
+above .1; on fresh points (red) it stays above, but only for t below .4, where a noisy point still tells from which
+training point it came. s_gt is approached in the first hundreds of iterations only, then left on fresh points too; and
+the error to s_* there, which the paper does not show, does not grow: it falls, and stops far from 0. With 10,000 points
+nothing is left to select. (With its own intervals, results file and command line, this file is longer than 300 lines,
+and works without train.py.)
 
 Try this; the answers are in the first two rows of the table that is printed last, or in the figure.
 1. python exp_gaussian.py --iterations 400      Which score comes first on training points? The first row says s_gt: it
@@ -34,10 +35,11 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -67,6 +69,7 @@ class Config:
     seed: int = 0  # of all that is random
     device: str = "auto"  # auto, cpu, cuda, mps
     redraw: bool = False  # draw the figure again from results.json, and measure nothing
+    dry_run: bool = False  # check memory and disk, say what would run and for how long, and stop
     out: str = ""  # folder of the results; default out/exp_gaussian/<preset>
 
 PRESETS = {
@@ -191,8 +194,8 @@ def since_minimum(curves):
     lowest = [np.log(np.delete(curves, s, axis=0)).mean(0).argmin() for s in range(len(curves))]
     return curves[:, -1] / curves[range(len(curves)), lowest]
 
-def measure(cfg):
-    """Train all networks and compare -> what goes to results.json."""
+def check(cfg):
+    """-> the device; ValueError for what cannot be measured."""
     least = dict(seeds=2, d=1, depth=2, width=1, iterations=1, batch=1, eval_every=1, n_eval=1, lr=1e-9, slowdown=1e-9,
                  seed=0)
     if low := [name for name, v in least.items() if not v <= getattr(cfg, name) <= 1e9]:  # of a nan, neither holds
@@ -200,7 +203,41 @@ def measure(cfg):
     if cfg.n_eval % BINS: raise ValueError(f"n_eval must be a multiple of {BINS}, not {cfg.n_eval}")
     if len(cfg.points) < 2 or cfg.points[0] < 1 or cfg.points[-1] > 1e9 or list(cfg.points) != sorted(set(cfg.points)):
         raise ValueError(f"points must be two sizes or more, ascending, 1 to 1e9, not {cfg.points}")
-    device, started = pick_device(cfg.device), time.time()
+    return pick_device(cfg.device)
+
+def forecast(cfg, folder):
+    """What --dry-run prints; the time is that of a few iterations, scaled. ValueError if memory or disk is short."""
+    device, M, inner = check(cfg), len(cfg.points) * cfg.seeds, cfg.width * (cfg.depth - 1)
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    free, room = shutil.disk_usage(there).free, float("inf")
+    if device.type == "cuda": room = torch.cuda.mem_get_info(device)[0]
+    elif hasattr(os, "sysconf"): room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    weights = (cfg.d + 9) * cfg.width + cfg.width * inner                # with gradient and Adam's moments: 4 times
+    need = 4 * M * (4 * weights + 3 * cfg.batch * inner + 6 * cfg.n_eval * (cfg.width + 2 * cfg.d) +
+                    2 * cfg.points[-1] * cfg.d)
+    disk = 1e6 + 300 * len(cfg.points) * (cfg.iterations // cfg.eval_every)
+    print(f"{M} networks of {weights / 1e6:.2f}M parameters, {cfg.iterations:,} iterations on {device}: "
+          f"{need / 1e9:.2f} GB of memory (there are {room / 1e9:.1f}), {disk / 1e6:.1f} MB on the disk of {there} "
+          f"(free: {free / 1e6:,.0f})", flush=True)
+    if need > room: raise ValueError(f"{need / 1e9:.1f} GB of memory are needed, {room / 1e9:.1f} GB are there: fewer "
+                                     "points or seeds, or a smaller width, need less")
+    if disk > free: raise ValueError(f"{disk / 1e6:.1f} MB are needed on the disk of {there}, {free / 1e6:.1f} free")
+
+    def seconds(**change):
+        clock = time.perf_counter()
+        train(replace(cfg, **change), device)
+        return time.perf_counter() - clock
+
+    few = dict(points=tuple(range(1, len(cfg.points) + 1)), iterations=1)        # more points cost a step nothing
+    n, short = min(40, max(2, int(2e8 / (M * weights)))), few | dict(n_eval=BINS, eval_every=10**9)
+    start, both, none, steps = seconds(iterations=1), seconds(**few), seconds(**short), seconds(**short | dict(
+        iterations=1 + n))                                   # each evaluates twice, at the start and at the end
+    took = start + cfg.iterations * max(0, (steps - none) / n + (both - none) / 2 / cfg.eval_every)
+    print(f"about {took / 60:.1f} minutes, by {n} iterations here")
+
+def measure(cfg):
+    """Train all networks and compare -> what goes to results.json."""
+    device, started = check(cfg), time.time()
     at, errors, loss = train(cfg, device)
     print(f"training and evaluation: {time.time() - started:.1f} s on {device}", flush=True)
 
@@ -241,8 +278,25 @@ def measure(cfg):
 # ----------------------------------------------------------------------------------------------------------------------
 # Drawing, and the command as in all experiments
 
-STYLES = {"supervision": ("#0072B2", 2.2, "training points"), "true p_t": ("#D55E00", 2.2, "true $p_t$"),
-          "N(0, I)": ("#555555", 0.7, "$N(0, I)$")}          # supervision blue, extrapolation red in every figure
+STYLES = {"supervision": ("#0072B2", 2.2, "on noisy training points (supervision)"),       # colours as in all figures
+          "true p_t": ("#D55E00", 2.2, "on fresh noisy points of the true $p_t$ (extrapolation)"),
+          "N(0, I)": ("#555555", 0.8, "on $N(0, I)$")}
+
+def caption(results):
+    """What the figure says, in numbers and words that follow from the claims."""
+    a, c, cfg = results["arrays"], results["claims"], results["config"]
+    near = {"holds": "$s_*$", "contradicted": "$s_{gt}$", "not resolved": "neither, as far as this resolves"}
+    far = near | {"holds": near["contradicted"], "contradicted": near["holds"]}
+    kept = {"holds": "stays at its minimum", "contradicted": "has risen since its minimum",
+            "not resolved": "may have risen since its minimum"}
+    number = lambda row: f"{row['ours']:.2f} [{row['ci95'][0]:.2f}, {row['ci95'][1]:.2f}]"
+    return "\n".join([
+        f"N = {cfg['points'][0]:,}, at the end: on training points the network is closer to {near[c[0]['verdict']]} "
+        f"(error to $s_*$ / error to $s_{{gt}}$ = {number(c[0])}),",
+        f"on fresh points closer to {far[c[1]['verdict']]} ({number(c[1])}). There the error to $s_{{gt}}$ "
+        f"{kept[c[3]['verdict']]}: it is {number(c[3])} times that.",
+        f"Lines: geometric means of {cfg['seeds']} seeds; bands and brackets: 95%; $\\lambda(t) = t^4/(1-t)^2$."
+        + f" Diverged: {a['diverged']} of {a['networks']} networks." * bool(a["diverged"])])
 
 def plot(path):
     """results.json -> results.png beside it: the same distances during training, for each t, and for each N."""
@@ -250,36 +304,37 @@ def plot(path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     results = json.loads(Path(path).read_text())
-    a, cfg, N = results["arrays"], results["config"], results["config"]["points"]
+    a, N = results["arrays"], results["config"]["points"]
     curve = {k: np.array(v) for k, v in a["training"].items()}                                   # (sizes, 3, E)
-    fig, axes = plt.subplots(1, 3, figsize=(14, 6.2))
-    fig.subplots_adjust(left=0.055, right=0.985, top=0.86, bottom=0.285, wspace=0.17)
-    panels = [(f"(a) During training, N = {N[0]:,} (Fig. 10)", "training iteration", a["iterations"],
+    fig, axes = plt.subplots(1, 3, figsize=(10, 5.1))
+    fig.subplots_adjust(left=0.088, right=0.985, top=0.8, bottom=0.265, wspace=0.23)
+    panels = [(f"(a) during training, N = {N[0]:,} (Fig. 10)", "training iteration", a["iterations"],
                {k: v[0] for k, v in curve.items()}),
-              (f"(b) At the end, N = {N[0]:,}, for each t", "t        (0 = data, 1 = noise)", a["t"], a["over_t"]),
-              ("(c) At the end, for each N", "number of training points N", N,
+              (f"(b) at the end, at each t, N = {N[0]:,}", "t  (0 = data, 1 = noise)", a["t"], a["over_t"]),
+              ("(c) at the end, for each N", "number of training points N", N,
                {k: v[:, :, -1].T for k, v in curve.items()})]
     for ax, (title, xlabel, x, bands) in zip(axes, panels, strict=True):
         for name, (low, middle, high) in bands.items():
             region, target = name.rsplit(", ", 1)
-            colour, width, label = STYLES[region]
+            colour, width, _ = STYLES[region]
             ax.plot(x, middle, "-" if target == "s_*" else "--", color=colour, lw=width, ms=2 * width,
-                    marker="o" if x is N else None, label=f"{label}, to {target}")
+                    marker="o" if x is N else None)
             if width > 1: ax.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
-        ax.set(title=title, xlabel=xlabel, yscale="log", xlim=(x[0], x[-1]))
+        ax.set(xlabel=xlabel, yscale="log", xlim=(x[0], x[-1]))
+        ax.set_title(title, fontsize=10)
+        ax.tick_params(labelsize=9)
         ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1,) if x is a["t"] else (1, 2, 5)))
         ax.yaxis.set_major_formatter("{x:g}"); ax.yaxis.set_minor_formatter("")
-    axes[0].set_ylabel("$\\lambda(t)\\,\\|s_\\theta - s\\|^2 / d$")
+    axes[0].set_ylabel("error of the learned score\n$\\lambda(t)\\,\\|s_\\theta - s\\|^2 / d$")
     axes[2].set(xscale="log", xticks=N, xticklabels=[f"{n:,}" for n in N],
                 xlim=(N[0] * 0.8, N[-1] * 1.25)); axes[2].minorticks_off()
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=6, fontsize=9.5, frameon=False)
-    rows = [f"{r['claim'].removeprefix('Fig 10 ')}:  {r['ours']:.2f}  ({r['ci95'][0]:.2f} to {r['ci95'][1]:.2f}),  "
-            f"{r['verdict']}" for r in results["claims"][:5]]
-    rows += [f"Lines: geometric means over {cfg['seeds']} seeds, less those with a diverged network "
-             f"({a['diverged']} of {a['networks']}); bands: 95%. {cfg['depth']} layers of {cfg['width']}, Adam at "
-             f"{cfg['lr']:g}/{cfg['slowdown']:g}; $\\lambda(t) = t^4/(1-t)^2$."]
-    fig.text(0.055, 0.015, "\n".join(rows), fontsize=9.5)
-    fig.savefig(Path(path).with_suffix(".png"), dpi=90); plt.close(fig)
+    where = [plt.Line2D([], [], color=colour, lw=width, label=label) for colour, width, label in STYLES.values()]
+    to = [plt.Line2D([], [], color="black", ls=ls, label=label) for ls, label in
+          (("-", "solid: error to the empirical score $s_*$"), ("--", "dashed: error to the true score $s_{gt}$"))]
+    for handles, y in ((where, 1.0), (to, 0.945)):
+        fig.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, y), ncols=3, fontsize=9.5, frameon=False)
+    fig.text(0.02, 0.02, caption(results), fontsize=9, linespacing=1.4)
+    fig.savefig(Path(path).with_suffix(".png"), dpi=130); plt.close(fig)
 
 def pick_device(name):
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -289,6 +344,7 @@ def pick_device(name):
 
 def main(cfg):
     path = (Path(cfg.out) if cfg.out else ROOT / "out" / "exp_gaussian" / cfg.preset) / "results.json"
+    if cfg.dry_run: return forecast(cfg, path.parent)
     if cfg.redraw and not path.exists(): raise FileNotFoundError(f"nothing to redraw: there is no {path}")
     if not cfg.redraw:
         text = json.dumps(measure(cfg), default=lambda a: json.loads(  # arrays as lists, rounded to four digits

@@ -103,6 +103,15 @@ def pair_log_overlaps(x):
     return -torch.pdist(x.flatten(1).double()).square() / 8
 
 
+def memorized(E, out, x, i, flips):
+    """Images sampled back from noisy training images x, rows i of the data: how many ended nearest to the one they came
+    from; and, where rows 2k and 2k + 1 are an image and its mirror image (flips), how many to the mirror image instead.
+    out, x (B, C, H, W), i (B,) -> (int, int)"""
+    (d2, nearest), back = E.nearest(out, 1), (out - x).flatten(1).cpu().double().square().sum(1)
+    exact = back <= d2[:, 0].cpu() * (1 + 1e-5)              # an identical twin of x counts as x
+    return int(exact.sum()), int((~exact & (nearest[:, 0].cpu() == i ^ 1)).sum()) if flips else 0
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Measuring
 
@@ -139,10 +148,11 @@ def measure(cfg):
     E = EmpiricalScore(data["x"], data["y"], device=device)
     rng, shape, d = np.random.default_rng(cfg.seed), E.shape, E.D
 
-    def pick(name, n):                                       # n random images with labels
+    def pick(name, n):                                       # n random images with labels, and their rows
         i = rng.choice(len(data[name]), min(n, len(data[name])), replace=False)
         y = data[name.replace("x", "y")]
-        return torch.from_numpy(data[name][i]).to(device).float(), torch.from_numpy(y[i].astype(np.int64)).to(device)
+        x, y = torch.from_numpy(data[name][i]).to(device).float(), torch.from_numpy(y[i].astype(np.int64)).to(device)
+        return x, y, torch.from_numpy(i)
 
     # C1, C2: r_* of training points, of held-out images noised in the same way, and along inference (Fig 1b)
     t = times(1 / cfg.n_times, cfg.n_times, 0.3)
@@ -165,16 +175,16 @@ def measure(cfg):
     phase("r_* of points and trajectories")
 
     # Fig 4: from z_t back to t = 0; does the nearest training image equal the one we came from?
-    x, labels = pick("x", cfg.n_images)
+    x, labels, rows = pick("x", cfg.n_images)
     e = noise(range(len(x)), shape, cfg.seed + 9).to(device)
     t_memo = times(0, cfg.memo_times, 0.5)
-    hits, shown = [], {}
+    hits, flipped, shown = [], [], {}
     for tj in tqdm(t_memo, desc="denoising", disable=None, leave=False):
         z = noised(x, e, tj)
         out = z if tj == 0 else torch.cat([sample(model, zb, yb, t_grid=[tj, 0.0])[-1] for zb, yb in
                                            zip(z.split(cfg.batch), labels.split(cfg.batch), strict=True)])
-        nearest, back = E.nearest(out, 1)[0][:, 0].cpu(), (out - x).flatten(1).cpu().double().square().sum(1)
-        hits.append(int((back <= nearest * (1 + 1e-5)).sum()))           # an identical twin of x counts as x
+        for count, to in zip(memorized(E, out, x, rows, "flips" in data["meta"]), (hits, flipped), strict=True):
+            to.append(count)                                 # differs from the paper, which does not tell the two apart
         if tj > 0 and (np.isclose(tj, SHOWN).any() or cfg.memo_times < 21):
             shown[f"{tj:.3g}"] = torch.stack([z[cfg.image % len(x)], out[cfg.image % len(x)]])
     phase("memorization ratio")
@@ -217,6 +227,7 @@ def measure(cfg):
         log_overlap={"closest pair": overlap.log_c, "1% closest pairs": ((1 - t) / t)**2 * pairs[1],
                      "median pair": ((1 - t) / t)**2 * pairs[0]},
         overlap_class=cfg.overlap_class, duplicates=overlap.duplicates, d=d, N=E.N)
+    if "flips" in data["meta"]: arrays["flipped"] = np.array(flipped) / len(x)
     train.save_results("exp_shells", cfg, device, phase.started, arrays, claims)
 
 
@@ -244,13 +255,13 @@ def caption(results):
     """What the figure says, in words and numbers that follow from the claims."""
     a, c, model = results["arrays"], results["claims"], results["config"]["train"]
     name = Path(results["config"].get("model_path", "")).name or model["model"]
-    lines = [f"{name} on {a['N']:,} images of {model['data']}, d = {a['d']}. At t = .3 the median of r_* is "
+    lines = [f"{name} on {a['N']:,} images of {model['data']}, d = {a['d']}. At t = .3 the median of $r_*$ is "
              f"{c[1]['ours']:.2f} along sampling trajectories (paper: above 1)."]
     if len(c) > 4:
         stay, more = c[4], c[5]
-        lines += [f"Control: new real images, noised afresh, are at {stay['ours']:.2f} (95%: {stay['ci95'][0]:.2f} to "
-                  f"{stay['ci95'][1]:.2f}), trajectories {more['ours']:+.2f} from that ({more['ci95'][0]:+.2f} to "
-                  f"{more['ci95'][1]:+.2f}).",
+        lines += [f"Control: new real images, noised afresh, are at {stay['ours']:.2f} [{stay['ci95'][0]:.2f}, "
+                  f"{stay['ci95'][1]:.2f}], trajectories {more['ours']:+.2f} from that [{more['ci95'][0]:+.2f}, "
+                  f"{more['ci95'][1]:+.2f}] (brackets: 95%).",
                   {"contradicted": f"So {100 * (stay['ours'] - 1) / (c[1]['ours'] - 1):.0f}% of the way out of the "
                                    "shells at that t is what any image goes that is not in the training set, real or "
                                    "generated.",
@@ -267,53 +278,56 @@ def plot(path):
     results = json.loads(Path(path).read_text())
     a = results["arrays"]
     t, t_memo = np.array(a["t"]), np.array(a["t_memo"])
-    fig = plt.figure(figsize=(13, 7.2))
-    grid = fig.add_gridspec(3, 2, height_ratios=(1.5, 1.7, 1.5), width_ratios=(1.1, 1), hspace=0.28, wspace=0.16,
-                            left=0.05, right=0.985, top=0.94, bottom=0.17)
+    fig = plt.figure(figsize=(10, 7.2))
+    grid = fig.add_gridspec(3, 2, height_ratios=(1.35, 1.7, 1.4), hspace=0.42, wspace=0.2,
+                            left=0.06, right=0.985, top=0.95, bottom=0.185)
 
     ax = fig.add_subplot(grid[:, 0])
-    ax.set_title("(a) Distance to the nearest shell (Fig. 1b)")
+    ax.set_title("(a) distance to the nearest shell (Fig. 1b)", fontsize=11)
     paper, sharp = a["widths"]
-    ax.axhspan(1 - paper, 1 + paper, color=GREY, alpha=0.08, lw=0, label="shell as wide as Prop. 3.2 says")
-    ax.axhspan(1 - sharp, 1 + sharp, color=BLUE, alpha=0.25, lw=0, label="shell, sharp width")
+    ax.axhspan(1 - paper, 1 + paper, color=GREY, alpha=0.08, lw=0, label="a shell as wide as Prop. 3.2 says")
+    ax.axhspan(1 - sharp, 1 + sharp, color=BLUE, alpha=0.25, lw=0, label="a shell's width, sharp")
     for k, colour, label in (("inference", RED, "sampling trajectories"), ("training", BLUE, "noisy training points")):
         ax.plot(t, np.array(a["lines"][k]).T, color=colour, lw=0.4, alpha=0.35)
-        ax.plot([], [], color=colour, label=label)
+        ax.plot([], [], color=colour, lw=2, label=label)
     if "heldout" in a["median"]:
-        ax.plot(t, a["median"]["heldout"], "--", color="black", lw=1.8, label="control: new real images (median)")
-    ax.set(xlim=(0, 1), ylim=(0.5, 5), xlabel="t        (0 = data, 1 = noise; sampling runs to the left)",
-           ylabel="$r_*$")
-    ax.legend(loc="upper right", framealpha=0.9)
+        ax.plot(t, a["median"]["heldout"], "--", color="black", lw=1.8, label="new real images, noised (median)")
+    ax.set(xlim=(0, 1), ylim=(0.5, 5), xlabel="t  (0 = data, 1 = noise; sampling runs to the left)")
+    ax.set_ylabel("$r_*$, distance in radii of the nearest shell", labelpad=1)
+    ax.legend(loc="upper right", fontsize=9, framealpha=1)
 
     ax = fig.add_subplot(grid[0, 1])
-    ax.set_title("(b) One training image, noised and sampled back (Fig. 4 left)")
+    ax.set_title("(b) an image, noised and sampled back (Fig. 4 left)", fontsize=11)
     canvas, columns, rows = mosaic(a["image"], a["images"])
     ax.imshow(canvas, aspect="equal")
-    ax.set_xticks(columns, ["x", *(f"t = {tj}" for tj in a["images"])], fontsize=9)
+    ax.set_xticks(columns, ["x", *(f"t = {tj}" for tj in a["images"])], fontsize=8.5)
     ax.set_yticks(rows, ["$z_t$", "sampled"], fontsize=9)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
 
     ax = fig.add_subplot(grid[1, 1])
-    ax.set_title("(c) Sampled back: is it the same image? (Fig. 4 right)")
+    ax.set_title("(c) sampled back: is it the same image? (Fig. 4 right)", fontsize=11)
     ax.fill_between(t_memo, a["memorized_low"], a["memorized_high"], color=BLUE, alpha=0.25, lw=0)
     ax.plot(t_memo, a["memorized"], "o-", ms=3.5, color=BLUE,
-            label=f"memorization ratio (n = {a['n_images']}, band: 95%)")
+            label=f"memorization ratio\n(of {a['n_images']}, band: 95%)")
+    if "flipped" in a: ax.plot(t_memo, a["flipped"], "s:", ms=3.5, color=BLUE, label="its mirror image instead")
     ax.plot(t, np.exp(a["log_overlap"]["closest pair"]), color=GREY,
-            label=f"overlap C(t), closest pair of class {a['overlap_class']}")
+            label=f"overlap C(t) of the two\nclosest shells, class {a['overlap_class']}")
     ax.set(ylim=(-0.03, 1.05), xlim=(0, 1), ylabel="ratio, C(t)")
-    ax.tick_params(labelbottom=False)
+    ax.tick_params(labelbottom=False, labelsize=9)
     ax.legend(loc="center left", fontsize=9)
     below = fig.add_subplot(grid[2, 1], sharex=ax)
     for (name, line), style in zip(a["log_overlap"].items(), ("-", "--", ":"), strict=True):
         below.plot(t, np.array(line) / np.log(10), style, color=GREY, label=name)
     below.axhline(-2, color="black", lw=0.6)
-    below.text(0.01, -1.9, "C = .01", fontsize=8, va="bottom")
-    below.set(ylim=(-12, 0.5), xlabel="t", ylabel="$\\log_{10}$ C(t)")
-    below.legend(loc="lower right", title=f"{a['duplicates']} identical pairs left out", title_fontsize=8, fontsize=8)
+    below.text(0.01, -1.9, "C = .01", fontsize=9, va="bottom")
+    below.set(ylim=(-15, 0.5), xlabel="t", ylabel="$\\log_{10}$ C(t)")
+    below.tick_params(labelsize=9)
+    below.legend(loc="lower right", fontsize=9, handlelength=1.6, title_fontsize=9,
+                 title=f"{a['duplicates']} identical pairs left out" if a["duplicates"] else None)
 
-    fig.text(0.05, 0.02, caption(results), fontsize=10)
-    fig.savefig(Path(path).with_suffix(".png"), dpi=90)
+    fig.text(0.02, 0.02, caption(results), fontsize=9, linespacing=1.4)
+    fig.savefig(Path(path).with_suffix(".png"), dpi=105)
     plt.close(fig)
 
 

@@ -5,18 +5,19 @@ Figures 9 and 11: perception-aligned training (PAT) on four points of the plane 
 
 A model that fits the empirical score around these points can still blend two of them. "Bad" samples lie between the two
 that are close in the plane but not in angle (-.2 and .2), "good" ones between two of one angle (.2 and 1). The claim:
-three ways to tell a model about angles (P1, P2, P3) turn the bad samples into good ones, and since all models are
-supervised almost perfectly, by extrapolation alone.
+three ways to tell a model about angles turn the bad samples into good ones, and since all models are supervised almost
+perfectly, by extrapolation alone. The three are P1, diffusion in polar space instead of the plane; P2, kernel ridge
+regression on polar features instead of (x, y); P3, a radial-equivariant network, f(a z) = a f(z), instead of any other.
 
     python exp_toy2d.py                # 45 seconds on 2 CPU cores; needs empirical_score.py and nothing else
     python exp_toy2d.py --redraw --animate   # P2's samples on their way, as a GIF; after the command above, seconds
 
-What you should see. Half of C4: with P1 (diffusion in polar space) and P2 (kernel ridge regression on polar features)
-the red samples, between -.2 and .2, are gone. But there are fewer green ones too: what was bad is now memorized. P2's
-loss is also lower; with its ridge raised until the loss equals the baseline's ("equal L", what C4 is about) there are
-fewer bad and slightly more good samples. P3 (a radial-equivariant network) makes many good ones, because it must: it
-cannot fit the four points, and its loss is about the least that any such network can have. The table at the bottom is
-the sweep over what the paper leaves open (widths, bandwidths, ridges); with wide kernels the bad samples come back.
+What you should see. Half of C4: with P1 and P2 the red samples, between -.2 and .2, are gone. But there are fewer green
+ones too: what was bad is now memorized. P2's loss is also lower; with its ridge raised until the loss equals the
+baseline's ("equal L", what C4 is about) there are fewer bad and slightly more good samples. P3 makes many good ones,
+because it must: it cannot fit the four points, and its loss is about the least that any such network can have. The
+strips at the bottom are the sweep over what the paper leaves open (widths, bandwidths, ridges); with wide kernels the
+bad samples come back.
 
 L here is E_t E_{z ~ p_t} |x_theta - x_*|^2 over the variance of the data, so that it compares across spaces: 0 is a
 perfect fit, 1 is what predicting the mean would get. The file is longer than the other experiments since it carries its
@@ -39,10 +40,11 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -76,6 +78,7 @@ class Config:
     seed: int = 0  # of the weights, the noise and the samples
     device: str = "auto"  # auto, cpu, cuda (the regressions are float64, which mps does not have)
     redraw: bool = False  # draw the figure again from results.json, and measure nothing
+    dry_run: bool = False  # check memory and disk, say what would run and for how long, and stop
     animate: bool = False  # also write results.gif: P2's samples on their way from noise, baseline beside PAT
     out: str = ""  # folder of the results; default out/exp_toy2d/<preset>
 
@@ -111,6 +114,15 @@ def posterior_mean(x, z, t):
     """x_*(z, t) for z (..., d) and t (...): what a perfectly supervised model predicts."""
     return EmpiricalScore(x, chunk=len(x)).posterior_mean(z.flatten(0, -2), t.flatten()).view(z.shape)
 
+
+def variance(x):                                             # E|x - E x|^2, the unit of the loss L
+    return (x - x.mean(0)).square().sum(1).mean()
+
+
+def time_grid(cfg):
+    return torch.linspace(1, 1e-3**0.5, cfg.times, dtype=torch.float64)**2           # 1 to .001, finer towards 0
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The models. Each is a function x_theta(z, i): z (K, M, d), of K repetitions, at time grid[i] -> (K, M, d)
 
 def mlp(weights, z, t, equivariant=False):
@@ -127,8 +139,9 @@ def mlp(weights, z, t, equivariant=False):
 def fit_mlp(cfg, x, width, equivariant, grid, device):
     """Train K networks to predict v. -> x_theta
 
-    The target is v_* = (z - x_*)/t, the mean of DSM's noisy eps - x, to come nearer to a perfect fit. They predict v,
-    since x_theta = z - t v_theta then gets exact as t falls; x-prediction lands beside the training points."""
+    The target is v_* = (z - x_*)/t, the mean of the noisy eps - x of denoising score matching, to come nearer to a
+    perfect fit. They predict v, since x_theta = z - t v_theta then gets exact as t falls; x-prediction lands beside
+    the training points."""
     g, d = torch.Generator().manual_seed(cfg.seed), x.shape[1]
     uniform = lambda a, b, fan_in: (2 * torch.rand(cfg.nets, a, b, generator=g) - 1) / fan_in**0.5
     weights = [uniform(*shape).to(device).requires_grad_() for shape in (
@@ -217,10 +230,6 @@ def kind_of(p, margin):
     return kind
 
 
-def variance(x):
-    return (x - x.mean(0)).square().sum(1).mean()
-
-
 def supervision_loss(x_theta, x, grid, nets, seed, n=500):
     """L (K,): n fresh z_t at every time of the grid, the trapezoid rule over t."""
     g, error = torch.Generator().manual_seed(seed), []
@@ -239,10 +248,6 @@ PAIRS = {"P1": ("MLP", "MLP, polar space"), "P2": (XY, RSC), "P3": ("MLP", "equi
 FIELD = np.stack(np.meshgrid(np.linspace(-1.3, 1.3, 14), np.linspace(-0.6, 0.6, 5)), axis=-1)  # (5, 14, 2)
 SHOWN = (0.5, 0.2, 0.05)                                     # the times of the fields
 STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)       # t_.975 with 1 .. 9 degrees of freedom
-
-
-def time_grid(cfg):
-    return torch.linspace(1, 1e-3**0.5, cfg.times, dtype=torch.float64)**2           # 1 to .001, finer towards 0
 
 
 def evaluate(cfg, name, size, device):
@@ -316,13 +321,43 @@ def check(cfg):
     return torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def measure(cfg):
-    """Every model, at every setting of the sweep, and the claims -> what goes to results.json."""
-    device, started, models = check(cfg), time.time(), {}
+def sweep_of(cfg):
+    """-> {pair: all of its sizes}, {pair: the size that is drawn}, every (name, size) that has to be fitted, once."""
     kernels = sorted({(h, ridge) for h in (*cfg.bandwidths, cfg.bandwidth) for ridge in (*cfg.ridges, cfg.ridge)})
     sizes = {"P1": (widths := sorted({*cfg.widths, cfg.width})), "P2": kernels, "P3": widths}
-    main = {"P1": cfg.width, "P2": (cfg.bandwidth, cfg.ridge), "P3": cfg.width}
     todo = dict.fromkeys((name, size) for pair in PAIRS for name in PAIRS[pair] for size in sizes[pair])
+    return sizes, {"P1": cfg.width, "P2": (cfg.bandwidth, cfg.ridge), "P3": cfg.width}, list(todo)
+
+
+def forecast(cfg, folder):
+    """What --dry-run prints. The largest model of each kind is fitted for a few steps, or at two times, and the time is
+    scaled up. ValueError if memory or disk is short."""
+    device, (_, _, todo) = check(cfg), sweep_of(cfg)
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    free, room = shutil.disk_usage(there).free, float("inf")
+    if device.type == "cuda": room = torch.cuda.mem_get_info(device)[0]
+    elif hasattr(os, "sysconf"): room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    need = 24 * cfg.nets * cfg.points**2                     # kernel matrices; of samples, kernels or hidden units
+    need += 16 * max(cfg.n, 500 * cfg.nets) * max(cfg.points, *cfg.widths, cfg.width)
+    disk = 2e6 + 100 * cfg.n                                 # results.json, .png and .gif
+    print(f"{len(todo) + 1} models, {cfg.nets} of each, on {device}: {need / 1e9:.2f} GB of memory (there are "
+          f"{room / 1e9:.1f}), {disk / 1e6:.1f} MB on the disk of {there} (free: {free / 1e6:,.0f})", flush=True)
+    if need > room: raise ValueError(f"{need / 1e9:.1f} GB of memory are needed, {room / 1e9:.1f} GB are there: fewer "
+                                     "points or samples, or a smaller width, need less")
+    if disk > free: raise ValueError(f"{disk / 1e6:.1f} MB are needed on the disk of {there}, {free / 1e6:.1f} free")
+    few, seconds = replace(cfg, steps=min(cfg.steps, 250), times=2), 0.0
+    for name in tqdm({name: None for name, _ in todo}, desc="timing", disable=None, leave=False):
+        sizes, clock = [size for other, size in todo if other == name], time.perf_counter()
+        evaluate(few, name, max(sizes), device)
+        often = len(sizes) + 8 * (name == RSC)               # 8: the bisection for P2 at equal L
+        scale = cfg.times / 2 if name in (XY, RSC) else cfg.steps / few.steps
+        seconds += (time.perf_counter() - clock) * scale * often
+    print(f"at most about {seconds / 60:.1f} minutes, by a few steps of each kind here")
+
+
+def measure(cfg):
+    """Every model, at every setting of the sweep, and the claims -> what goes to results.json."""
+    device, started, models, (sizes, main, todo) = check(cfg), time.time(), {}, sweep_of(cfg)
     for name, size in tqdm(todo, desc="models", disable=None, leave=False):
         models[name, size] = evaluate(cfg, name, size, device)
     print(f"{len(todo)} models, {cfg.nets} of each, fitted and sampled on {device}: {time.time() - started:.1f} s")
@@ -331,8 +366,8 @@ def measure(cfg):
             for pair, (baseline, pat) in PAIRS.items() for size in sizes[pair]]
     base = models[XY, main["P2"]]
     if ridge := equal_loss_ridge(cfg, base["L"].mean(), device):
-        size = cfg.bandwidth, ridge
-        rows.insert(len(widths) + len(kernels), ("P2", "P2 at equal L,", size, base, evaluate(cfg, RSC, size, device)))
+        equal = "P2", "P2 at equal L,", (h_ridge := (cfg.bandwidth, ridge)), base, evaluate(cfg, RSC, h_ridge, device)
+        rows.insert(len(sizes["P1"]) + len(sizes["P2"]), equal)              # after the others of P2
     else:
         print(f"P2 at equal L is left out: no ridge between {cfg.ridge:g} and 1 gives the PAT the baseline's L")
     claims, sweep, shown = [], [], {}
@@ -366,65 +401,80 @@ def measure(cfg):
 # ----------------------------------------------------------------------------------------------------------------------
 # Drawing, and the command as in all experiments
 
-BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"              # supervision; bad, good, memorized
+BLUE, RED, GREEN, GREY, PALE = "#0072B2", "#D55E00", "#009E73", "#555555", "#BBBBBB"     # L; bad, good, memorized, else
 
 
 def caption(results):
-    """What the figure says, in numbers and verdicts that follow from the claims."""
-    rows = {r["claim"][:12]: r for r in results["claims"]}
-    sweep = [s for s in results["arrays"]["sweep"] if s["label"] in ("", *PAIRS)]
-    say = lambda start: ", ".join("{} {ours:+.2f} ({verdict})".format(p, **rows[f"{p} {start}"]) for p in PAIRS)
+    """What the figure says, in numbers and words that follow from the claims."""
+    a, cfg, rows = results["arrays"], results["config"], {r["claim"][:12]: r for r in results["claims"]}
+
+    def say(start, **words):                                 # the same word for all pairs of one verdict
+        found = {w: [p for p in PAIRS if rows[f"{p} {start}"]["verdict"] == v.replace("_", " ")]
+                 for v, w in words.items()}
+        return "; ".join(f"{w} with " + ", ".join("{} ({ours:+.2f})".format(p, **rows[f"{p} {start}"]) for p in pairs)
+                         for w, pairs in found.items() if pairs)
+
+    sweep = [s for s in a["sweep"] if s["label"] in ("", *PAIRS)]
     count = lambda k, sign: sum(min(sign * s[k][2], sign * s[k][3]) > 0 for s in sweep)
-    best, cfg = results["arrays"]["best_homogeneous"], results["config"]
-    P3 = results["arrays"]["models"]["equivariant MLP"]["L"]
+    bad = say("fewer bad", holds="fewer", not_resolved="no difference resolved", contradicted="more")
+    good = say("more good", holds="more", not_resolved="no difference resolved", contradicted="fewer")
     return "\n".join([
-        f"PAT minus baseline, bad samples: {say('fewer bad')}; good samples: {say('more good')}.",
-        f"Sweep: fewer bad ones in {count('bad', -1)} of {len(sweep)} settings, more good ones in {count('good', 1)}, "
-        f"larger good / (good + bad) in {count('share', 1)}. Green: as C4 says; red: the opposite;",
-        f"white: not resolved (95%, over {cfg['nets']} repetitions). Bold: the setting drawn above. P3 cannot fit the "
-        f"four points: its L is {P3:.4f}, the least possible",
-        f"for any radial-equivariant model is {best:.4f}. Brackets: 95%, {cfg['n']:,} samples. Arrows: "
-        "$(x_\\theta - z)/3$; colours: first coordinate of $x_\\theta$, in steps of .5; circles: $\\alpha_t x_i$."])
+        f"PAT against baseline, where drawn (diamonds). Bad samples: {bad}. Good samples:",
+        f"{good}. In the sweep: fewer bad ones in {count('bad', -1)} of {len(sweep)} settings, more good",
+        f"ones in {count('good', 1)}, a larger share of good ones in {count('share', 1)}. P3's L is "
+        f"{a['models']['equivariant MLP']['L']:.4f}; no radial-equivariant model gets below "
+        f"{a['best_homogeneous']:.4f}.",
+        f"Brackets: 95%, {cfg['n']:,} samples; bars: 95%, {cfg['nets']} repetitions. Fields: arrows are "
+        "$(x_\\theta - z)/3$; colour says what $x_\\theta$ would be as a sample."])
 
 
 def draw_model(axes, m, cfg, times):
-    """Samples, their histogram, and the field at three times: one column."""
-    p, note = np.array(m["samples"]), dict(fontsize=8, ha="center", va="center")
-    kind, colours = kind_of(torch.from_numpy(p), cfg["margin"]).numpy(), (RED, GREEN, GREY, "#BBBBBB")
-    for k, colour in enumerate(colours):
-        axes[0].plot(*p[kind == k].T, ".", ms=2.5, color=colour)
-    axes[0].plot(*D[:2].T, "^", *D[2:].T, "s", ms=5, color="black", mfc="white")
-    for y, k, colour in zip((0.52, 0.28, -0.28), KINDS, colours, strict=False):
-        percent = "{:.1f}% [{:.1f}, {:.1f}]".format(*(100 * v for v in m["fraction"][k]))
-        axes[0].text(0, y, f"{k} {percent}", color=colour, **note)
-    axes[0].text(0, -0.52, f"supervision loss L = {m['L']:.4f}", color=BLUE, **note)
+    """One column: the fractions, the histogram of x, the samples, and the field x_theta at three times."""
+    from matplotlib.colors import ListedColormap
+    p, margin, grid = np.array(m["samples"]), cfg["margin"], FIELD.transpose(2, 0, 1)
+    kind, colours = kind_of(torch.from_numpy(p), margin).numpy(), (RED, GREEN, GREY, PALE)
+    percent = {k: [100 * v for v in m["fraction"][k]] for k in KINDS}
+    lines = [(f"L = {m['L']:.4f}", BLUE), (f"memorized {percent['memorized'][0]:.0f}%", GREY)]
+    lines += [("{} {:.0f}% [{:.0f}, {:.0f}]".format(k, *percent[k]), c) for k, c in (("bad", RED), ("good", GREEN))]
+    for y, (text, colour) in enumerate(lines):
+        axes[0].text(0, 0.88 - 0.25 * y, text, color=colour, fontsize=8.5, ha="center", va="center")
+    axes[0].axis("off")
     axes[1].hist([p[kind == k, 0] for k in range(4)], np.linspace(-1.35, 1.35, 55), stacked=True, color=colours)
-    grid = FIELD.transpose(2, 0, 1)
-    for ax, t, x in zip(axes[2:], times, np.array(m["fields"]), strict=True):
-        x = x.reshape(FIELD.shape).transpose(2, 0, 1)
-        ax.contourf(*grid, x[0], np.linspace(-1.5, 1.5, 7), cmap="PuOr", extend="both")
-        ax.quiver(*grid, *(x - grid), angles="xy", scale_units="xy", scale=3, width=0.006)
-        ax.plot(*((1 - t) * D).T, "o", ms=4, color="black", mfc="white")
-    for ax in axes:
-        ax.set(xlim=(-1.3, 1.3), ylim=(-0.65, 0.65), yticks=[])
-    axes[1].set(ylim=(0, 0.045 * cfg["n"]))
+    axes[1].set(ylim=(0, 0.045 * cfg["n"]))                  # the peaks at the training points are far higher
+    for k, colour in enumerate(colours):
+        axes[2].plot(*p[kind == k].T, ".", ms=2, color=colour)
+    axes[2].plot(*D[:2].T, "^", *D[2:].T, "s", ms=5, color="black", mfc="white")
+    for ax, t, x in zip(axes[3:], times, np.array(m["fields"]), strict=True):
+        x = x.reshape(FIELD.shape)                           # coloured by what it would be as a sample
+        ax.pcolormesh(*grid, kind_of(torch.from_numpy(x), margin), cmap=ListedColormap(colours), vmin=0, vmax=3,
+                      alpha=0.45, lw=0)
+        arrows = (x - FIELD)[::2, 1::2].transpose(2, 0, 1)
+        ax.quiver(*grid[:, ::2, 1::2], *arrows, angles="xy", scale_units="xy", scale=3, width=0.009)
+        ax.plot(*((1 - t) * D).T, "o", ms=3.5, color="black", mfc="white")
+    for ax in axes[1:]:
+        ax.set(xlim=(-1.3, 1.3), yticks=[], xticks=(-1, 0, 1))
+        ax.tick_params(labelbottom=ax is axes[-1], labelsize=8.5)
+    for ax in axes[2:]:
+        ax.set(ylim=(-0.6, 0.6))
 
 
-def draw_sweep(ax, rows):
-    """Baseline -> PAT in every setting, a column each."""
-    for i, s in enumerate(rows):
-        for j, (k, scale, sign) in enumerate((("bad", 100, -1), ("good", 100, 1), ("share", 100, 1), ("L", 1000, 0))):
-            low, high = sorted((sign * s[k][2], sign * s[k][3]))
-            ax.fill_between([i, i + 1], j, j + 1, ec=GREY, lw=0.5,
-                            fc="#B5E3D0" if low > 0 else "#F6C9AE" if high < 0 else "white")
-            ax.text(i + 0.5, j + 0.5, "\u2192".join(f"{scale * v:.{int(k == 'L')}f}" for v in s[k][:2]),
-                    fontsize=7.5, ha="center", va="center", weight="bold" if s["label"] == s["pair"] else None,
-                    color=BLUE if k == "L" else "black")
-    size = lambda s: (f"width\n{s['size']}" if s["pair"] != "P2" else "h = {:g}\n{:.0e}".format(*s["size"])
-                      if s["label"] != "P2 at equal L," else f"equal L\n\u2192{s['size'][1]:.0e}")
-    ax.set(xlim=(0, len(rows)), ylim=(4, 0), yticks=[])
-    ax.set_xticks(np.arange(len(rows)) + 0.5, [size(s) for s in rows], fontsize=8)
-    ax.tick_params(length=0)
+def draw_sweep(axes, rows):
+    """PAT minus baseline in every setting, a column each; the side that C4 claims is shaded. Last, both L."""
+    x, main = np.arange(len(rows)), [s["label"] == s["pair"] for s in rows]
+    for ax, k, colour, sign in zip(axes, CLAIMS, (RED, GREEN, GREY), (-1, 1, 1), strict=False):
+        base, pat, low, high = np.array([s[k] for s in rows]).T
+        ax.axhspan(0, sign * 9, color="#E8E8E8", lw=0)
+        ax.axhline(0, color="black", lw=0.8)
+        for i, marker in enumerate("D" if m else "o" for m in main):
+            ax.errorbar(i, pat[i] - base[i], [[pat[i] - base[i] - low[i]], [high[i] - pat[i] + base[i]]], fmt=marker,
+                        color=colour, ms=6 if main[i] else 4, capsize=2.5, lw=1.3)
+    base, pat, _, _ = np.array([s["L"] for s in rows]).T
+    axes[3].plot(x, base, "o", x, pat, "s", color=BLUE, ms=5)
+    axes[3].get_lines()[0].set(mfc="white")
+    size = lambda s: (f"{s['size']}" if s["pair"] != "P2" else "equal\nL" if s["label"] == "P2 at equal L," else
+                      "{:g}\n$10^{{{:.0f}}}$".format(s["size"][0], np.log10(s["size"][1])))
+    axes[3].set(yscale="log", xlim=(-0.6, len(rows) - 0.4))
+    axes[3].set_xticks(x, [size(s) for s in rows])
 
 
 def plot(path):
@@ -435,26 +485,44 @@ def plot(path):
     from PIL import Image  # matplotlib needs it, too
     results = json.loads(Path(path).read_text())
     a = results["arrays"]
-    fig = plt.figure(figsize=(13.2, 9.8))
-    outer = fig.add_gridspec(1, 3, left=0.07, right=0.99, top=0.94, bottom=0.335, wspace=0.05)
-    labels = "samples,\ntraining data", "histogram of x\n(cut off)", *(f"field, t = {t:g}" for t in a["t"])
+    fig = plt.figure(figsize=(10, 9.6))
+    place = dict(left=0.1, right=0.99)
+    for x, text, colour in ((0.1, "bad: between -.2 and .2", RED), (0.295, "good: between .2 and 1", GREEN),
+                            (0.48, "memorized: at a training point", GREY), (0.715, "elsewhere", "#999999"),
+                            (0.83, "L: supervision loss", BLUE)):
+        fig.text(x, 0.98, f"\u25a0 {text}", color=colour, fontsize=9.5)
+    outer = fig.add_gridspec(1, 3, top=0.925, bottom=0.475, wspace=0.045, **place)
+    labels = "", "histogram\nof x", "samples", *(f"t = {t:g}" for t in a["t"])
     for j, (pair, names) in enumerate(PAIRS.items()):
-        inner = outer[j].subgridspec(5, 2, height_ratios=(1.15, 1.3, 1, 1, 1), hspace=0.1, wspace=0.04)
-        axes = inner.subplots(sharex=True)                   # (5, 2)
+        inner = outer[j].subgridspec(6, 2, height_ratios=(1.5, 1.6, 0.7, 1, 1, 1), hspace=0.09, wspace=0.04)
+        axes = inner.subplots(sharex="col")                  # (6, 2)
         for i, name in enumerate(names):
             draw_model(axes[:, i], a["models"][name], results["config"], a["t"])
-            axes[0, i].set_title(f"{pair} {('baseline', 'PAT')[i]}\n{name}", fontsize=10)
+            axes[0, i].set_title(f"{pair} {('baseline', 'PAT')[i]}\n{name}", fontsize=9, pad=2)
         for ax, label in zip(axes[:, 0] if j == 0 else (), labels, strict=False):
-            ax.set_ylabel(label, fontsize=9)
+            ax.set_ylabel(label, fontsize=9, rotation=0, ha="right", va="center")
+        if j == 0:
+            fig.text(0.02, 0.567, "field $x_\\theta(z, t)$", fontsize=9, rotation=90, va="center")
     tables = {pair: [s for s in a["sweep"] if s["pair"] == pair] for pair in PAIRS}
-    below = fig.add_gridspec(1, 3, left=0.07, right=0.99, top=0.275, bottom=0.15, wspace=0.03,
-                             width_ratios=[len(rows) for rows in tables.values()]).subplots()
-    for ax, pair in zip(below, PAIRS, strict=True):
-        draw_sweep(ax, tables[pair])
-        ax.set_title(f"{pair}, baseline \u2192 PAT", fontsize=10)
-    below[0].set_yticks(np.arange(4) + 0.5, ("bad, %", "good, %", "good / (good\n+ bad), %", "1000 L"), fontsize=8)
-    fig.text(0.07, 0.02, caption(results), fontsize=9.5)
-    fig.savefig(png := Path(path).with_suffix(".png"), dpi=90)
+    axes = fig.add_gridspec(4, 3, top=0.415, bottom=0.14, wspace=0.03, hspace=0.12, **place, width_ratios=[
+        len(rows) + 0.5 for rows in tables.values()]).subplots(sharex="col", sharey="row")       # (4, 3)
+    for column, pair in zip(axes.T, PAIRS, strict=True):
+        draw_sweep(column, tables[pair])
+        column[0].set_title(f"{pair}: PAT minus baseline", fontsize=10)
+    for row, k, label in zip(axes, (*CLAIMS, "L"), ("bad", "good", "good /\n(good\n+ bad)", "L"), strict=True):
+        row[0].set_ylabel(label, fontsize=9, rotation=0, ha="right", va="center")
+        if k != "L":
+            ends = [v for s in a["sweep"] for v in s[k][2:]]
+            row[0].set_ylim(min(-0.1, *ends) - 0.05, max(0.1, *ends) + 0.05)
+        for ax in row:
+            ax.tick_params(labelsize=8.5, left=ax is row[0])
+    axes[0, 1].text(0.99, 0.08, "shaded: what C4 claims", fontsize=8.5, ha="right", transform=axes[0, 1].transAxes)
+    axes[3, 1].text(0.99, 0.75, "circle: baseline, square: PAT", fontsize=8.5, ha="right", color=BLUE,
+                    transform=axes[3, 1].transAxes)
+    for ax, label in zip(axes[3], ("width", "bandwidth h, and ridge below it", "width"), strict=True):
+        ax.set_xlabel(label, fontsize=9)
+    fig.text(0.02, 0.008, caption(results), fontsize=9, linespacing=1.35)
+    fig.savefig(png := Path(path).with_suffix(".png"), dpi=130)
     plt.close(fig)
     with Image.open(png) as picture:                         # 256 colours: a third of the size
         picture.convert("RGB").quantize(256).save(png, optimize=True)
@@ -507,6 +575,7 @@ def animate(cfg, path):
 def main(cfg):
     """Measure, or not (--redraw); draw from the file; print the claims."""
     path = (Path(cfg.out) if cfg.out else ROOT / "out" / "exp_toy2d" / cfg.preset) / "results.json"
+    if cfg.dry_run: return forecast(cfg, path.parent)
     if cfg.redraw and not path.exists(): raise FileNotFoundError(f"nothing to redraw: there is no {path}")
     if not cfg.redraw:
         text = json.dumps(measure(cfg))
@@ -527,8 +596,7 @@ def main(cfg):
 
 if __name__ == "__main__":                                   # a bad value is one line on stderr, and exit status 1
     if debug := "--debug" in sys.argv: sys.argv.remove("--debug")
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)               # --preset picks the defaults of
-    peek.add_argument("--preset", default="laptop")                                  # all other flags
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False); peek.add_argument("--preset", default="laptop")
     preset = peek.parse_known_args()[0].preset
     try:
         if preset not in PRESETS: raise ValueError(f"unknown preset {preset!r}: expected {', '.join(PRESETS)}")

@@ -385,7 +385,7 @@ def finish(work, out, meta):
     """Checksums and meta.json, and the folder appears; a kill in between leaves what the next run can end."""
     data = work / "data"
     if not all((work / "progress").read_bytes()): raise ValueError(f"{work}: not all batches are done")
-    for path in sorted(p for p in data.glob("[xy]*.npy")):
+    for path in [*sorted(data.glob("[xy]*.npy")), data / "files.json"]:  # not features.npy: an hour more for its 1 TB
         with open(path, "rb") as f: meta["sha256"][path.name] = hashlib.file_digest(f, "sha256").hexdigest()
     write_json(data / "meta.json", meta)
     if out.exists():
@@ -398,7 +398,8 @@ def finish(work, out, meta):
 def is_complete(out, config):
     try:
         meta = json.loads((out / "meta.json").read_text())
-        return meta["config"] == config and all((out / name).exists() for name in meta["sha256"])
+        names = [*meta["sha256"], *["features.npy"] * bool(meta["dino"])]
+        return meta["config"] == config and all((out / name).exists() for name in names)
     except (OSError, ValueError, KeyError):
         return False
 

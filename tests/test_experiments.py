@@ -148,6 +148,34 @@ def test_pair_overlaps_match_the_worst_pair():
     assert torch.allclose(((1 - t) / t)**2 * exp_shells.pair_log_overlaps(x).max(), want)
 
 
+def test_the_mirror_image_is_not_counted_as_the_image():
+    """Rows 2k and 2k + 1 are an image and its flip: of eight samples, three are the image, four its flip, one other."""
+    half = torch.rand(10, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    x = torch.stack([half, half.flip(-1)], 1).flatten(0, 1)
+    x[15] = x[14]                                            # a symmetric image: its flip is the image itself
+    E, i = EmpiricalScore(x), torch.tensor([3, 0, 15, 2, 7, 8, 13, 4])
+    out = x[torch.tensor([3, 0, 14, 3, 6, 9, 12, 19])] + 1e-3
+    assert exp_shells.memorized(E, out, x[i], i, True) == (3, 4)
+    assert exp_shells.memorized(E, out, x[i], i, False) == (3, 0)
+
+
+def test_mirror_images_are_counted_where_the_data_have_them(latents, tmp_path):
+    """Only meta.json knows; the row pairs are those of data/imagenet.py."""
+    x = np.random.default_rng(1).standard_normal((30, 4, 8, 8)).astype(np.float32)
+    arrays = dict(x=np.stack([x, x[..., ::-1]], 1).reshape(60, 4, 8, 8), y=np.repeat(np.arange(30) % 10, 2))
+    for k, meta in enumerate((dict(num_classes=10), dict(num_classes=10, flips="row 2k + 1 is the mirror image"))):
+        train.save_dataset(tmp_path / str(k), arrays, meta)
+        config = tyro.cli(exp_shells.Config, args=[
+            *TINY["exp_shells"], f"--train.data={tmp_path / str(k)}", "--device=cpu", f"--out={tmp_path / f'out{k}'}",
+            f"--model-path={latents / 'SiT-small.pt'}"])
+        exp_shells.measure(config)
+        exp_shells.plot(tmp_path / f"out{k}" / "results.json")
+        found = json.loads((tmp_path / f"out{k}" / "results.json").read_text())["arrays"]
+        assert found["memorized"][0] == 1.0 and ("flipped" in found) == bool(k)
+    both = np.array(found["memorized"]) + found["flipped"]
+    assert found["flipped"][0] == 0.0 and len(both) == 3 and both.max() <= 1
+
+
 # ---- the claims, at a size where they are known to hold: 4,500 digits and a model trained for half a minute ----------
 
 def test_claims_on_mnist5k(tmp_path):

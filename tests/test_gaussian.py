@@ -1,10 +1,12 @@
 """exp_gaussian.py: the closed forms, what one step sees, the intervals, and the claims at a size where they hold."""
 import json
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -256,6 +258,22 @@ def test_a_plateau_is_not_read_off_one_evaluation():
     results = g.measure(replace(SMALL, iterations=300, eval_every=300, lr=1e-2, batch=32, device="cpu"))
     row = next(c for c in results["claims"] if "plateaus" in c["claim"])
     assert len(results["arrays"]["iterations"]) == 2 and row["ci95"][0] < row["ci95"][1] and row["verdict"] != "holds"
+
+
+def test_a_dry_run_foretells_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    argv = ["--points", "20", "40", "--seeds=2", "--iterations=200", "--n-eval=20", "--device=cpu", "--dry-run"]
+    done = subprocess.run([sys.executable, ROOT / "exp_gaussian.py", *argv, f"--out={tmp_path / 'out'}"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "4 networks of 0.05M parameters, 200 iterations on cpu" in done.stdout and not any(tmp_path.iterdir())
+    assert 0 < float(re.search(r"about ([\d.]+) minutes", done.stdout)[1]) < 3       # it takes seconds
+    with pytest.raises(ValueError, match="GB of memory are needed"):
+        g.forecast(replace(SMALL, width=10_000_000), tmp_path / "out")
+    monkeypatch.setattr(g.shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
+    with pytest.raises(ValueError, match="MB are needed on the disk of"):
+        g.forecast(SMALL, tmp_path / "out")
+    with pytest.raises(ValueError, match="seeds must be at least 2"):
+        g.forecast(replace(SMALL, seeds=1), tmp_path / "out")
 
 
 @pytest.mark.parametrize("change, message", [

@@ -221,7 +221,7 @@ def test_rows(images, tmp_path, capsys):
     assert (meta["num_classes"], meta["classes"], meta["shape"]) == (3, ["n01", "n02", "n03"], [4, 32, 32])
     assert meta["skipped"] == [] and "0.18215" in meta["scaling"] and meta["config"]["latent"] == "mean"
     assert meta["sha256"] == {f: hashlib.sha256((tmp_path / "o" / f).read_bytes()).hexdigest()
-                              for f in ("x.npy", "y.npy", "x_heldout.npy", "y_heldout.npy")}
+                              for f in ("x.npy", "y.npy", "x_heldout.npy", "y_heldout.npy", "files.json")}
     before = (tmp_path / "o/x.npy").stat().st_mtime_ns
     assert run("--source", images, "--heldout", held, "--out", tmp_path / "o", "--batch", 2) == 0
     assert (tmp_path / "o/x.npy").stat().st_mtime_ns == before  # it is there already
@@ -259,6 +259,10 @@ def test_features(images, tmp_path, capsys):
         x = (x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
         want = torch.einsum("nchpwq,kcpq->nhwk", x.reshape(1, 3, 16, 14, 16, 14), Dino().w).reshape(256, 5)
         assert np.abs(got[row] - want.detach().numpy()).max() < 0.05  # values up to 60, in steps of .03
+    before, path = np.array(got), tmp_path / "o/features.npy"
+    path.unlink()  # 1 TB that someone needed elsewhere: the same command makes it again
+    assert run("--source", images, "--out", tmp_path / "o", "--repa") == 0
+    assert (np.load(path) == before).all()
 
 
 # Bad inputs

@@ -1,10 +1,12 @@
 """The 2D toy: its models against independent solutions, a tiny run, and the claims at a size where they are known."""
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -225,6 +227,28 @@ def test_bad_input_is_one_line(argv, message, tmp_path):
 def test_bad_values_are_refused(field, message):
     with pytest.raises(ValueError, match=message):
         toy.check(dataclasses.replace(toy.Config(), **field))
+
+
+def test_a_dry_run_foretells_and_writes_nothing(tmp_path, monkeypatch):
+    done = command(*TINY, "--dry-run", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    assert "15 models, 2 of each, on cpu: 0.00 GB of memory" in done.stdout and not any(tmp_path.iterdir())
+    assert 0 < float(re.search(r"about ([\d.]+) minutes", done.stdout)[1]) < 3       # it takes seconds
+    short = command(*TINY, "--dry-run", "--points=1000000", f"--out={tmp_path / 'out'}")
+    assert short.returncode == 1 and short.stderr.startswith("error: ") and short.stderr.count("\n") == 1
+    assert "GB of memory are needed" in short.stderr
+    monkeypatch.setattr(toy.shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
+    with pytest.raises(ValueError, match="MB are needed on the disk of"):
+        toy.forecast(SMALL, tmp_path / "out")
+    with pytest.raises(ValueError, match="nets must be 2 to 10"):
+        toy.forecast(dataclasses.replace(SMALL, nets=1), tmp_path / "out")
+
+
+def test_the_sweep_fits_every_model_once():
+    sizes, main, todo = toy.sweep_of(toy.Config())
+    assert sizes["P1"] == sizes["P3"] == [32, 128, 512] and len(sizes["P2"]) == 9 and len(set(todo)) == len(todo) == 27
+    assert all(main[pair] in sizes[pair] for pair in toy.PAIRS)
+    assert ("MLP", 512) in todo and (toy.RSC, (1.0, 1e-6)) in todo
 
 
 def test_a_diverged_network_is_refused():

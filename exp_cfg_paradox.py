@@ -110,6 +110,7 @@ def measure(cfg):
         if getattr(cfg, name) < (least := 0 if name == "seed" else 2 if name == "n_times" else 1):
             raise ValueError(f"{name} must be at least {least}, not {getattr(cfg, name)}")
     data, device = train.load_data(cfg.train.data), pick_device(cfg.device)
+    torch.empty(cfg.n_times, cfg.n, *data["x"].shape[1:])    # of the trajectories: too many fail here
     run = cfg.model_path or train.train(dataclasses.replace(cfg.train, device=cfg.device))
     phase = train.phases()
     model = load_run(run, device)[0]

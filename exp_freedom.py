@@ -323,6 +323,7 @@ def check(cfg):
     for net in (cfg.transformer, cfg.unet, cfg.compare):
         if min(net.steps, net.batch) < 1:
             raise ValueError(f"steps and batch must be at least 1, not {net.steps} and {net.batch}")
+        torch.empty(max(net.batch, cfg.n_samples), *data["x"].shape[1:])             # too many fail here
         with torch.device("meta"):                           # the names and sizes fit, without building anything
             build_model(net.model, data["x"].shape[2], data["x"].shape[1], data["meta"]["num_classes"])
     if (size := cfg.per_class * len(np.unique(data["y"]))) < cfg.n:

@@ -31,6 +31,7 @@ Try this; the answers are in the first two rows of the table that is printed las
 # dependencies = ["torch==2.13.0", "numpy==2.4.6", "matplotlib==3.11.2", "tqdm==4.70.1", "tyro==1.0.17"]
 # ///
 import argparse
+import difflib
 import json
 import os
 import platform
@@ -38,6 +39,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -238,6 +240,8 @@ def forecast(cfg, folder):
 def measure(cfg):
     """Train all networks and compare -> what goes to results.json."""
     device, started = check(cfg), time.time()
+    rows = max(3 * cfg.n_eval, cfg.batch, cfg.points[-1])
+    torch.empty(len(cfg.points) * cfg.seeds, rows, cfg.d)    # too many fail here
     at, errors, loss = train(cfg, device)
     print(f"training and evaluation: {time.time() - started:.1f} s on {device}", flush=True)
 
@@ -344,6 +348,8 @@ def pick_device(name):
 
 def main(cfg):
     path = (Path(cfg.out) if cfg.out else ROOT / "out" / "exp_gaussian" / cfg.preset) / "results.json"
+    there = next(p for p in path.absolute().parents if os.path.lexists(p))
+    tempfile.TemporaryFile(dir=there).close()                # OSError now rather than after the work, if none can be
     if cfg.dry_run: return forecast(cfg, path.parent)
     if cfg.redraw and not path.exists(): raise FileNotFoundError(f"nothing to redraw: there is no {path}")
     if not cfg.redraw:
@@ -357,24 +363,37 @@ def main(cfg):
     except Exception as e:
         if not cfg.redraw: raise                             # then it is no fault of the file's
         raise ValueError(f"{path} is damaged, or none of this script: {type(e).__name__} {e}") from e
+    print(f"{path}\n{path.with_suffix('.png')}", flush=True)
     print(f"\n{'claim':74s} {'paper':>10s} {'ours':>9s} {'95% interval':>18s}  verdict")
     for c in json.loads(path.read_text())["claims"]:
         print(f"{c['claim']:74s} {c['paper']:>10s} {c['ours']:9.3g} {'[{:.3g}, {:.3g}]'.format(*c['ci95']):>18s}  "
               f"{c['verdict']}")
-    print(f"\n{path.with_suffix('.png')}\n{path}")
+
+def refuse(event):                                           # in one line, what tyro would draw a box of many about
+    e, flags = vars(event), ["--" + name.replace("_", "-") for name in vars(PRESETS["laptop"])]
+    if "tokens" not in e:
+        raise ValueError(f"{e['argument'].display_name()}: {e.get('message', 'its value is missing')}")
+    near = difflib.get_close_matches(flag := e["tokens"][0].partition("=")[0], flags, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"unrecognized option {flag}{hint} (--help lists all)")
 
 if __name__ == "__main__":                                   # a bad value is one line on stderr, and exit status 1
     if debug := "--debug" in sys.argv: sys.argv.remove("--debug")
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False); peek.add_argument("--preset", default="laptop")
     preset = peek.parse_known_args()[0].preset
+    if sys.platform == "linux" and not torch.cuda.is_available():        # what is too large is to fail when it is asked
+        import resource  # for: by itself, Linux grants it, and kills the process once it is used
+        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if resource.getrlimit(resource.RLIMIT_DATA)[0] < 0: resource.setrlimit(resource.RLIMIT_DATA, (room, -1))
     try:
         if preset not in PRESETS: raise ValueError(f"unknown preset {preset!r}: expected {', '.join(PRESETS)}")
-        cfg = tyro.cli(Config, default=PRESETS[preset], description=__doc__)
+        with tyro._errors.on_parse_error(refuse):
+            cfg = tyro.cli(Config, default=PRESETS[preset], description=__doc__)
         print(__doc__.splitlines()[1])                       # what this will do, and, as the docstring has it, how long
         if preset == "laptop": print("laptop preset:", re.search(r"\.py +# (.*)", __doc__)[1], flush=True)
         main(cfg)
-    except SystemExit as e:                                  # tyro exits with 2 for a wrong flag, 0 for --help
-        sys.exit(1 if e.code else 0)
-    except (ValueError, OSError, KeyboardInterrupt) as e:
-        if debug: raise
-        sys.exit(f"error: {(str(e) or type(e).__name__).splitlines()[0]}")
+    except (ValueError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as e:
+        full = isinstance(e, MemoryError) or re.search("out of memory|allocate memory|calculation overflowed", str(e))
+        if debug or isinstance(e, RuntimeError) and not full: raise
+        text = (str(e) or type(e).__name__).splitlines()[0].rpartition("Allocator: ")[2]
+        sys.exit(f"error: {'too little memory for ' + ' '.join(sys.argv) + ': ' if full else ''}{text}")

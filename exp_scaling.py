@@ -709,6 +709,7 @@ def check(cfg):
                  "n_fid"):
         if getattr(cfg, name) < (least := 2 if name in ("n_trajectories", "n_data", "n_onset", "n_fid") else 1):
             raise ValueError(f"{name} must be at least {least}, not {getattr(cfg, name)}")
+    torch.empty(cfg.n_times, cfg.n_trajectories, 16, 16)     # of the trajectories: too many fail here
     train.check_rates(cfg.lr, cfg.warmup, cfg.ema, cfg.label_dropout, cfg.seed)
     for name in ("contrast", "threshold"):
         if not 0 < getattr(cfg, name) < np.inf:

@@ -141,6 +141,7 @@ def measure(cfg):
     members = np.flatnonzero(np.asarray(data["y"]) == cfg.overlap_class)
     if len(members) < 2:
         raise ValueError(f"overlap_class {cfg.overlap_class} has {len(members)} images: pairs of them are compared")
+    torch.empty(cfg.n_times, cfg.n_trajectories, *data["x"].shape[1:])   # trajectories: too many fail here
     run = cfg.model_path or train.train(dataclasses.replace(cfg.train, device=cfg.device))
     phase = train.phases()
     model = load_run(run, device)[0]
@@ -381,13 +382,8 @@ def animate(cfg, shown=5, farthest=4.2):
     plt.close(fig)
     tmp, wait = path.with_suffix(".tmp.gif"), [1000] + [90] * (len(frames) - 2) + [3000]         # milliseconds
     frames[0].save(tmp, save_all=True, append_images=frames[1:], duration=wait, loop=0)
-    print(tmp.replace(path.with_suffix(".gif")))
-
-
-def main(cfg):
-    train.experiment("exp_shells", cfg, measure, plot, work)
-    if cfg.animate: animate(cfg)
+    print(tmp.replace(path.with_suffix(".gif")), flush=True)
 
 
 if __name__ == "__main__":
-    cli(main, PRESETS)
+    cli(lambda cfg: train.experiment("exp_shells", cfg, measure, plot, work, animate if cfg.animate else None), PRESETS)

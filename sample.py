@@ -21,12 +21,14 @@ third and the fourth are only for thousands of images; they make this file longe
 # ///
 import argparse
 import contextlib
+import difflib
 import hashlib
 import json
 import os
 import re
 import shutil
 import sys
+import tempfile
 import zipfile
 from dataclasses import dataclass, is_dataclass
 from datetime import timedelta
@@ -249,6 +251,18 @@ def save_grid(x, path, columns=8):
     os.replace(tmp, path)
 
 
+def check_folder(folder):
+    """OSError unless a file can be written to this folder or, if it is not there yet, to the first above it that is: a
+    script should know before hours of work, not after. -> the folder that is there."""
+    folder = Path(folder).absolute()
+    there = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as e:
+        raise OSError(f"{there} is no folder that can be written to: {e.strerror}") from e
+    return there
+
+
 def check_numbers(cfg, within=""):
     """ValueError that names the first number of a config, of those within it too, that is no size and no rate of
     anything here: nan, infinite, or beyond 1e9. What is too small, every script knows for itself."""
@@ -260,29 +274,74 @@ def check_numbers(cfg, within=""):
                 raise ValueError(f"{within}{name} must be a number of at most 1e9, not {v}")
 
 
+def parse(default, description, argv=None):
+    """The config that the flags make of `default`. ValueError for what tyro would draw a box of several lines about."""
+    def flags(cfg, within="--"):
+        for name, v in vars(cfg).items():
+            yield from flags(v, f"{within}{name}.") if is_dataclass(v) else [(within + name).replace("_", "-")]
+
+    def refuse(event):
+        if tokens := getattr(event, "tokens", None) or getattr(event, "unrecognized_tokens", None):
+            near = difflib.get_close_matches(flag := tokens[0].partition("=")[0], [*flags(default)], 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"unrecognized option {flag}{hint} (--help lists all)")
+        if missing := getattr(event, "missing_arguments", None):
+            raise ValueError(f"{missing[0].arg.display_name()} is required (--help says what it is)")
+        if argument := getattr(event, "argument", None):
+            why = getattr(event, "message", "") or (f"{event.value!r} is none of {', '.join(event.choices)}" if
+                                                    hasattr(event, "choices") else "its value is missing")
+            raise ValueError(f"{argument.display_name()}: {why}")
+
+    with tyro._errors.on_parse_error(refuse):
+        return tyro.cli(type(default), default=default, description=description, args=argv)
+
+
+FULL = "out of memory|allocate memory|size calculation overflowed"       # torch's words, in errors that have no class
+
+
+def limit_memory():
+    """On Linux, and without a GPU: what does not fit into the memory fails when it is asked for, which can be told in
+    one line. By itself, Linux grants it, and kills the process once it is used."""
+    if sys.platform == "linux" and not torch.cuda.is_available():
+        import resource
+        kB = {line.split(":")[0]: int(line.split()[1]) for line in open("/proc/meminfo")}
+        room, group = 1024 * (kB["MemTotal"] + kB["SwapTotal"]), Path("/sys/fs/cgroup/memory.max")
+        if group.exists() and (most := group.read_text().strip()).isdigit():     # a container has less
+            room = min(room, int(most))
+        if resource.getrlimit(resource.RLIMIT_DATA)[0] < 0:  # else there is a limit already
+            resource.setrlimit(resource.RLIMIT_DATA, (room, -1))
+
+
+def one_line(e):
+    """What is said of an exception that is the user's to mend: a wrong value or file (ValueError, OSError), an optional
+    package that is missing, sizes for which the memory is too small; None for any other."""
+    text = str(e).splitlines()[0] if str(e) else type(e).__name__
+    if isinstance(e, MemoryError) or isinstance(e, RuntimeError) and re.search(FULL, text):
+        return f"too little memory for {' '.join(sys.argv)}: {text.rpartition('Allocator: ')[2]}"
+    return text if isinstance(e, (ValueError, OSError, ImportError)) else None
+
+
 def cli(main, presets):
     """Run main(config) with a config from the command line: --preset picks one, every other flag overrides one field.
-    What the user got wrong (ValueError, OSError, an optional package that is missing, sizes for which the memory is too
-    small) becomes one line and exit status 1; --debug shows the traceback."""
+    What the user got wrong becomes one line (one_line) and exit status 1; --debug shows the traceback."""
     if debug := "--debug" in sys.argv: sys.argv.remove("--debug")
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--preset", default=next(iter(presets)))
     name = peek.parse_known_args()[0].preset
+    limit_memory()
     try:
         if name not in presets: raise ValueError(f"unknown preset {name!r}: expected {', '.join(presets)}")
-        cfg = tyro.cli(type(presets[name]), default=presets[name], description=(doc := sys.modules["__main__"].__doc__))
+        cfg = parse(presets[name], doc := sys.modules["__main__"].__doc__)
         check_numbers(cfg)
         if int(os.environ.get("RANK", 0)) == 0 and doc:      # what this will do, and, as it says there, for how long
-            took = re.search(r"^ +python \S+ +# (.*)", doc, re.M) if name == "laptop" else None
+            took = re.search(r"^ +python \S+ +# (?:laptop preset: )?(.*)", doc, re.M) if name == "laptop" else None
             print(doc.strip().splitlines()[0] + (f"\n{name} preset: {took[1]}" if took else ""), flush=True)
         main(cfg)
-    except SystemExit as e:                                  # tyro exits with 2 for a wrong flag, 0 for --help
-        sys.exit(1 if e.code else 0)
-    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError) as e:
-        if debug: raise
-        sys.exit(f"error: {str(e).splitlines()[0] if str(e) else type(e).__name__}")
     except KeyboardInterrupt as e:
         sys.exit(": ".join(["interrupted", *map(str, e.args)]))
+    except Exception as e:
+        if debug or not (text := one_line(e)): raise
+        sys.exit(f"error: {text}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -489,7 +548,11 @@ def main(cfg):
                          f"{model.in_channels}")
     if npz and not vae and model.in_channels not in (1, 3):
         raise ValueError(f"{cfg.run} samples latents of {model.in_channels} channels: give their autoencoder, --vae")
-    stats = {}
+    folder, stats = Path(cfg.run) if Path(cfg.run).is_dir() else Path(cfg.run).parent, {}
+    out = Path(cfg.out) if cfg.out else folder / f"samples_w{cfg.w:g}_{cfg.solver}_seed{cfg.seed}.png"
+    check_folder(out.parent)
+    if out.is_dir():
+        raise IsADirectoryError(f"{out} is a folder: give --out the name of a file, NAME.png or NAME.npz")
 
     @torch.no_grad()
     def decode(x):                                           # a few at a time: a decoder's activations are large
@@ -510,17 +573,16 @@ def main(cfg):
         reference = statistics(cfg.fid, features) if features else None  # before hours of sampling: it may be no good
         size = decode(torch.zeros(1, *shape, device=device)).shape[-2:]
         rgb = lambda i: to_uint8(draw(i).expand(-1, 3, -1, -1))
-        write_npz(Path(cfg.out), rgb, y, (*size, 3), cfg.batch, made, rank, world)
+        write_npz(out, rgb, y, (*size, 3), cfg.batch, made, rank, world)
         if rank == 0: print(f"{cfg.n} samples of {of} ({device}, {cfg.solver}, w = {cfg.w:g}): {cfg.out}", flush=True)
         if features:                                         # never below 0, but for rounding
             print(f"FID {max(0.0, frechet(*statistics(cfg.out, features), *reference)):.4f} to {cfg.fid}")
         return
+    torch.empty(cfg.n, *shape)                               # all of them: too many fail here
     images = []
     for i in torch.arange(cfg.n).split(cfg.batch):
         images.append(draw(i))
         print(f"images {int(i[0])} to {int(i[-1])}: {stats['nfe']} function evaluations", flush=True)
-    folder = Path(cfg.run) if Path(cfg.run).is_dir() else Path(cfg.run).parent
-    out = Path(cfg.out) if cfg.out else folder / f"samples_w{cfg.w:g}_{cfg.solver}_seed{cfg.seed}.png"
     save_grid(torch.cat(images), out, columns=model.num_classes if cfg.label is None and model.num_classes <= 10 else 8)
     print(f"{cfg.n} samples of {of} ({device}, {cfg.solver}, w = {cfg.w:g}): {out}")
 

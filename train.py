@@ -37,6 +37,7 @@ import subprocess
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -53,6 +54,7 @@ from tqdm import tqdm
 from empirical_score import EmpiricalScore
 from model import build_model
 from sample import (
+    check_folder,
     cli,
     load_run,
     noise,
@@ -524,9 +526,7 @@ def forecast(data, folder, device, nets=(), images=(), queries=0, files=0, proce
         took = np.diff(clock).min() / len(z) * N / len(few) * queries / processes / 3600
         hours += took
         print(f"empirical score: {queries:,} queries over {N:,} points: {took:.2f} h")
-    there = Path(folder).absolute()
-    while not there.exists():
-        there = there.parent
+    there = check_folder(folder)
     free = shutil.disk_usage(there).free
     room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else \
         os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else float("inf")
@@ -581,6 +581,7 @@ def train(cfg, alone=False):
     data, run = load_data(cfg.data), run_folder(cfg)
     N, shape, classes = len(data["x"]), tuple(data["x"].shape[1:]), data["meta"]["num_classes"]
 
+    torch.empty(cfg.batch, *shape)                           # of every step's noise: too many fail here
     torch.manual_seed(cfg.seed)
     model_args = dict(name=cfg.model, input_size=shape[1], in_channels=shape[0], num_classes=classes,
                       prediction=cfg.prediction)
@@ -620,6 +621,7 @@ def train(cfg, alone=False):
             what = f"{e} is missing" if isinstance(e, KeyError) else " ".join(str(e).split())
             raise ValueError(f"{run}/ckpt.pt is not a checkpoint to resume from: {what}") from e
         del ckpt
+    check_folder(run)
     if world > 1:                                            # a node that does not see the folder would start anew
         steps = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(world)]
         dist.all_gather(steps, torch.tensor(done, device=device))
@@ -797,6 +799,9 @@ def run_jobs(f, jobs, workers):
             running = {pool.submit(f, job): job for job in jobs}
             try:
                 return {running[r]: (r.result(), bar.update())[0] for r in as_completed(running)}
+            except BrokenProcessPool as e:
+                raise OSError("a worker was killed: by the system, if the memory is too small for so many --workers. "
+                              "The same command goes on") from e
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -830,10 +835,11 @@ def save_results(script, cfg, device, started, arrays, claims):
         f.write(json.dumps(results).encode())
 
 
-def experiment(script, cfg, measure, plot, work):
+def experiment(script, cfg, measure, plot, work, animate=None):
     """What the command of every experiment does: measure, or not (--redraw); draw from the file; print the claims. Or,
-    for --dry-run, say what it would do: work(cfg) are the arguments of forecast."""
+    for --dry-run, say what it would do: work(cfg) are the arguments of forecast. animate(cfg) draws what moves."""
     path = results_path(script, cfg)
+    check_folder(path.parent)
     if cfg.dry_run:
         return forecast(**work(cfg), folder=path.parent, device=pick_device(cfg.device))
     if not cfg.redraw:
@@ -850,11 +856,12 @@ def experiment(script, cfg, measure, plot, work):
     except Exception as e:
         if not cfg.redraw: raise                             # then it is no fault of the file's
         raise ValueError(f"{path} is damaged, or none of {script}.py: {type(e).__name__} {e}") from e
+    print(f"{path}\n{path.with_suffix('.png')}", flush=True)
+    if animate: animate(cfg)
     print(f"\n{'claim':74s} {'paper':>10s} {'ours':>9s} {'95% interval':>18s}  verdict")
     for c in claims:
         print(f"{c['claim']:74s} {c['paper']:>10s} {c['ours']:9.3g} {'[{:.3g}, {:.3g}]'.format(*c['ci95']):>18s}  "
               f"{c['verdict']}")
-    print(f"\n{path.with_suffix('.png')}\n{path}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ after all of them are listed, unless --skip-bad leaves them out; damage that a d
 
 data/.download/<name>/ keeps what was fetched. A download that broke off goes on there, and a killed imagenet in
 data/.imagenet.partial: run the same command again, on as many processes as you like.
-Every bad input ends in one line, `error: ...`, and exit status 1, with the target folder as it was before.
+Every bad input ends in one line, `error: ...`, and exit status 1, with the target folder as it was before; --debug
+shows the traceback.
 """
 # /// script
 # requires-python = ">=3.11"
@@ -54,6 +55,7 @@ from tqdm import tqdm
 sys.path[:0] = [str(p) for p in Path(__file__).resolve().parents[:2]]  # so that this runs from any directory
 import imagenet  # noqa: E402
 
+from sample import limit_memory, one_line, parse  # noqa: E402
 from train import DATA, load_data, save_dataset  # noqa: E402
 
 
@@ -94,7 +96,7 @@ WRITTEN = {"x.npy", "y.npy", "x_heldout.npy", "y_heldout.npy", "meta.json", "fea
 BROKEN = (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError)  # what a damaged archive raises, by where it is cut
 
 
-class DataError(Exception):
+class DataError(ValueError):
     """A bad input, in one line: the file, what was found, what was expected."""
 
 
@@ -278,18 +280,20 @@ def prepare(cfg):
 
 
 def main(argv=None):
+    argv, start = sys.argv[1:] if argv is None else [*argv], time.time()
+    if debug := "--debug" in argv: argv.remove("--debug")
+    limit_memory()
     try:
-        cfg = tyro.cli(Config, args=argv, description=__doc__)
-    except SystemExit as e:  # tyro has printed the help (0) or what is wrong (2)
-        return 1 if e.code else 0
-    start = time.time()
-    try:
+        cfg = parse(Config(tyro.MISSING), __doc__, argv)
         out = prepare(cfg)
-    except (DataError, OSError) as e:
-        print("error:", str(e).replace("\n", " "), file=sys.stderr)
-        return 1
+    except SystemExit as e:  # after --help; or, of several processes, where another says what is wrong
+        return e.code or 0
     except KeyboardInterrupt:
         print("interrupted: the same command goes on", file=sys.stderr)
+        return 1
+    except Exception as e:
+        if debug or not (text := one_line(e)): raise
+        print("error:", text, file=sys.stderr)
         return 1
     if os.environ.get("RANK", "0") == "0": print(f"{cfg.name} lies in {out} ({time.time() - start:.1f} s)")
     return 0

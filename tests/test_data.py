@@ -253,6 +253,7 @@ def test_unknown_names(box, capsys):
     assert_untouched(box, capsys, ["imagnet"], ["imagnet", "mnist, cifar10, mnist5k, digits"])
     assert prepare.main(["mnist", "--sorce", "x"]) == 1 and prepare.main([]) == 1
     capsys.readouterr()
+    with pytest.raises(prepare.DataError, match="imagnet"): prepare.main(["imagnet", "--debug"])
     assert prepare.main(["--help"]) == 0 and "target folder" in capsys.readouterr().out
 
 

@@ -10,16 +10,21 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from test_scaling import TINY
 from test_train import config, data, weights  # noqa: F401
+from test_tutorial import untimed
 
+import exp_scaling
+import sample
 import train
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVER = multiprocessing.get_context("forkserver")           # it imports torch once, so that a child starts in no time
-SERVER.set_forkserver_preload(["train"])
-KILLS = 10                                                   # at least
+SERVER.set_forkserver_preload(["exp_scaling", "torch._dynamo"])
+KILLS, SWEEP_KILLS = 10, 10                                  # at least, of one training, and of a sweep of trainings
 
 
 def wait_for(child, *texts):
@@ -76,6 +81,77 @@ def test_killed_at_any_moment_and_started_again_it_ends_the_same(data, tmp_path)
     assert kills >= KILLS, "it was too quick to be killed so often"
     for a, b in zip(state(tmp_path / "whole"), state(tmp_path / "killed"), strict=True):
         assert_same(a, b)
+
+
+def sweep(out):
+    """exp_scaling.py's Figure 3, at a tiny size, two networks at once, in workers that are forked: they need not import
+    torch again."""
+    fork = multiprocessing.get_context("fork")
+    sys.stdout, multiprocessing.get_context = open(os.devnull, "w"), lambda how: fork
+    torch.set_num_threads(1)
+    cfg = sample.parse(exp_scaling.PRESETS["laptop"], "", [*TINY, "--only=fig3", "--workers=2", f"--out={out}"])
+    exp_scaling.measure(cfg)
+
+
+def written(out):
+    return [p for p in out.rglob("*") if p.is_file() and not p.name.startswith(".")]
+
+
+def workers(pid):
+    return [int(p) for f in Path(f"/proc/{pid}/task").glob("*/children") for p in f.read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="it finds the processes under /proc")
+def test_a_sweep_killed_at_any_moment_and_started_again_ends_the_same(tmp_path):
+    """SIGKILL to the process that was started, at random moments from the first file to the last: the networks that it
+    trains in others end with it, and what they have finished is not done again."""
+    whole, killed, rng, kills = tmp_path / "whole", tmp_path / "killed", random.Random(0), 1
+    argv = [sys.executable, ROOT / "exp_scaling.py", *TINY, "--only=fig3", "--workers=2", f"--out={killed}"]
+    child = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)         # as a user starts it:
+    while len(started := workers(child.pid)) < 3:            # Python's tracker of resources, and two that are spawned
+        assert child.poll() is None
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0, 1))
+    child.kill()
+    child.wait()
+    late = time.time() + 30
+    while any(Path(f"/proc/{p}").exists() for p in started):
+        assert time.time() < late, "a worker outlives the process that started it"
+        time.sleep(0.05)
+
+    def start(out):
+        child = SERVER.Process(target=sweep, args=(out,))
+        child.start()
+        return child
+    (child := start(whole)).join()
+    assert child.exitcode == 0
+    for after in sorted(rng.sample(range(len(written(whole)) - 1), SWEEP_KILLS)):
+        child = start(killed)
+        while len(written(killed)) < after and child.is_alive():
+            time.sleep(0.002)
+        child.join(rng.uniform(0, 0.2))
+        child.kill()
+        child.join()
+        kills += child.exitcode == -signal.SIGKILL
+    (child := start(killed)).join()
+    assert child.exitcode == 0 and kills >= SWEEP_KILLS, "it was too quick to be killed so often"
+    names = [sorted(p.relative_to(out) for what in ("ema_*.pt", "measured_*.npz") for p in out.rglob(what))
+             for out in (whole, killed)]
+    assert names[0] == names[1] and len(names[0]) == 18
+    for name in names[0]:
+        if name.suffix == ".pt":
+            assert_same(*(torch.load(out / name, weights_only=True)["ema"] for out in (whole, killed)))
+            continue
+        with np.load(whole / name) as a, np.load(killed / name) as b:
+            assert set(a) == set(b) and all(np.array_equal(a[k], b[k]) for k in a if k != "seconds")
+    one, two = (untimed(json.loads((out / "results.json").read_text())) for out in (whole, killed))
+    assert one["config"].pop("out") != two["config"].pop("out") and one == two
+
+
+def test_a_worker_that_dies_is_told_in_one_line():
+    """As when the system kills one for lack of memory."""
+    with pytest.raises(OSError, match="a worker was killed: .* --workers. The same command goes on"):
+        train.run_jobs(os._exit, [9, 9], 2)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -185,6 +185,8 @@ def tiny(tmp_path_factory):
     out = tmp_path_factory.mktemp("freedom")
     done = command(*TINY, "--workers=2", f"--out={out}")
     assert done.returncode == 0, done.stderr[-2000:]
+    # no bars in a file, of workers too
+    assert not any(sign in done.stdout + done.stderr for sign in ("\r", "it/s", "%|"))
     return out, done.stdout
 
 

@@ -199,6 +199,23 @@ def numbers():
                 yield f"{command.split()[0]} --{flag}={value}", (f"{command} --{flag}={value}", None, [field])
 
 
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+SCRIPTS = (*NUMBERS, "data/prepare.py mnist --source={f}")
+WRITERS = [c for c in NUMBERS if not c.startswith("sample.py")]
+PROC = Path("/proc/self").exists()                           # where no file can be made, even by root
+
+
+def typos(script):
+    """(what, flag, words of the line): a flag that does not exist, with and without a flag that is near; no number."""
+    name, flag = script.split()[0], "width" if "gauss" in script or "toy2d" in script else "batch"
+    flag = "workers" if "freedom" in script else flag
+    return ((f"{name}, a mistyped flag", f"--{flag[:-2]}{flag[:-3:-1]}=3",
+             [f"unrecognized option --{flag[:-2]}{flag[:-3:-1]}; did you mean --{flag}?"]),
+            (f"{name}, no flag at all", "--zzzzzz 3", ["unrecognized option --zzzzzz (--help lists all)"]),
+            (f"{name}, no number", f"--{flag}=many", [f"--{flag}: ", "'many'"]))
+
+
 # ---- the table: what is broken -> (the command, f(folder) that breaks it, what the line must say) --------------------
 
 x, y, xh = "toy/x.npy", "toy/y.npy", "toy/x_heldout.npy"
@@ -376,6 +393,22 @@ CASES = {
     "a FID reference without an .npz": (SAMPLE + " --fid={f}/a.npz", None, ["--out NAME.npz"]),
     "ratios that descend": ("exp_freedom.py --ratios 4 1", None, ["ratios", "ascending"]),
     "a batch that does not divide": (TRAIN + " --accum=3", None, ["batch 4", "accum = 1 x 3"]),
+    # the command line
+    **{f"{c}": (f"{script} {flag}", None, [*words]) for script in SCRIPTS for c, flag, words in typos(script)},
+    "a missing flag": ("sample.py", None, ["--run is required"]),
+    "a missing name": ("data/prepare.py", None, ["name is required"]),
+    "a flag without a value": (TRAIN + " --batch", None, ["--batch: its value is missing"]),
+    "a choice that is none": (TRAIN + " --prediction=z", None, ["--prediction: 'z' is none of v, x"]),
+    "a flag of a part of a config": (SHELLS + " --train.stpes=3", None, ["--train.stpes; did you mean --train.steps?"]),
+    # what cannot be written
+    **{f"{c.split()[0]}, {what}": (c.replace(ONCE, "") + f" --out={out}", None, [*words]) for c in WRITERS
+       for what, out, words in (("a file as folder", "{f}/toy/x.npy", ["toy/x.npy", "Not a directory"]),
+                                ("a folder in a file", "{f}/toy/x.npy/a/b", ["toy/x.npy", "Not a directory"]),
+                                *[("a folder that takes no files", "/proc/a/b", ["/proc", "No such file"])] * PROC)},
+    "a file as the run's folder": (SHELLS.replace("--model-path={f}/run", "--train.out={f}/toy/x.npy"), None, [x]),
+    "samples in a file's place": (SAMPLE + " --out={f}/toy/x.npy/a.png", None, [x, "Not a directory"]),
+    "samples in a folder's place": (SAMPLE + " --out={f}/toy", None, ["toy is a folder", "--out"]),
+    "samples for FID in a file's place": (SAMPLE + " --out={f}/toy/x.npy/a.npz", None, [x, "Not a directory"]),
     # t outside of [0, 1], which no command takes: through the same door
     **{f"t_grid = {grid}": (lambda grid=grid: sample(None, torch.zeros(1), None, t_grid=grid), None,
                             ["t_grid", "[0, 1]"])
@@ -391,11 +424,6 @@ CASES = {
     **{k: v for p in sorted(ROOT.glob("exp_*.py")) for k, v in damaged_results(p.stem).items()},
     **dict(numbers()),
 }
-TYPOS = [f"{s} {typo}" for s in ("train.py", "sample.py --run=x", "exp_shells.py", "exp_cfg_paradox.py",
-                                 "exp_freedom.py", "exp_scaling.py", "exp_gaussian.py", "exp_toy2d.py",
-                                 "data/prepare.py mnist")
-         for typo in ("--outt=x", "--batch=many" if "prep" in s or "toy" not in s else "--n=many")]
-
 
 def tree(folder):
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")}
@@ -432,11 +460,39 @@ def test_it_is_refused_in_one_line(case, good, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.rglob("was_run")) and not Path("/tmp/was_run").exists()
 
 
-@pytest.mark.parametrize("command", TYPOS)
-def test_a_typo_is_refused(command, tmp_path, monkeypatch, capsys):
-    """By tyro, which draws a box, names the flag, and guesses what was meant."""
-    err = refused(command, tmp_path, monkeypatch, capsys)
-    assert command.split()[-1].split("=")[0] in err and "Traceback" not in err
+@pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="Linux alone, without a GPU")
+@pytest.mark.parametrize("command", [
+    TRAIN.replace("--batch=4", "--batch=400000000"), SAMPLE + " --n=800000000", SHELLS + " --n-trajectories=500000000",
+    PARADOX + " --n=500000000", f"exp_freedom.py --data={{f}}/toy {ONCE} --per-class=5 --n=9 --n-samples=900000000",
+    f"exp_scaling.py {ONCE} --n-trajectories=500000000", f"exp_gaussian.py {ONCE} --points 10 100000000",
+    f"exp_gaussian.py {ONCE} --n-eval=1000000000 --seeds=1000000000", f"exp_toy2d.py {ONCE} --points=100000000",
+    f"exp_toy2d.py {ONCE} --width=900000000"])
+def test_sizes_beyond_the_memory_are_refused_in_one_line(command, good, tmp_path, monkeypatch, capsys):
+    """Of a limit that stands for a small machine: the scripts keep one that is there already."""
+    resource, f = pytest.importorskip("resource"), tmp_path / "f"
+    shutil.copytree(good, f)
+    before, (soft, hard) = tree(f), resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, hard))
+    try:
+        err = refused(command, f, monkeypatch, capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    assert re.fullmatch(r"error: too little memory for [^\n]+\n", err), err
+    assert command.split()[-1] in err and tree(f) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="Linux alone, without a GPU")
+def test_the_memory_is_the_limit(tmp_path):
+    """What the machine has, where nobody has set another; an allocation beyond it is told in one line."""
+    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    (tmp_path / "script.py").write_text(f"""
+import resource, sys; sys.path.insert(0, {str(ROOT)!r})
+import sample, torch, train
+def main(cfg): print(resource.getrlimit(resource.RLIMIT_DATA)[0]); torch.empty({room})
+sample.cli(main, train.PRESETS)""")
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and re.fullmatch(r"error: too little memory [^\n]+\n", done.stderr), done.stderr
+    assert 2**28 < int(done.stdout) < 2 * room
 
 
 @pytest.mark.parametrize("case", ["a pickle bomb", "objects", "weights of stride 0", "exp_toy2d.py --n=-1"])

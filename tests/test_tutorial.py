@@ -164,6 +164,7 @@ def test_a_copied_experiment_runs_and_runs_the_same_again(script, tmp_path_facto
         children.append(start(folder, script, *TINY[script]))
     (printed, err), (_, err2) = (child.communicate(timeout=200) for child in children)
     assert [child.returncode for child in children] == [0, 0], (err + err2)[-2000:]
+    assert not any(sign in text for sign in ("\r", "it/s", "%|") for text in (printed, err)), err    # no bars in a file
     out = tmp_path / "out" / script / "laptop"
     one, two = (json.loads((f / "out" / script / "laptop" / "results.json").read_text()) for f in (tmp_path, again))
     assert untimed(one) == untimed(two) and "arrays" in one
@@ -179,6 +180,9 @@ def test_a_copied_experiment_runs_and_runs_the_same_again(script, tmp_path_facto
         assert printed.startswith(docstring[1] + "\nlaptop preset: ")
         assert printed.splitlines()[1].removeprefix("laptop preset: ") in "".join(docstring[:20])
     assert str(out / "results.png") in printed and (out / "results.png").stat().st_size > 20_000
+    figures, table = printed.split(f"\n{'claim':74s}")       # the table is last
+    assert all(str(p) in figures and str(p) not in table for p in out.glob("results.*"))
+    assert len(table.splitlines()) == 1 + len(one["claims"])
     assert json.loads((out / "results.json").read_text())["script"] == script
     if "--animate" in TINY[script]:
         with Image.open(out / "results.gif") as gif:

@@ -235,7 +235,7 @@ def forecast(cfg, folder):
     start, both, none, steps = seconds(iterations=1), seconds(**few), seconds(**short), seconds(**short | dict(
         iterations=1 + n))                                   # each evaluates twice, at the start and at the end
     took = start + cfg.iterations * max(0, (steps - none) / n + (both - none) / 2 / cfg.eval_every)
-    print(f"about {took / 60:.1f} minutes, by {n} iterations here")
+    print(f"about {max(0.01, took / 60):.2f} minutes, by {n} iterations here")
 
 def measure(cfg):
     """Train all networks and compare -> what goes to results.json."""

@@ -320,7 +320,6 @@ def check(cfg):
     if not 0 < cfg.margin < 0.2: raise ValueError(f"margin must lie between 0 and .2, not {cfg.margin:g}")
     if cfg.device not in ("auto", "cpu", "cuda") or (cfg.device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"device {cfg.device!r} is not available here: expected auto, cpu or cuda")
-    torch.empty(cfg.nets, max(cfg.points**2, cfg.n, 250 * cfg.batch, cfg.width), 8)              # too many fail here
     return torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -355,12 +354,13 @@ def forecast(cfg, folder):
         often = len(sizes) + 8 * (name == RSC)               # 8: the bisection for P2 at equal L
         scale = cfg.times / 2 if name in (XY, RSC) else cfg.steps / few.steps
         seconds += (time.perf_counter() - clock) * scale * often
-    print(f"at most about {seconds / 60:.1f} minutes, by a few steps of each kind here")
+    print(f"at most about {max(0.01, seconds / 60):.2f} minutes, by a few steps of each kind here")
 
 
 def measure(cfg):
     """Every model, at every setting of the sweep, and the claims -> what goes to results.json."""
     device, started, models, (sizes, main, todo) = check(cfg), time.time(), {}, sweep_of(cfg)
+    torch.empty(cfg.nets, max(cfg.points**2, cfg.n, 250 * cfg.batch, cfg.width), 8)              # too many fail here
     for name, size in tqdm(todo, desc="models", disable=None, leave=False):
         models[name, size] = evaluate(cfg, name, size, device)
     print(f"{len(todo)} models, {cfg.nets} of each, fitted and sampled on {device}: {time.time() - started:.1f} s")

@@ -238,14 +238,15 @@ def trust():
     return "\n".join([
         f"- **Killed, a run goes on.** Training killed {test_faults.KILLS} times and more, at random moments, ends "
         "with the weights, the optimizer and the log of a run that was left alone, bit for bit (on a CPU, on as many "
-        f"processes). The same for images into an .npz, killed at each of more than {test_sample.MOMENTS} moments, and "
-        f"for `data/prepare.py imagenet`, at each of more than {test_imagenet.MOMENTS}. SIGTERM and Ctrl-C save first.",
+        f"processes). The same for a sweep of exp_scaling.py, killed {test_faults.SWEEP_KILLS} times and more; for "
+        f"images into an .npz, killed at each of more than {test_sample.MOMENTS} moments; and for `data/prepare.py "
+        f"imagenet`, at each of more than {test_imagenet.MOMENTS}. SIGTERM and Ctrl-C save first.",
         "- **Never half a file.** What is written goes into place whole. The last two checkpoints are kept; a damaged "
         "one is found by its checksums, and the one before it taken. A full disk leaves what was there.",
         f"- **Bad input is refused**, in one line that names the file or the flag, with exit status 1, and nothing "
         f"changed: {refused} cases, {numbers} of them sizes and rates (negative, zero, nan, huge), the others pickle "
-        "bombs, damaged archives, headers that claim terabytes, wrong labels, nan in the data, and the like. `--debug` "
-        "shows the traceback.",
+        "bombs, damaged archives, headers that claim terabytes, wrong labels, nan in the data, mistyped flags, folders "
+        "that take no files, sizes beyond the memory. `--debug` shows the traceback.",
         f"- **No file is trusted.** {test_fuzz.INPUTS} made-up checkpoints, data sets and archives are refused, or "
         f"read, soon and in little memory, whenever the tests run, and {test_fuzz.MANY:,} by `FUZZ={test_fuzz.MANY} "
         ".venv/bin/python -m pytest tests/test_fuzz.py`. Nothing is ever unpickled but tensors and plain values.",

@@ -815,89 +815,79 @@ def print_table(a):
 # Drawing
 
 BLUE, RED, GREY = "#0072B2", "#D55E00", "#777777"            # supervision, extrapolation: the same in every figure
+COLOUR, SYMBOL = dict(sup=BLUE, ext=RED), dict(sup="$E^{sup}$", ext="$E^{ext}$")
 
 
-def draw_ladder(ax, a, title):
-    """Both errors against compute, each with its axis, as in the paper's figure."""
-    right, x = ax.twinx(), np.array(a["compute"])            # (S, L)
-    for axis, key, colour, marker in ((ax, "sup", BLUE, "o"), (right, "ext", RED, "s")):
-        e = a[f"{key}_x"]                                    # levels from paired differences, which have more digits
-        y = e["mean"][0][0] + np.array(e["over_first"])[..., 0]
-        for j in range(x.shape[1]):
-            paired = np.array(e["over_smallest"])[:, j]      # (S, 3)
-            low, high = np.abs(paired[:, 1:].T - paired[:, 0])
-            axis.errorbar(x[:, j], y[:, j], (low, high), fmt=marker, color=colour, ms=4 + 2 * j, mfc="w", capsize=2)
-        slope, low, high = e["slope"]["size"]                # at equal length: one line a length
-        for j in range(x.shape[1]):
-            ends = np.log10(x[[0, -1], j])
-            axis.plot(10**ends, y[:, j].mean() + slope * (ends - np.log10(x[:, j]).mean()), color=colour, lw=1.2)
-        span, limit = np.ptp(y), a.get("limit", {}).get(key, [np.inf])[0]
-        axis.set_ylim(y.min() - 0.6 * span, y.max() + 0.6 * span)
-        if abs(limit - y.mean()) < 2 * span:                 # else it would leave the ladder no room
-            axis.set_ylim(min(y.min(), limit) - 0.4 * span, max(y.max(), limit) + 0.4 * span)
-            axis.axhline(limit, color=colour, ls=":", lw=1.3)
-        what = f"; true density: {limit:.4f}" if limit < np.inf else ""
-        axis.set_ylabel(f"$E^{{{key}}}$ of $|x_\\theta - x_*|^2/d${what}", color=colour)
-        axis.tick_params(axis="y", colors=colour)
-        ax.text(0.03, 0.95 if key == "ext" else 0.03, f"{key}: {slope:+.2g} [{low:+.2g}, {high:+.2g}] a decade of size",
-                transform=ax.transAxes, color=colour, fontsize=9, va="top" if key == "ext" else "bottom")
-    ax.set(xscale="log", xlabel="training compute (FLOPs); larger marker: longer", title=title)
+def paper_says(ax, what, up, at=(0.91, 0.86)):
+    """A grey arrow in a corner: which way the paper says that this goes."""
+    (x, y), h = at, 0.1 if up else -0.1
+    ax.annotate("", (x, y + h), (x, y - h), "axes fraction", arrowprops=dict(arrowstyle="-|>", color=GREY, lw=2))
+    ax.text(x - 0.03, y, f"paper:\n{what}", transform=ax.transAxes, color=GREY, ha="right", va="center")
+
+
+def interval(axis, x, v, **style):                           # v (n, 3): values, and the ends of their intervals
+    v = np.array(v)
+    return axis.errorbar(x, v[:, 0], np.abs(v[:, 1:] - v[:, :1]).T, capsize=3, **style)
+
+
+def room_above(ax, share=0.55):                              # for the words
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high + share * (high - low))
+
+
+def draw_ladder(ax, a, key, title):
+    """One error of every network against compute, a line a length, as in the paper's figure."""
+    x, e = np.array(a["compute"]), a[f"{key}_x"]             # (S, L); levels from paired differences: more digits
+    y, paired = e["mean"][0][0] + np.array(e["over_first"])[..., 0], np.array(e["over_smallest"])
+    for j, k in enumerate(a["lengths"]):
+        v = y[:, j:j + 1] - paired[:, j, :1] + paired[:, j]
+        v[0] = y[0, j] if len(v) > 1 else e["ci"][0][j]      # its interval is that of the differences to itself
+        interval(ax, x[:, j], v, fmt="o-", color=COLOUR[key], alpha=(j + 1) / len(a["lengths"]), ms=4,
+                 label=f"{k} steps" if k > 1 else None)
+    if "limit" in a:
+        limit, far = a["limit"][key][0], abs(a["limit"][key][0] - y.mean()) > 1.5 * np.ptp(y)
+        line = ax.plot([], [], " ") if far else [ax.axhline(limit, color="black", ls=":")]       # far: no room for it
+        line[0].set_label(f"true density: {limit:.3f}")
+    room_above(ax)
+    if "size" in e["slope"]:
+        title += "\n{:+.2g} [{:+.2g}, {:+.2g}] a decade of size".format(*e["slope"]["size"])
+        ax.legend(loc="upper left")
+    paper_says(ax, *(("falls", False) if key == "sup" else ("rises", True)))
+    ax.set(xscale="log", xlabel=a.get("axis", "training compute (FLOPs)"), title=title,
+           ylabel=f"{SYMBOL[key]} per dimension")
     ax.xaxis.set_minor_formatter("")
 
 
-def draw_fig3(axes, a):
-    what = "1/f fields" if "limit" in a else "Fig. 3"
-    draw_ladder(axes[0], a, f"(a) {what}" + (", learning their structure" if "limit" in a else ""))
-    if "plateau" in a:
-        draw_ladder(axes[1], a["plateau"], "(b) Half the contrast: a plateau")
-    ax = axes[2]
-    for key, colour in (("sup", BLUE), ("ext", RED)):
-        mean, low, high = np.array(a[f"{key}_x"]["along_t"]).T
-        ax.plot(a["t"], mean, color=colour, label=f"$E^{{{key}}}$")
-        ax.fill_between(a["t"], low, high, color=colour, alpha=0.2, lw=0)
+def draw_along_t(ax, a, title):
+    """Where in time the largest differs from the smallest; of one network, its errors themselves."""
+    single = len(a["models"]) == 1
+    for key in ("sup", "ext"):
+        mean, low, high = np.array(a[f"{key}_x"]["level_t" if single else "along_t"]).T
+        ax.plot(a["t"], mean, color=COLOUR[key], label=SYMBOL[key])
+        ax.fill_between(a["t"], low, high, color=COLOUR[key], alpha=0.2, lw=0)
     ax.axhline(0, color=GREY, lw=0.8)
-    ax.set(xlabel="t", title=f"(c) as (a): {a['models'][-1]} minus {a['models'][0]}, {a['lengths'][-1]} steps (95%)",
-           ylabel="change of the error, x-space")
+    ax.set(xlabel="t        (0 = data, 1 = noise)", ylabel="error" if single else "change of the error", title=title)
     ax.legend()
 
 
-def draw_dial(axes, a):
-    for key, colour, marker in (("sup", BLUE, "o"), ("ext", RED, "s")):
-        s = np.array([la[f"{key}_x"]["slope"]["size"] for la in a["ladders"]])                   # (amounts, 3)
-        axes[0].errorbar(a["amounts"], s[:, 0], np.abs(s[:, 1:] - s[:, :1]).T, fmt=marker + "-", color=colour,
-                         capsize=3, label=f"$E^{{{key}}}$ (95%)")
-    axes[0].axhline(0, color=GREY, lw=0.8)
-    axes[0].set(xlabel="a of (1 - a) digit + a field, standardized", ylabel="slope over size, per decade of compute",
-                title="(d) The dial: when does it grow?")
-    axes[0].set_yscale("symlog", linthresh=1e-4)
-    axes[0].legend()
-
-
-def draw_onset(axes, a):
-    ax, right = axes[0], axes[0].twinx()
-    for k, (model, line) in enumerate(zip(a["models"], (":", "--", "-", "-.") * 3, strict=False)):
-        ax.plot(a["lengths"], a["ext_x"]["mean"][k], line, color=RED, marker="s", ms=4, label=model)
-        right.plot(a["lengths"], a["memorized"][k], line, color="black", lw=1.2)
-        right.plot(a["lengths"], a["distance"][k], line, color=GREY, lw=1.2)
-    ax.set(xscale="log", xlabel="training steps", title="(e) The onset, real textures")
-    ax.set_xticks(a["lengths"], [str(k) for k in a["lengths"]])
-    ax.minorticks_off()
-    ax.set_ylabel("$E^{ext}$, x-space", color=RED)
-    right.set(ylim=(-0.03, 1.03))
-    right.set_ylabel("black: memorized; grey: distance to nearest", fontsize=9)
-    ax.legend(fontsize=8, loc="center left")
+def draw_fig3(axes, a):
+    draw_ladder(axes[0], a, "sup", "(a) Fig. 3: on training points")
+    draw_ladder(axes[1], a, "ext", "(b) Fig. 3: along trajectories")
 
 
 def draw_fig6(axes, a):
-    names = list(a["change"])
-    for name, style in zip((names[-2], names[-1]), ("-", ":"), strict=True):
-        for region, colour in (("sup", BLUE), ("ext", RED)):
-            mean, low, high = np.array(a["change"][name][region]["along_t"]).T
-            axes[0].plot(a["t"], mean, style, color=colour, label=f"{name}, {region}")
-            axes[0].fill_between(a["t"], low, high, color=colour, alpha=0.15, lw=0)
-    axes[0].set(xlabel="t", ylabel="$|x_\\theta' - x_\\theta|^2/d$", yscale="log",
-                title=f"(f) Fig. 6, {a['model']} (95%)")
-    axes[0].legend(fontsize=8)
+    ax, names = axes[0], list(a["ratio"])
+    v, x = np.array([a["ratio"][k] for k in names]), np.arange(len(names))
+    ax.axhspan(*v[-1, 1:], color=GREY, alpha=0.15, lw=0)
+    interval(ax, x[:-1], v[:-1], fmt="s", color=RED, ms=6)
+    interval(ax, x[-1:], v[-1:], fmt="D", color="black", ms=6)
+    ax.axhline(1, color=BLUE, lw=1.2)
+    room_above(ax)
+    ax.set_ylim(ax.get_ylim()[0] - 0.1 * np.ptp(ax.get_ylim()))
+    ax.text(0.03, 0.03, "blue: 1, the same on both", transform=ax.transAxes, color=BLUE)
+    paper_says(ax, "above 1", True)
+    ax.set_xticks(x, [k.replace("REPA, lambda =", "REPA").replace("control: ", "control:\n") for k in names])
+    ax.set(xlim=(-0.5, len(names) - 0.5), ylabel="change on trajectories / points", title="(c) Fig. 6: what REPA changes")
 
 
 def draw_fig7(axes, a):
@@ -905,47 +895,129 @@ def draw_fig7(axes, a):
     repa, colours = [r for r in recipes if "REPA" in r], {recipes[0]: "black"}
     colours |= {r: (0.8, 0.75 - 0.6 * k / len(repa), 0.7) for k, r in enumerate(repa[1:])}
     colours |= dict(zip(recipes[-2:], ("#009E73", "#999933"), strict=True))
-    for ax, names, title in ((axes[0], repa, "(g) Fig. 7b, REPA"),
-                             (axes[1], [recipes[0], *recipes[-2:]], "(h) Fig. 7c, architectures"),
-                             (axes[2], recipes, "(i) Compute to L")):
+    panels = ((repa, "(d) Fig. 7b: REPA"), ([recipes[0], *recipes[-2:]], "(e) Fig. 7c: architectures"),
+              (recipes, "(f) Compute buys L; colours of (d), (e)"))
+    for ax, (names, title) in zip(axes, panels, strict=True):
         for name in names:
             C, L, FD = np.array([[r[k] for k in ("compute", "L", "FD")] for r in a["table"] if r["recipe"] == name]).T
             if ax is axes[2]:
-                ax.plot(*np.array([C, L])[:, np.argsort(C)], "o-", color=colours[name], ms=4, lw=1, label=name)
+                ax.plot(*np.array([C, L])[:, np.argsort(C)], "o-", color=colours[name], ms=4, lw=1)
                 continue
             ax.scatter(L, FD, 12 + 25 * (np.log10(C) - 10).clip(0), color=[colours[name]], alpha=0.8, label=name)
             ends = np.array([L.min(), L.max()])
             ax.plot(ends, np.polyval(a["fits"][name], ends), color=colours[name], lw=1.3)
-        ax.set(xlabel="supervision loss L (v-space, per dimension)", ylabel="Fréchet distance", title=title)
-        ax.legend(fontsize=8)
+        ax.set(xlabel="supervision loss L (v-space)", ylabel="Fréchet distance", title=title)
+    for ax, what in zip(axes, ("REPA lower", "U-Nets lower"), strict=False):
+        room_above(ax, 0.6)
+        ax.legend(loc="upper left")
+        paper_says(ax, what, False, (0.95, 0.12))
     axes[2].set(xscale="log", xlabel="training compute (FLOPs)", ylabel="L")
     axes[2].xaxis.set_minor_formatter("")
 
 
+def draw_plateau(axes, a):
+    draw_ladder(axes[0], a["plateau"], "sup", "(a) Plateau: on training points")
+    draw_ladder(axes[1], a["plateau"], "ext", "(b) Plateau: along trajectories")
+    draw_along_t(axes[2], a, f"(c) Fig. 3: {a['models'][-1]} - {a['models'][0]}")
+
+
+def draw_dial(axes, a):
+    ax = axes[0]
+    for key in ("sup", "ext"):
+        interval(ax, a["amounts"], [la[f"{key}_x"]["slope"]["size"] for la in a["ladders"]], color=COLOUR[key],
+                 fmt="o-", ms=4, label=SYMBOL[key])
+    ax.axhline(0, color=GREY, lw=0.8)
+    room_above(ax, 0.4)
+    paper_says(ax, f"{SYMBOL['ext']} above 0", True)
+    ax.set(xlabel="a of (1 - a) digit + a field", ylabel="slope over size, per decade", title="(d) Dial: which data?")
+    ax.legend(loc="lower left")
+
+
+def draw_onset(axes, a):
+    shade = lambda k: dict(alpha=(k + 1) / len(a["models"]), marker="o", ms=4)
+    for k, model in enumerate(a["models"]):
+        axes[0].plot(a["lengths"], a["ext_x"]["mean"][k], color=RED, label=model, **shade(k))
+        axes[1].plot(a["lengths"], 100 * np.array(a["memorized"][k]), color="black", label=model, **shade(k))
+    axes[0].set(ylabel=f"{SYMBOL['ext']} per dimension", title="(e) Onset: error while training")
+    axes[1].set(ylabel="% of the samples", title="(f) Onset: copies among the samples")
+    for ax in axes:
+        ax.set(xscale="log", xlabel="training steps")
+        ax.set_xticks(a["lengths"], [str(k) for k in a["lengths"]])
+        ax.minorticks_off()
+        ax.legend()
+
+
+def draw_given(axes, a):
+    draw_fig3(axes, a)
+    one = len(a["models"]) == 1
+    draw_along_t(axes[2], a, "(c) Along t" if one else f"(c) {a['models'][-1]} - {a['models'][0]}")
+
+
+PICTURES = dict(                                             # part, who draws it, on how many axes; a suffix a picture
+    results=(("fig3", draw_fig3, 2), ("fig6", draw_fig6, 1), ("fig7", draw_fig7, 3)),
+    results_when=(("fig3", draw_plateau, 3), ("dial", draw_dial, 1), ("onset", draw_onset, 2)))
+
+
+def caption(results):
+    """{picture: what it says}, in words and numbers that follow from the claims."""
+    claims, lines = results["claims"], dict(results=[], results_when=[])
+    starting = lambda start: [c for c in claims if c["claim"].startswith(start)]
+    go = lambda c: "falls" if c["ci95"][1] < 0 else "rises" if c["ci95"][0] > 0 else "does not change for sure"
+    a = results["arrays"]
+    if c := starting("Fig 3 supervision error")[:1] + starting("Fig 3 extrapolation error")[:1]:
+        lines["results"].append(f"Fig. 3: from small to large the error {go(c[0])} on training points, and {go(c[1])} "
+                                "along the model's trajectories (paper: falls, rises).")
+    if c := starting("Fig 6"):
+        end = {"holds": "more than", "contradicted": "less than", "not resolved": "not told apart from what"}
+        lines["results"].append(f"Fig. 6: REPA changes the network {c[0]['ours']:.2f} times as much there as on "
+                                f"training points: {end[c[1]['verdict']]} another seed does (grey band).")
+    if c := starting("Fig 7"):
+        repa, unet = c[0], next(k for k in c if "U-Net" in k["claim"])
+        lines["results"].append(
+            f"Fig. 7: at equal L the distance of U-Nets lies {unet['ours']:+.2g} from that of SiTs ({unet['verdict']}; "
+            f"paper: below), with REPA between {min(k['ours'] for k in c if 'REPA' in k['claim']):+.2g} and "
+            f"{max(k['ours'] for k in c if 'REPA' in k['claim']):+.2g} (lowest lambda: {repa['verdict']}).")
+    if c := starting("Fig 3 plateau"):
+        lines["results_when"].append(f"Plateau (fields of half the contrast, hardly learned): from small to large the "
+                                     f"error {go(c[0])} on training points, and {go(c[1])} along trajectories.")
+    if c := starting("dial"):
+        lines["results_when"].append(f"Dial: along trajectories the error falls with size in "
+                                     f"{sum(go(k) == 'falls' for k in c)} of {len(c)} mixtures, and rises in "
+                                     f"{sum(go(k) == 'rises' for k in c)}.")
+    if c := starting("onset"):
+        lines["results_when"].append(f"Onset ({results['config']['n_onset']:,} textures): it {go(c[1])} while the "
+                                     f"largest network trains; copies among its samples: {100 * c[2]['ours']:+.0f}%.")
+    return {k: "\n".join(v) for k, v in lines.items()}
+
+
 def plot(path):
-    """results.json -> results.png beside it."""
+    """results.json -> results.png, and, of the sets made here, results_when.png beside it. -> the files."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     results = json.loads(Path(path).read_text())
-    a = results["arrays"]
-    fig, axes = plt.subplots(3, 3, figsize=(15, 17.5))
-    fig.subplots_adjust(left=0.055, right=0.95, top=0.98, bottom=0.27, wspace=0.5, hspace=0.25)
-    axes = axes.ravel()
-    for part, draw, which in (("fig3", draw_fig3, (0, 1, 2)), ("dial", draw_dial, (3,)), ("onset", draw_onset, (4,)),
-                              ("fig6", draw_fig6, (5,)), ("fig7", draw_fig7, (6, 7, 8))):
-        if part in a:
-            draw(axes[list(which)], a[part])
-        if part == "fig3" and part in a and "plateau" not in a[part]:
-            axes[1].set_axis_off()
-        for k in () if part in a else which:
-            axes[k].text(0.5, 0.5, f"not measured: --only {part}", ha="center", color=GREY)
-            axes[k].set_axis_off()
-    lines = [f"{c['verdict']:12s} {c['claim']:74s} {c['ours']:9.3g} [{c['ci95'][0]:.3g}, {c['ci95'][1]:.3g}]"
-             for c in results["claims"]]
-    fig.text(0.03, 0.235, "\n".join(lines), fontsize=9.5, family="monospace", va="top", linespacing=1.3)
-    fig.savefig(Path(path).with_suffix(".png"), dpi=62)
-    plt.close(fig)
+    a, said, files = results["arrays"], caption(results), []
+    given, made = results["config"].get("model_path"), {"plateau", "dial", "onset"} & {*a, *a.get("fig3", ())}
+    for name, panels in PICTURES.items() if not given else [("results", [("fig3", draw_given, 3)])]:
+        if name == "results_when" and not made:
+            continue
+        rows = 1 if given else 2
+        with plt.rc_context({"font.size": 8, "axes.titlesize": 9, "legend.fontsize": 7.5, "legend.framealpha": 0.7}):
+            fig, axes = plt.subplots(rows, 3, figsize=(9.4, 0.7 + 2.85 * rows), dpi=130, layout="constrained")
+            fig.get_layout_engine().set(rect=(0, 0.45 / fig.get_figheight(), 1, 1 - 0.45 / fig.get_figheight()))
+            rest = list(axes.ravel())
+            for part, draw, n in panels:
+                mine, rest = rest[:n], rest[n:]
+                if part in a:
+                    draw(mine, a[part])
+                for ax in () if part in a else mine:
+                    ax.text(0.5, 0.5, f"not measured: --only {part}", ha="center", color=GREY)
+                    ax.set_axis_off()
+            fig.text(0.01, 0.008, said[name], va="bottom")
+            files.append(Path(path).with_name(f"{name}.png"))
+            fig.savefig(files[-1], facecolor="white")
+            plt.close(fig)
+    return files
 
 
 if __name__ == "__main__":

@@ -846,7 +846,7 @@ def experiment(script, cfg, measure, plot, work):
         if (found := read_json(path)).get("script") != script:
             raise ValueError(f"it is of the script {found.get('script')!r:.50}")
         claims = found["claims"]
-        plot(path)
+        pictures = plot(path) or [path.with_suffix(".png")]
     except Exception as e:
         if not cfg.redraw: raise                             # then it is no fault of the file's
         raise ValueError(f"{path} is damaged, or none of {script}.py: {type(e).__name__} {e}") from e
@@ -854,7 +854,7 @@ def experiment(script, cfg, measure, plot, work):
     for c in claims:
         print(f"{c['claim']:74s} {c['paper']:>10s} {c['ours']:9.3g} {'[{:.3g}, {:.3g}]'.format(*c['ci95']):>18s}  "
               f"{c['verdict']}")
-    print(f"\n{path.with_suffix('.png')}\n{path}")
+    print("", *pictures, path, sep="\n")
 
 
 if __name__ == "__main__":

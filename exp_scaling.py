@@ -9,34 +9,33 @@ along the model's own trajectories. Both are E_t |x_theta(z_t, t) - x_*(z_t, t)|
 Fig. 6: REPA changes the learned score more along trajectories than on training points. Fig. 7 (Eq. 5): Frechet distance
 = f_extrapolation(L), a straight line in the supervision loss L, lower for REPA and for convolutions.
 
-    python exp_scaling.py                # trains everything; about 30 minutes on 2 CPU cores
+    python exp_scaling.py                # trains everything; under 20 minutes on 2 CPU cores
     python exp_scaling.py --only fig3    # or fig6, fig7, dial, onset: the networks of one part; the rest if it is there
     torchrun --nproc_per_node=4 -- exp_scaling.py --preset paper     # ImageNet latents; every GPU trains its own
+    python exp_scaling.py --preset paper --model-path SiT-S.pt SiT-XL.pt     # Figure 3 of given weights; or of one
 
 Everything is trained here, by train.py, on four kinds of images: random 1/f fields (16 x 16; the true posterior mean is
 a Wiener filter, the limit of both errors), digits, mixtures of the two (the *dial*), and crops of photographs of brick,
 grass and gravel (the *onset* of memorization). The effect is about 1% of the levels: all networks get the same points,
-noise and starting noise, and intervals (95%) are of paired differences, over 2,048 points or trajectories. They do not
+noise and starting noise, and intervals (95%) are of paired differences, over 1,024 points or trajectories. They do not
 cover the seed of the training: one network of each kind is trained.
 
 Where the paper leaves it open: Fig. 3 is taken to be x-space, and Fig. 7 v-space, |x_theta - x_*|^2 / t^2 (t_min .031,
 half a step of the grid), as the ratio of their published levels, 3.8, suggests; the script measures that ratio. E^ext
-in v-space is all t_min, and in the JSON only. So are the unconditional errors (of a quarter of the points; the headline
+in v-space is all t_min, and in the JSON only. So are the unconditional errors (of an eighth of the points; the headline
 is class-conditional) and the paper's count of compute, 2 x MACs, forward only, beside the true FLOPs.
 
-What came out. *Fig. 3:* the supervision half holds, the extrapolation half is contradicted, on the fields, over size
-and over length. Their limit says why: x_theta of the true density has an E^ext too, .651. All these networks reach it
-from above (.762 to .652), and the largest has arrived: from there the only way is into memorization, which lowers it.
-Fields of half the contrast hold the networks up on a plateau of E^sup near .066 (limit .058), before they learn any
-structure; there the spread over size is 1%, as in the paper, and falls as well for widths 24 and 32. (One pair was seen
-to rise there: depths 1 and 2 at width 32, by .0016 +- .0002 after 800 steps and .0024 +- .0003 after 1,600.) The ratio
-of v- to x-space is 4.7 at unit variance, near the paper's 3.8, and 8.4 at half the contrast: it depends on the data.
-*Fig. 6:* REPA changes the network 3% more along trajectories than on training points, and a change of seed does the
-same: not REPA's doing. *Fig. 7:* U-Nets have a far lower distance than transformers at equal L, as the paper says;
-attention or not makes no difference here, and REPA none at lambda = 1, or a worse distance at .25. (REPA is one block
-deep here, its teacher a small classifier, the runs short.) *Dial:* E^ext falls with size at every a, most with fields
-alone. *Onset:* on 1,000 texture crops E^ext falls from the first measurement on (.57 to .43 for the largest), most of
-it before the first copy; 6% of the samples are copies after 2,000 steps: the fall is not the mark of memorization.
+What you should see: results.png is what the paper shows, results_when.png asks when it is so. *Fig. 3:* the supervision
+half holds, the extrapolation half is contradicted, on the fields, over size and over length. Their limit says why:
+x_theta of the true density has an E^ext too, which all these networks reach from above; from there the only way is into
+memorization, which lowers it. Fields of half the contrast hold the networks up on a *plateau* before they learn any
+structure; the spread over size is 1% there, as in the paper, and E^ext falls as well. Not because our small SiTs take
+1000 t: with t as it is, like the paper's, widths 32 to 96 change E^sup by -.0014 and E^ext by -.0025 +- .0004 after
+500 steps (-.0017 and -.0039 +- .0004 with another seed), -.0066 and -.0124 +- .0008 after 1,000.
+*Fig. 6:* REPA changes the network more along trajectories than on training points, and so does a change of seed. *Fig.
+7:* U-Nets have a far lower distance than transformers at equal L, as the paper says; REPA does not (it is one block
+deep here, its teacher a small classifier, the runs short). *Dial:* E^ext falls with size at every a, most with fields
+alone. *Onset:* on 1,000 crops E^ext falls from the start, mostly before the first copy: no mark of memorization.
 
 Networks and their measurements are kept in out/exp_scaling/<preset>/runs/, named by what they depend on: the same
 command goes on after an interrupt, another length or trajectory count costs no more than what is new.
@@ -44,11 +43,11 @@ command goes on after an interrupt, another length or trajectory count costs no 
 
 Try this, after a first run; the answers are in the table that is printed last, and most networks are found again.
 1. python exp_scaling.py --only onset --threshold 0.5     How much does "memorized" depend on what is called a copy? See
-   "memorized fraction": more than three times as many of the samples are copies.
+   "memorized fraction": several times as many of the samples are copies.
 2. python exp_scaling.py --only fig3 --n-times 8    What depends on the grid of t? Not "v-space over x-space": E^sup has
    a finite limit in v-space as t falls to 0. But see "why": twice the step, and the solver's error is in E^ext.
 3. python exp_scaling.py --only dial --amounts 0 1 --dial.lengths 400    Is the dial a matter of the moment? See "digits
-   alone" and "fields alone" for networks half as old: both slopes keep their sign.
+   alone" and "fields alone" for networks half as old: do both slopes keep their sign?
 """
 # /// script
 # requires-python = ">=3.11"
@@ -75,8 +74,8 @@ from torch import nn
 import sample
 import train
 from empirical_score import EmpiricalScore
-from model import build_model
-from sample import cli, frechet, gaussian, load_run, noise, pick_device, processes, replacing, wait_for_all
+from model import SIT_SIZES, build_model
+from sample import check_fit, cli, frechet, gaussian, load_run, noise, pick_device, processes, replacing, wait_for_all
 
 
 @dataclass
@@ -89,22 +88,22 @@ class Ladder:
 class Config:
     preset: Literal["laptop", "gpu", "paper"] = "laptop"  # where the defaults of all other fields come from
     only: Literal["all", "fig3", "fig6", "fig7", "dial", "onset"] = "all"  # what to train for
+    model_path: tuple[str, ...] = ()  # official SiT weights, or runs: Figure 3 of these, and nothing is trained
     fig3: Ladder = field(default_factory=lambda: Ladder(
         ("SiT-pico/4", "SiT-nano/4", "SiT-micro/4", "SiT-tiny/4"), (400, 800, 1600)))
     plateau: Ladder = field(default_factory=lambda: Ladder(("SiT-pico/4", "SiT-nano/4"), (400, 800, 1600)))
     fig7: Ladder = field(default_factory=lambda: Ladder(("SiT-nano/2", "SiT-micro/2"), (400, 800)))
     unets: Ladder = field(default_factory=lambda: Ladder(("UNet-pico", "UNet-nano"), (200, 400)))
-    dial: Ladder = field(default_factory=lambda: Ladder(("SiT-nano/4", "SiT-micro/4", "SiT-tiny/4"), (800,)))
-    onset: Ladder = field(default_factory=lambda: Ladder(
-        ("SiT-nano/4", "SiT-micro/4", "SiT-tiny/4"), (250, 500, 1000, 2000)))
-    amounts: tuple[float, ...] = (0, 0.33, 0.67, 1)  # of texture in the dial: 0 is digits alone, 1 fields alone
+    dial: Ladder = field(default_factory=lambda: Ladder(("SiT-pico/4", "SiT-nano/4", "SiT-micro/4"), (800,)))
+    onset: Ladder = field(default_factory=lambda: Ladder(("SiT-nano/4", "SiT-micro/4"), (250, 500, 1000, 2000)))
+    amounts: tuple[float, ...] = (0, 0.5, 1)  # of texture in the dial: 0 is digits alone, 1 fields alone
     lambdas: tuple[float, ...] = (0, 0.25, 0.5, 1)  # of REPA; the first must be 0
     repa_depth: int = 1  # the block after which REPA looks at the tokens
     data: str = ""  # a data set under data/ for Figures 3, 6 and 7, in place of the sets made here
     contrast: float = 1  # standard deviation of the pixels of every set made here; 1 as in latents
     n_data: int = 20_000  # training images of each set
     n_onset: int = 1_000  # training images of the onset's: fewer, so that memorization comes early
-    n_trajectories: int = 2048  # and as many noised training images
+    n_trajectories: int = 1024  # and as many noised training images; Figure 6 takes twice as many
     n_times: int = 16  # times t = (k + 1/2)/n_times, which are also the steps of Heun's method
     batch: int = 128  # images a step
     accum: int = 1  # gradient accumulation, where they do not fit into memory at once
@@ -302,11 +301,16 @@ def digest(*what):
 
 def paths(cfg, job):
     """The folder of the run, and one file of measurements for each length; named by all that they depend on."""
+    runs, measuring = train.results_path("exp_scaling", cfg).parent / "runs", [cfg.n_trajectories, cfg.n_times, cfg.n]
+    if job.model in cfg.model_path:                          # which file it is tells its size and its time
+        file = Path(job.model) if Path(job.model).is_file() else Path(job.model) / "ckpt.pt"
+        stamp = [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns, job.data, cfg.n_data, cfg.contrast]
+        return runs / f"{file.stem}_{digest(stamp)}", [runs / f"{file.stem}_{digest(stamp)}" /
+                                                       f"measured_{digest(measuring, cfg.seed)}.npz"]
     training = [cfg.n_onset if job.data == "onset" else cfg.n_data, cfg.batch, cfg.lr, cfg.warmup, cfg.ema,
                 cfg.contrast, cfg.label_dropout, cfg.seed, cfg.repa_depth if job.lam else 0]
     training = [*map(float, training), cfg.data]             # 1 and 1.0 are the same
-    measuring = [cfg.n_trajectories, cfg.n_times, cfg.n]
-    folder = train.results_path("exp_scaling", cfg).parent / "runs" / f"{job.name()}_{digest(job.name(), training)}"
+    folder = runs / f"{job.name()}_{digest(job.name(), training)}"
     return folder, [folder / f"measured_{k}_{digest(measuring)}.npz" for k in job.lengths]
 
 
@@ -331,11 +335,21 @@ def fit(cfg, job, steps):
     return load_run(folder / f"ema_{steps}.pt", pick_device(cfg.device))[0]
 
 
+@functools.cache
+def given(path):
+    """build_model's arguments for the network in a file of weights."""
+    model, ckpt = load_run(path)
+    sizes = {(depth, width): size for size, (depth, width, _) in SIT_SIZES.items()}
+    return ckpt.get("model_args") or dict(
+        name=f"SiT-{sizes[len(model.blocks), model.pos_embed.shape[-1]]}/{model.patch}", input_size=model.input_size,
+        in_channels=model.in_channels, num_classes=model.num_classes)
+
+
 def along(f, z, t, *args):                                   # f at every time of z (T, B, C, H, W), stacked alike
     return torch.stack([f(zk, tk, *args) for zk, tk in zip(z, t, strict=True)])
 
 
-@functools.lru_cache(1)
+@functools.lru_cache(8)
 def probe(folder, n, n_times, seed, device):
     """Common random numbers: what every network of one data set is asked, the same for all. The empirical score at the
     noised training points does not depend on the network, and is computed once."""
@@ -347,16 +361,18 @@ def probe(folder, n, n_times, seed, device):
     t = (torch.arange(n_times, dtype=torch.float32) + 0.5) / n_times
     eps, z1 = noise(range(n), E.shape, seed + 1).to(device), noise(range(n), E.shape, seed + 2).to(device)
     z = torch.stack([torch.lerp(x, eps, tk) for tk in t.tolist()])       # (T, n, C, H, W): the same eps at all t
-    y_ext, few = torch.arange(n, device=device) % data["meta"]["num_classes"], -(-n // 4)
+    y_ext, few = torch.arange(n, device=device) % data["meta"]["num_classes"], -(-n // 8)
     x_star, x_free = along(E.posterior_mean, z, t.tolist(), y_sup), along(E.posterior_mean, z[:, :few], t.tolist())
     return SimpleNamespace(E=E, t=t.tolist(), z=z, y_sup=y_sup, z1=z1, y_ext=y_ext, x_star=x_star, x_free=x_free,
                            few=few, seconds=time.time() - started)
 
 
+PIECE = 256                                                  # images at once: activations stay in a CPU's caches
+
 @torch.no_grad()
 def data_prediction(model, z, t, y):                         # x_theta = z - t v_theta, (B, C, H, W), in pieces
     y = torch.full((len(z),), model.num_classes, device=z.device) if y is None else y
-    return torch.cat([zb - t * model(zb, t, yb) for zb, yb in zip(z.split(512), y.split(512), strict=True)])
+    return torch.cat([zb - t * model(zb, t, yb) for zb, yb in zip(z.split(PIECE), y.split(PIECE), strict=True)])
 
 
 @torch.no_grad()
@@ -364,7 +380,7 @@ def trajectories(model, z1, y, t):
     """Heun's method from z1 at 1 over the times t (ascending) down to 0, w = 1. -> z and x_theta at these times, both
     (T, B, C, H, W), t ascending, and the samples. sample.sample would evaluate the network twice at every z."""
     paths, means, ends = [], [], []
-    for z, yb in zip(z1.split(512), y.split(512), strict=True):
+    for z, yb in zip(z1.split(PIECE), y.split(PIECE), strict=True):
         path, mean = [], []
         for a, b in pairwise([1.0, *t[::-1], 0.0]):
             v = model(z, a, yb)
@@ -382,12 +398,15 @@ def per_dim(a):                                              # |a|^2 / d: (T, B,
     return a.flatten(2).double().square().mean(2).T.cpu().numpy()
 
 
-def evaluate(model, p, n=50):
+def evaluate(model, p, n=50, both=True):
     """E^sup and E^ext of one model, (n_trajectories, T), x-space, per dimension; `_free`: the same without labels, the
-    null label against x_* over all of D, on the first quarter. Samples, their neighbours, and the seconds spent on
-    the empirical score and altogether."""
+    null label against x_* over all of D, on the first eighth. Samples, their neighbours, and the seconds spent on
+    the empirical score and altogether. Not `both`: E^sup and samples alone, for Figure 7."""
     started, out, x_theta = time.time(), {}, functools.partial(data_prediction, model)
     out["sup"] = per_dim(along(x_theta, p.z, p.t, p.y_sup) - p.x_star)
+    if not both:
+        samples = trajectories(model, p.z1, p.y_ext, p.t)[2]
+        return out | dict(samples=samples.half().cpu().numpy(), seconds=np.array([0, time.time() - started, 0]))
     out["sup_free"] = per_dim(along(x_theta, p.z[:, :p.few], p.t, None) - p.x_free)
     path, on_path, samples = trajectories(model, p.z1, p.y_ext, p.t)
     free, before = along(x_theta, path[:, :p.few], p.t, None), time.time()
@@ -407,9 +426,9 @@ def run(cfg, job):
         if not path.exists():
             started = time.time()
             model = Wiener(16, cfg.contrast * (0.5 if job.data == "plateau" else 1)) if job.model == "Wiener" else \
-                fit(cfg, job, steps)
+                load_run(job.model, device)[0] if job.model in cfg.model_path else fit(cfg, job, steps)
             p = probe(dataset(cfg, job.data), cfg.n_trajectories, cfg.n_times, cfg.seed, device)
-            result = evaluate(model, p, cfg.n)
+            result = evaluate(model, p, cfg.n, job.data != "digits8")
             result["seconds"] += [p.seconds, p.seconds, 0]   # of the probe, which counts once
             result["seconds"][2] = time.time() - started
             p.seconds = 0
@@ -418,33 +437,44 @@ def run(cfg, job):
                 np.savez(f, **result)
 
 
-PARTS = ("fig3", "fig6", "fig7", "dial", "onset")
+def parts_of(cfg):                                           # the parts of the figure that there can be
+    return ("fig3", "fig6", "fig7", "dial", "onset")[:1 if cfg.model_path else 3 if cfg.data else 5]
 
 
 def jobs(cfg, part):
     """The networks that a part of the figure needs."""
-    return [job._replace(data=cfg.data or job.data) for job in made_jobs(cfg, part)]
-
-
-def made_jobs(cfg, part):
+    every = lambda data, rungs: [Job(data, m, rungs.lengths) for m in rungs.models]
     if part in ("fig6", "fig7"):
-        sit = [Job("digits8", m, cfg.fig7.lengths, lam) for m in cfg.fig7.models for lam in cfg.lambdas]
-        # what changes from seed to seed is the control for what REPA changes
-        control = [Job("digits8", cfg.fig7.models[-1], cfg.fig7.lengths[-1:], 0, 1)]
-        return sit + (control if part == "fig6" else
-                      [Job("digits8", m + kind, cfg.unets.lengths) for m in cfg.unets.models for kind in ("", "-conv")])
-    if part == "dial":
-        return [Job(f"dial{a:g}", m, cfg.dial.lengths) for a in cfg.amounts for m in cfg.dial.models]
-    if part == "onset":
-        return [Job("onset", m, cfg.onset.lengths) for m in cfg.onset.models]
-    if cfg.data:                                             # where nothing is known but the data themselves
-        return [Job("dial1", m, cfg.fig3.lengths) for m in cfg.fig3.models]
-    return [*[Job("dial1", m, cfg.fig3.lengths) for m in cfg.fig3.models], Job("dial1", "Wiener", (0,)),
-            *[Job("plateau", m, cfg.plateau.lengths) for m in cfg.plateau.models], Job("plateau", "Wiener", (0,))]
+        out = [job._replace(lam=lam) for job in every("digits8", cfg.fig7) for lam in cfg.lambdas]
+        if part == "fig6":                                   # the control: what changes from seed to seed
+            out.append(Job("digits8", cfg.fig7.models[-1], cfg.fig7.lengths[-1:], seed=1))
+        else:
+            out += [job._replace(model=job.model + kind) for job in every("digits8", cfg.unets)
+                    for kind in ("", "-conv")]
+    elif part == "dial":
+        out = [job for a in cfg.amounts for job in every(f"dial{a:g}", cfg.dial)]
+    elif part == "onset":
+        out = every("onset", cfg.onset)
+    else:
+        out = every("dial1", Ladder(cfg.model_path, (1,)) if cfg.model_path else cfg.fig3)
+        if not cfg.data:                                     # of which the true density is known
+            out.append(Job("dial1", "Wiener", (0,)))
+        if not cfg.data and not cfg.model_path:
+            out += [*every("plateau", cfg.plateau), Job("plateau", "Wiener", (0,))]
+    return [job._replace(data=cfg.data or job.data) for job in out]
+
+
+def step_flops(cfg, data, model):
+    """FLOPs of a training step, true and in the paper's count: see train.py. Of given weights: of a forward pass."""
+    if model in cfg.model_path:
+        return [train.step_flops(tuple(given(model).items()), 1)[1]] * 2
+    C, H, _ = (d := train.load_data(dataset(cfg, data)))["x"].shape[1:]
+    args = dict(name=model, input_size=H, in_channels=C, num_classes=d["meta"]["num_classes"])
+    return [cfg.batch * flops for flops in train.step_flops(tuple(args.items()), 1)]
 
 
 def run_all(cfg, todo):
-    """Run these jobs, several at once, in their order; one network's lengths, wherever they are asked for, in one."""
+    """Run these jobs, several at once, the longest first; one network's lengths, wherever asked for, in one."""
     lengths, rank = {}, processes(torch.device("cpu"))[0]
     for job in todo:
         lengths.setdefault(job._replace(lengths=()), set()).update(job.lengths)
@@ -454,6 +484,8 @@ def run_all(cfg, todo):
         for name in {job.data for job in todo}:              # here, or two processes would write the same file
             dataset(cfg, name)
     wait_for_all()
+    cost = lambda job: job.model != "Wiener" and step_flops(cfg, job.data, job.model)[0] * job.lengths[-1]
+    todo.sort(key=cost, reverse=True)                        # or the last would run alone
     train.run_jobs(functools.partial(run, cfg), todo, cfg.workers)
 
 
@@ -478,12 +510,6 @@ def slopes(compute, E):
     return out
 
 
-def step_flops(cfg, data, model):                            # true, and the paper's count: see train.py
-    C, H, _ = (d := train.load_data(dataset(cfg, data)))["x"].shape[1:]
-    args = dict(name=model, input_size=H, in_channels=C, num_classes=d["meta"]["num_classes"])
-    return [cfg.batch * flops for flops in train.step_flops(tuple(args.items()), 1)]
-
-
 def ladder(cfg, data, models, lengths):
     """All that is said about one ladder: levels, paired differences and slopes, in x- and v-space, with labels and
     without ("_free"), and along t."""
@@ -499,10 +525,10 @@ def ladder(cfg, data, models, lengths):
         E_t = np.array([[r[key] for r in row] for row in runs])                                  # (S, L, n, T)
         for space, E in (("x", E_t.mean(3)), ("v", (E_t / t**2).mean(3))):
             over = lambda base, E=E: np.apply_along_axis(mean_ci, 2, E - base)                   # paired, (S, L, 3)
-            out[f"{key}_{space}"] = dict(mean=E.mean(2), slope=slopes(compute, E), over_smallest=over(E[:1]),
-                                         over_first=over(E[:1, :1]))
-        out[f"{key}_x"]["along_t"] = np.apply_along_axis(mean_ci, 0, E_t[-1, -1] - E_t[0, -1]).T  # (T, 3)
-        out[f"{key}_x"]["level_t"] = E_t[-1, -1].mean(0)
+            out[f"{key}_{space}"] = dict(mean=E.mean(2), ci=over(0), slope=slopes(compute, E),
+                                         over_smallest=over(E[:1]), over_first=over(E[:1, :1]))
+        for name, E in (("along_t", E_t[-1, -1] - E_t[0, -1]), ("level_t", E_t[-1, -1])):
+            out[f"{key}_x"][name] = np.apply_along_axis(mean_ci, 0, E).T                         # (T, 3)
     sup = np.array(runs[-1][-1]["sup"])                      # the largest network's: is Fig 7 to Fig 3 as v to x?
     ratio = lambda v: (v / t**2).mean() / v.mean()
     out["v_over_x"] = [ratio(sup), *train.bootstrap(sup, ratio)]
@@ -511,6 +537,10 @@ def ladder(cfg, data, models, lengths):
 
 def row(text, paper, value, **bounds):                       # value (3,): what came out, and its 95% interval
     return train.claim(text, paper, value[0], tuple(value[1:]), **bounds)
+
+
+def falls(text, value, paper="< 0"): return row(f"{text}: < 0", paper, value, high=0.0)
+def grows(text, value, paper="> 0"): return row(f"{text}: > 0", paper, value, low=0.0)
 
 
 def with_limit(cfg, a, data):
@@ -522,39 +552,64 @@ def with_limit(cfg, a, data):
                     dict(room=mean_ci((limit["ext"] - best["ext"]).mean(1))))
 
 
+# Fig. 3 at 400K iterations: E^sup, E^ext. The paper's whole ladder spans 2.7% and .5%; 5% leaves room for weights that
+# were trained for longer, and for another autoencoder
+PUBLISHED = dict(S=(0.18750, 0.53395), B=(0.18567, 0.53475), L=(0.18374, 0.53540), XL=(0.18340, 0.53590))
+
+
 def part_fig3(cfg):
-    what, data = (cfg.data, cfg.data) if cfg.data else ("1/f fields", "dial1")
-    a = ladder(cfg, data, cfg.fig3.models, cfg.fig3.lengths)
-    claims = [row(f"Fig 3 supervision error per decade of compute, {what}: < 0", "< 0", a["sup_x"]["slope"]["all"],
-                  high=0.0),
-              row(f"Fig 3 extrapolation error per decade of compute, {what}: > 0", "> 0", a["ext_x"]["slope"]["all"],
-                  low=0.0)]
-    claims += [row(f"Fig 3 the same over {k} alone, at equal {other}: > 0", "> 0", a["ext_x"]["slope"][k], low=0.0)
-               for k, other in (("size", "length"), ("length", "size")) if k in a["ext_x"]["slope"]]
-    claims += [row("Fig 3 extrapolation error, largest minus smallest, longest trained: > 0", "> 0",
-                   a["ext_x"]["over_smallest"][-1][-1], low=0.0),
-               row("Fig 3 supervision, v-space over x-space: within 1.5 times of 3.8", "3.8", a["v_over_x"],
-                   low=3.8 / 1.5, high=3.8 * 1.5)]
-    if cfg.data:
+    data, what = cfg.data or "dial1", cfg.data or "1/f fields"
+    models = sorted(cfg.model_path, key=lambda m: step_flops(cfg, data, m)) or cfg.fig3.models
+    a = ladder(cfg, data, models, (1,) if cfg.model_path else cfg.fig3.lengths)
+    sup, ext, claims = a["sup_x"], a["ext_x"], []
+    if "all" in ext["slope"]:                                # else all are of one size
+        claims = [falls(f"Fig 3 supervision error per decade of compute, {what}", sup["slope"]["all"]),
+                  grows(f"Fig 3 extrapolation error per decade of compute, {what}", ext["slope"]["all"])]
+    if "length" in ext["slope"]:
+        claims += [grows(f"Fig 3 the same over {k} alone, at equal {other}", ext["slope"][k])
+                   for k, other in (("size", "length"), ("length", "size")) if k in ext["slope"]]
+    if len(models) > 1:
+        claims += [falls("Fig 3 supervision error, largest minus smallest", sup["over_smallest"][-1][-1]),
+                   grows("Fig 3 extrapolation error, largest minus smallest", ext["over_smallest"][-1][-1])]
+    claims.append(row("Fig 3 supervision, v-space over x-space: within 1.5 times of 3.8", "3.8", a["v_over_x"],
+                      low=3.8 / 1.5, high=3.8 * 1.5))
+    if not cfg.data:
+        a = with_limit(cfg, a, data)
+        claims.append(grows("Fig 3 why: extrapolation error, true density minus largest network", a["limit"]["room"],
+                            "not shown"))
+    if cfg.model_path:
+        a |= dict(axis="forward pass (FLOPs)", models=[given(m)["name"] for m in models])
+        claims += given_claims(cfg, a, np.load(paths(cfg, Job(data, models[-1], (1,)))[1][0]), given(models[-1]))
+    if cfg.data or cfg.model_path:
         return a, claims
-    a = with_limit(cfg, a, data)
     a["plateau"] = p = with_limit(cfg, ladder(cfg, "plateau", cfg.plateau.models, cfg.plateau.lengths), "plateau")
-    return a, claims + [
-        row("Fig 3 why: extrapolation error, true density minus largest network: > 0", "not shown", a["limit"]["room"],
-            low=0.0),
-        row("Fig 3 plateau, half the contrast: supervision error over size: < 0", "< 0",
-            p["sup_x"]["slope"]["size"], high=0.0),
-        row("Fig 3 plateau, half the contrast: extrapolation error over size: > 0", "> 0",
-            p["ext_x"]["slope"]["size"], low=0.0)]
+    return a, [*claims,
+               falls("Fig 3 plateau, half the contrast: supervision error over size", p["sup_x"]["slope"]["size"]),
+               grows("Fig 3 plateau, half the contrast: extrapolation error over size", p["ext_x"]["slope"]["size"])]
+
+
+def given_claims(cfg, a, largest, args):
+    """What can be said of given weights: their levels, beside the paper's where the data are the paper's."""
+    print(f"{'x_theta - x_*, squared, per dimension':40s}" + "".join(
+        f"{f'E^{key}, {space}-space':>30s}" for space in "xv" for key in ("sup", "ext")))
+    for k, name in enumerate(a["models"]):
+        print(f"{name:40s}" + "".join("{:>12.5f} [{:.5f}, {:.5f}]".format(*a[f"{key}_{space}"]["ci"][k][0])
+                                      for space in "xv" for key in ("sup", "ext")))
+    name, size = args["name"], args["name"].removeprefix("SiT-").split("/")[0]
+    claims = [grows(f"Fig 3 E^ext minus E^sup, {name}", mean_ci(largest["ext"].mean(1) - largest["sup"].mean(1)))]
+    if (args["in_channels"], args["input_size"], args["num_classes"]) == (4, 32, 1000) and size in PUBLISHED:
+        claims += [row(f"Fig 3 E^{key}, {name}: within 5% of {value:.4f}", f"{value:.4f}", a[f"{key}_x"]["ci"][-1][-1],
+                       low=0.95 * value, high=1.05 * value)
+                   for key, value in zip(("sup", "ext"), PUBLISHED[size], strict=True)]
+    return claims
 
 
 def part_dial(cfg):
     out, claims = dict(amounts=cfg.amounts, ladders=[]), []
     for a in cfg.amounts:
-        out["ladders"].append(ladder(cfg, f"dial{a:g}", cfg.dial.models, cfg.dial.lengths))
+        out["ladders"].append(one := ladder(cfg, f"dial{a:g}", cfg.dial.models, cfg.dial.lengths))
         what = {0: "digits alone", 1: "fields alone"}.get(a, f"{1 - a:g} digit + {a:g} field")
-        claims.append(row(f"dial, {what}: extrapolation error over size: > 0", "> 0",
-                          out["ladders"][-1]["ext_x"]["slope"]["size"], low=0.0))
+        claims.append(grows(f"dial, {what}: extrapolation error over size", one["ext_x"]["slope"]["size"]))
     return out, claims
 
 
@@ -566,11 +621,11 @@ def part_onset(cfg):
     # one more each way, or an interval of copies that are all there, or none, would have no width
     hit = lambda r: np.append(r["calibrated"] < cfg.threshold, [r is last, r is first]).astype(float)
     return a, [
-        row(f"onset, textures: extrapolation error over size after {lengths[0]} steps: > 0", "> 0",
-            a["ext_x"]["over_smallest"][-1][0], low=0.0),
-        row(f"onset, {name}: extrapolation error, step {lengths[-1]} minus {lengths[0]}: < 0", "not shown",
-            moved(lambda r: r["ext"].mean(1)), high=0.0),
-        row(f"onset, {name}: memorized fraction, the same difference: > 0", "not shown", moved(hit), low=0.0)]
+        grows(f"onset, textures: extrapolation error over size after {lengths[0]} steps",
+              a["ext_x"]["over_smallest"][-1][0]),
+        falls(f"onset, {name}: extrapolation error, step {lengths[-1]} minus {lengths[0]}",
+              moved(lambda r: r["ext"].mean(1)), "not shown"),
+        grows(f"onset, {name}: memorized fraction, the same difference", moved(hit), "not shown")]
 
 
 def part_fig6(cfg):
@@ -578,11 +633,11 @@ def part_fig6(cfg):
     base = Job(cfg.data or "digits8", cfg.fig7.models[-1], cfg.fig7.lengths)
     others = {f"REPA, lambda = {lam:g}": base._replace(lam=lam) for lam in cfg.lambdas[1:]}
     others["control: another seed"] = base._replace(seed=1, lengths=base.lengths[-1:])
-    upto, found, path = base.lengths[-1], {}, None
+    upto, found, path, n = base.lengths[-1], {}, None, 2 * cfg.n_trajectories                    # its ratio is near 1
     for name, job in others.items():
-        file = paths(cfg, job)[0] / f"change_{upto}_{digest(cfg.n_trajectories, cfg.n_times)}.npz"
+        file = paths(cfg, job)[0] / f"change_{upto}_{digest(n, cfg.n_times)}.npz"
         if not file.exists():
-            p = probe(dataset(cfg, job.data), cfg.n_trajectories, cfg.n_times, cfg.seed, pick_device(cfg.device))
+            p = probe(dataset(cfg, job.data), n, cfg.n_times, cfg.seed, pick_device(cfg.device))
             x_theta = lambda net: functools.partial(data_prediction, net)
             if path is None:                                 # the baseline's, the same for all
                 one = fit(cfg, base, upto)
@@ -694,12 +749,11 @@ def part_fig7(cfg, resamples=100):
     if np.isnan(table[0]["FD"]):
         return arrays, []
     plain, names = lines[f"SiT, REPA {cfg.lambdas[0]:g}"], list(recipes)
-    claims = [row(f"Fig 7b FD at equal L, REPA {lam:g} minus none: < 0", "< 0",
-                  shift(lines[f"SiT, REPA {lam:g}"], plain), high=0.0) for lam in cfg.lambdas[1:]]
-    claims += [row(f"Fig 7c FD at equal L, {name} minus SiT: < 0", "< 0", shift(lines[name], plain), high=0.0)
-               for name in names[-2:]]
-    claims.append(row("Fig 7c FD at equal L, U-Net conv only minus with attention: < 0", "< 0",
-                      shift(lines[names[-1]], lines[names[-2]]), high=0.0))
+    claims = [falls(f"Fig 7b FD at equal L, REPA {lam:g} minus none", shift(lines[f"SiT, REPA {lam:g}"], plain))
+              for lam in cfg.lambdas[1:]]
+    claims += [falls(f"Fig 7c FD at equal L, {name} minus SiT", shift(lines[name], plain)) for name in names[-2:]]
+    claims.append(falls("Fig 7c FD at equal L, U-Net conv only minus with attention",
+                        shift(lines[names[-1]], lines[names[-2]])))
     return arrays, claims
 
 
@@ -720,9 +774,16 @@ def check(cfg):
             raise ValueError(f"--only {cfg.only} is of sets that are made here: it goes without --data")
         C, H, _ = (data := train.load_data(cfg.data))["x"].shape[1:]
         shapes = {k: (H, C, data["meta"]["num_classes"]) for k in ("fig3", "fig7", "unets")}
-        if cfg.only in ("all", "fig7") and cfg.reference:
+        if cfg.only in ("all", "fig7") and cfg.reference and not cfg.model_path:
             sample.inception()                               # its absence should be known before the training
-    for name, shape in shapes.items():
+    for path in cfg.model_path:
+        if cfg.only not in ("all", "fig3"):
+            raise ValueError(f"--only {cfg.only} is of networks that are trained here: it goes without --model-path")
+        H, C, classes = shapes["fig3"]
+        check_fit(net := load_run(path)[0], path, (C, H, H), classes, cfg.data or "made here")
+        if net.prediction != "v":
+            raise ValueError(f"{path} predicts {net.prediction}: Figure 3 is of networks that predict v")
+    for name, shape in shapes.items() if not cfg.model_path else ():
         models, lengths = (rungs := getattr(cfg, name)).models, rungs.lengths
         if len(models) < 2 and name not in ("fig7", "unets") or not models or not lengths:
             raise ValueError(f"{name} needs two models at least, and a length")
@@ -750,19 +811,21 @@ def check(cfg):
 def work(cfg):
     """What --dry-run is to foretell, with nothing found from an earlier call; networks of a process each."""
     check(cfg)
-    parts = (PARTS[:3] if cfg.data else PARTS) if cfg.only == "all" else (cfg.only,)
+    parts = parts_of(cfg) if cfg.only == "all" else (cfg.only,)
     todo, nets, images = {job for part in parts for job in jobs(cfg, part) if job.model != "Wiener"}, [], []
     for job in sorted(todo):
         data = train.load_data(dataset(cfg, job.data))
-        args = dict(name=job.model, input_size=data["x"].shape[2], in_channels=data["x"].shape[1],
-                    num_classes=data["meta"]["num_classes"])
-        nets.append((args, cfg.batch // cfg.accum, cfg.batch, job.lengths[-1], 8 + len(job.lengths)))
-        each = cfg.n_trajectories * cfg.n_times * 3.5 + (150 * cfg.n_fid if cfg.data else 0)
+        args = given(job.model) if cfg.model_path else dict(
+            name=job.model, input_size=data["x"].shape[2], in_channels=data["x"].shape[1],
+            num_classes=data["meta"]["num_classes"])
+        if not cfg.model_path:
+            nets.append((args, cfg.batch // cfg.accum, cfg.batch, job.lengths[-1], 8 + len(job.lengths)))
+        each = cfg.n_trajectories * cfg.n_times * 3.5 + (150 * cfg.n_fid if cfg.data and not cfg.model_path else 0)
         images.append((args, int(each) * len(job.lengths)))
     count = sum(len(job.lengths) for job in todo)
     world = max(int(os.environ.get("WORLD_SIZE", 1)), cfg.workers)
     return dict(data=data, nets=nets, images=images, processes=world, files=2 * 4 * count * cfg.n_trajectories * 400,
-                queries=int((0.25 + 1 / args["num_classes"]) * (count + 1) * cfg.n_trajectories * cfg.n_times))
+                queries=int((0.125 + 1 / args["num_classes"]) * (count + 1) * cfg.n_trajectories * cfg.n_times))
 
 
 def measure(cfg):
@@ -771,7 +834,7 @@ def measure(cfg):
     check(cfg)
     rank, phase = processes(pick_device(cfg.device))[0], train.phases()
     analyse = dict(fig3=part_fig3, fig6=part_fig6, fig7=part_fig7, dial=part_dial, onset=part_onset)
-    parts = PARTS[:3] if cfg.data else PARTS
+    parts = parts_of(cfg)
     wanted = parts if cfg.only == "all" else (cfg.only,)
     found = lambda part: all(p.exists() for job in jobs(cfg, part) for p in paths(cfg, job)[1])
     before = {p for part in parts for job in jobs(cfg, part) for p in paths(cfg, job)[1] if p.exists()}
@@ -887,7 +950,8 @@ def draw_fig6(axes, a):
     ax.text(0.03, 0.03, "blue: 1, the same on both", transform=ax.transAxes, color=BLUE)
     paper_says(ax, "above 1", True)
     ax.set_xticks(x, [k.replace("REPA, lambda =", "REPA").replace("control: ", "control:\n") for k in names])
-    ax.set(xlim=(-0.5, len(names) - 0.5), ylabel="change on trajectories / points", title="(c) Fig. 6: what REPA changes")
+    ax.set(xlim=(-0.5, len(names) - 0.5), ylabel="change on trajectories / points",
+           title="(c) Fig. 6: what REPA changes")
 
 
 def draw_fig7(axes, a):
@@ -963,7 +1027,11 @@ def caption(results):
     claims, lines = results["claims"], dict(results=[], results_when=[])
     starting = lambda start: [c for c in claims if c["claim"].startswith(start)]
     go = lambda c: "falls" if c["ci95"][1] < 0 else "rises" if c["ci95"][0] > 0 else "does not change for sure"
-    a = results["arrays"]
+    a = results["arrays"].get("fig3")
+    if results["config"].get("model_path") and a:
+        lines["results"].append("{}: $E^{{sup}}$ = {:.4f} [{:.4f}, {:.4f}], $E^{{ext}}$ = {:.4f} [{:.4f}, {:.4f}] "
+                                "(95%), x-space, per dimension.".format(a["models"][-1], *a["sup_x"]["ci"][-1][-1],
+                                                                        *a["ext_x"]["ci"][-1][-1]))
     if c := starting("Fig 3 supervision error")[:1] + starting("Fig 3 extrapolation error")[:1]:
         lines["results"].append(f"Fig. 3: from small to large the error {go(c[0])} on training points, and {go(c[1])} "
                                 "along the model's trajectories (paper: falls, rises).")

@@ -915,7 +915,7 @@ def draw_ladder(ax, a, key, title):
     if "size" in e["slope"]:
         title += "\n{:+.2g} [{:+.2g}, {:+.2g}] a decade of size".format(*e["slope"]["size"])
         ax.legend(loc="upper left")
-    paper_says(ax, *(("falls", False) if key == "sup" else ("rises", True)))
+        paper_says(ax, *(("falls", False) if key == "sup" else ("rises", True)))
     ax.set(xscale="log", xlabel=a.get("axis", "training compute (FLOPs)"), title=title,
            ylabel=f"{SYMBOL[key]} per dimension")
     ax.xaxis.set_minor_formatter("")
@@ -1024,38 +1024,36 @@ PICTURES = dict(                                             # part, who draws i
 
 def caption(results):
     """{picture: what it says}, in words and numbers that follow from the claims."""
-    claims, lines = results["claims"], dict(results=[], results_when=[])
-    starting = lambda start: [c for c in claims if c["claim"].startswith(start)]
+    out, n_onset = {name: [] for name in PICTURES}, results["config"]["n_onset"]
+    starting = lambda start: [c for c in results["claims"] if c["claim"].startswith(start)]
     go = lambda c: "falls" if c["ci95"][1] < 0 else "rises" if c["ci95"][0] > 0 else "does not change for sure"
-    a = results["arrays"].get("fig3")
-    if results["config"].get("model_path") and a:
-        lines["results"].append("{}: $E^{{sup}}$ = {:.4f} [{:.4f}, {:.4f}], $E^{{ext}}$ = {:.4f} [{:.4f}, {:.4f}] "
-                                "(95%), x-space, per dimension.".format(a["models"][-1], *a["sup_x"]["ci"][-1][-1],
-                                                                        *a["ext_x"]["ci"][-1][-1]))
-    if c := starting("Fig 3 supervision error")[:1] + starting("Fig 3 extrapolation error")[:1]:
-        lines["results"].append(f"Fig. 3: from small to large the error {go(c[0])} on training points, and {go(c[1])} "
-                                "along the model's trajectories (paper: falls, rises).")
+    both = lambda c, d: f"from small to large the error {go(c)} on training points, and {go(d)} along trajectories"
+    if results["config"].get("model_path"):
+        a = results["arrays"]["fig3"]
+        out["results"].append("{}: $E^{{sup}}$ = {:.4f} [{:.4f}, {:.4f}], $E^{{ext}}$ = {:.4f} [{:.4f}, {:.4f}] (95%), "
+                              "x-space, per dimension.".format(a["models"][-1], *a["sup_x"]["ci"][-1][-1],
+                                                               *a["ext_x"]["ci"][-1][-1]))
+    if c := starting("Fig 3 supervision error"):
+        out["results"].append(f"Fig. 3: {both(c[0], starting('Fig 3 extrapolation error')[0])} (paper: falls, rises).")
     if c := starting("Fig 6"):
         end = {"holds": "more than", "contradicted": "less than", "not resolved": "not told apart from what"}
-        lines["results"].append(f"Fig. 6: REPA changes the network {c[0]['ours']:.2f} times as much there as on "
-                                f"training points: {end[c[1]['verdict']]} another seed does (grey band).")
-    if c := starting("Fig 7"):
-        repa, unet = c[0], next(k for k in c if "U-Net" in k["claim"])
-        lines["results"].append(
-            f"Fig. 7: at equal L the distance of U-Nets lies {unet['ours']:+.2g} from that of SiTs ({unet['verdict']}; "
-            f"paper: below), with REPA between {min(k['ours'] for k in c if 'REPA' in k['claim']):+.2g} and "
-            f"{max(k['ours'] for k in c if 'REPA' in k['claim']):+.2g} (lowest lambda: {repa['verdict']}).")
+        out["results"].append(f"Fig. 6: REPA changes the network {c[0]['ours']:.2f} times as much along trajectories as "
+                              f"on training points: {end[c[1]['verdict']]} another seed does (grey band).")
+    if repa := starting("Fig 7b"):
+        unet, by = starting("Fig 7c")[0], [c["ours"] for c in repa]
+        out["results"].append(f"Fig. 7: at equal L the distance of U-Nets minus that of SiTs is {unet['ours']:+.2g} "
+                              f"({unet['verdict']}; paper: below 0), with REPA {min(by):+.2g} to {max(by):+.2g} "
+                              f"({sum(c['verdict'] == 'holds' for c in repa)} of {len(by)} resolved below).")
     if c := starting("Fig 3 plateau"):
-        lines["results_when"].append(f"Plateau (fields of half the contrast, hardly learned): from small to large the "
-                                     f"error {go(c[0])} on training points, and {go(c[1])} along trajectories.")
+        out["results_when"].append(f"Plateau (fields of half the contrast, hardly learned): {both(*c)}.")
     if c := starting("dial"):
-        lines["results_when"].append(f"Dial: along trajectories the error falls with size in "
-                                     f"{sum(go(k) == 'falls' for k in c)} of {len(c)} mixtures, and rises in "
-                                     f"{sum(go(k) == 'rises' for k in c)}.")
+        which = [go(k) for k in c]
+        out["results_when"].append(f"Dial: along trajectories the error falls with size in {which.count('falls')} of "
+                                   f"{len(c)} mixtures, and rises in {which.count('rises')}.")
     if c := starting("onset"):
-        lines["results_when"].append(f"Onset ({results['config']['n_onset']:,} textures): it {go(c[1])} while the "
-                                     f"largest network trains; copies among its samples: {100 * c[2]['ours']:+.0f}%.")
-    return {k: "\n".join(v) for k, v in lines.items()}
+        out["results_when"].append(f"Onset ({n_onset:,} textures): it {go(c[1])} while the largest network trains; "
+                                   f"copies among its samples: {100 * c[2]['ours']:+.0f}%.")
+    return {k: "\n".join(v) for k, v in out.items()}
 
 
 def plot(path):

@@ -1037,8 +1037,8 @@ def caption(results):
         out["results"].append(f"Fig. 3: {both(c[0], starting('Fig 3 extrapolation error')[0])} (paper: falls, rises).")
     if c := starting("Fig 6"):
         end = {"holds": "more than", "contradicted": "less than", "not resolved": "not told apart from what"}
-        out["results"].append(f"Fig. 6: REPA changes the network {c[0]['ours']:.2f} times as much along trajectories as "
-                              f"on training points: {end[c[1]['verdict']]} another seed does (grey band).")
+        out["results"].append(f"Fig. 6: REPA changes the network {c[0]['ours']:.2f} times as much along trajectories "
+                              f"as on training points: {end[c[1]['verdict']]} another seed does (grey band).")
     if repa := starting("Fig 7b"):
         unet, by = starting("Fig 7c")[0], [c["ours"] for c in repa]
         out["results"].append(f"Fig. 7: at equal L the distance of U-Nets minus that of SiTs is {unet['ours']:+.2g} "

@@ -473,13 +473,18 @@ def step_flops(cfg, data, model):
     return [cfg.batch * flops for flops in train.step_flops(tuple(args.items()), 1)]
 
 
-def run_all(cfg, todo):
-    """Run these jobs, several at once, the longest first; one network's lengths, wherever asked for, in one."""
-    lengths, rank = {}, processes(torch.device("cpu"))[0]
+def merged(todo):
+    """Jobs, with all lengths of one network, wherever they are asked for, in one of them."""
+    lengths = {}
     for job in todo:
         lengths.setdefault(job._replace(lengths=()), set()).update(job.lengths)
-    todo = [job._replace(lengths=tuple(sorted(steps))) for job, steps in lengths.items()]
-    todo = [job for job in todo if not all(path.exists() for path in paths(cfg, job)[1])]
+    return [job._replace(lengths=tuple(sorted(steps))) for job, steps in lengths.items()]
+
+
+def run_all(cfg, todo):
+    """Run these jobs, several at once, the longest first."""
+    rank = processes(torch.device("cpu"))[0]
+    todo = [job for job in merged(todo) if not all(path.exists() for path in paths(cfg, job)[1])]
     if rank == 0:
         for name in {job.data for job in todo}:              # here, or two processes would write the same file
             dataset(cfg, name)
@@ -812,8 +817,9 @@ def work(cfg):
     """What --dry-run is to foretell, with nothing found from an earlier call; networks of a process each."""
     check(cfg)
     parts = parts_of(cfg) if cfg.only == "all" else (cfg.only,)
-    todo, nets, images = {job for part in parts for job in jobs(cfg, part) if job.model != "Wiener"}, [], []
-    for job in sorted(todo):
+    todo = merged(job for part in parts for job in jobs(cfg, part) if job.model != "Wiener")
+    nets, images = [], []
+    for job in todo:
         data = train.load_data(dataset(cfg, job.data))
         args = given(job.model) if cfg.model_path else dict(
             name=job.model, input_size=data["x"].shape[2], in_channels=data["x"].shape[1],

@@ -33,6 +33,7 @@ notebooks: .venv/ready
 assets:
 	@for script in $(EXPERIMENTS:.py=); do for kind in json png; do \
 	  cp out/$$script/laptop/results.$$kind assets/$$script.$$kind || exit 1; done; done
+	cp out/exp_scaling/laptop/results_when.png assets/exp_scaling_when.png
 	for script in exp_shells exp_toy2d; do $(BIN)/python $$script.py --redraw --animate > /dev/null && \
 	  cp out/$$script/laptop/results.gif assets/$$script.gif || exit 1; done
 	cp out/bench.json out/bench_score.json out/bench_score.png assets/

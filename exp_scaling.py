@@ -9,34 +9,33 @@ along the model's own trajectories. Both are E_t |x_theta(z_t, t) - x_*(z_t, t)|
 Fig. 6: REPA changes the learned score more along trajectories than on training points. Fig. 7 (Eq. 5): Frechet distance
 = f_extrapolation(L), a straight line in the supervision loss L, lower for REPA and for convolutions.
 
-    python exp_scaling.py                # trains everything; about 30 minutes on 2 CPU cores
+    python exp_scaling.py                # trains everything; under 20 minutes on 2 CPU cores
     python exp_scaling.py --only fig3    # or fig6, fig7, dial, onset: the networks of one part; the rest if it is there
     torchrun --nproc_per_node=4 -- exp_scaling.py --preset paper     # ImageNet latents; every GPU trains its own
+    python exp_scaling.py --preset paper --model-path SiT-S.pt SiT-XL.pt     # Figure 3 of given weights; or of one
 
 Everything is trained here, by train.py, on four kinds of images: random 1/f fields (16 x 16; the true posterior mean is
 a Wiener filter, the limit of both errors), digits, mixtures of the two (the *dial*), and crops of photographs of brick,
 grass and gravel (the *onset* of memorization). The effect is about 1% of the levels: all networks get the same points,
-noise and starting noise, and intervals (95%) are of paired differences, over 2,048 points or trajectories. They do not
+noise and starting noise, and intervals (95%) are of paired differences, over 1,024 points or trajectories. They do not
 cover the seed of the training: one network of each kind is trained.
 
 Where the paper leaves it open: Fig. 3 is taken to be x-space, and Fig. 7 v-space, |x_theta - x_*|^2 / t^2 (t_min .031,
 half a step of the grid), as the ratio of their published levels, 3.8, suggests; the script measures that ratio. E^ext
-in v-space is all t_min, and in the JSON only. So are the unconditional errors (of a quarter of the points; the headline
+in v-space is all t_min, and in the JSON only. So are the unconditional errors (of an eighth of the points; the headline
 is class-conditional) and the paper's count of compute, 2 x MACs, forward only, beside the true FLOPs.
 
-What came out. *Fig. 3:* the supervision half holds, the extrapolation half is contradicted, on the fields, over size
-and over length. Their limit says why: x_theta of the true density has an E^ext too, .651. All these networks reach it
-from above (.762 to .652), and the largest has arrived: from there the only way is into memorization, which lowers it.
-Fields of half the contrast hold the networks up on a plateau of E^sup near .066 (limit .058), before they learn any
-structure; there the spread over size is 1%, as in the paper, and falls as well for widths 24 and 32. (One pair was seen
-to rise there: depths 1 and 2 at width 32, by .0016 +- .0002 after 800 steps and .0024 +- .0003 after 1,600.) The ratio
-of v- to x-space is 4.7 at unit variance, near the paper's 3.8, and 8.4 at half the contrast: it depends on the data.
-*Fig. 6:* REPA changes the network 3% more along trajectories than on training points, and a change of seed does the
-same: not REPA's doing. *Fig. 7:* U-Nets have a far lower distance than transformers at equal L, as the paper says;
-attention or not makes no difference here, and REPA none at lambda = 1, or a worse distance at .25. (REPA is one block
-deep here, its teacher a small classifier, the runs short.) *Dial:* E^ext falls with size at every a, most with fields
-alone. *Onset:* on 1,000 texture crops E^ext falls from the first measurement on (.57 to .43 for the largest), most of
-it before the first copy; 6% of the samples are copies after 2,000 steps: the fall is not the mark of memorization.
+What you should see: results.png is what the paper shows, results_when.png asks when it is so. *Fig. 3:* the supervision
+half holds, the extrapolation half is contradicted, on the fields, over size and over length. Their limit says why:
+x_theta of the true density has an E^ext too, which all these networks reach from above; from there the only way is into
+memorization, which lowers it. Fields of half the contrast hold the networks up on a *plateau* before they learn any
+structure; the spread over size is 1% there, as in the paper, and E^ext falls as well. Not because our small SiTs take
+1000 t: with t as it is, like the paper's, widths 32 to 96 change E^sup by -.0014 and E^ext by -.0025 +- .0004 after
+500 steps (-.0017 and -.0039 +- .0004 with another seed), -.0066 and -.0124 +- .0008 after 1,000.
+*Fig. 6:* REPA changes the network more along trajectories than on training points, and so does a change of seed. *Fig.
+7:* U-Nets have a far lower distance than transformers at equal L, as the paper says; REPA does not (it is one block
+deep here, its teacher a small classifier, the runs short). *Dial:* E^ext falls with size at every a, most with fields
+alone. *Onset:* on 1,000 crops E^ext falls from the start, mostly before the first copy: no mark of memorization.
 
 Networks and their measurements are kept in out/exp_scaling/<preset>/runs/, named by what they depend on: the same
 command goes on after an interrupt, another length or trajectory count costs no more than what is new.
@@ -44,11 +43,11 @@ command goes on after an interrupt, another length or trajectory count costs no 
 
 Try this, after a first run; the answers are in the table that is printed last, and most networks are found again.
 1. python exp_scaling.py --only onset --threshold 0.5     How much does "memorized" depend on what is called a copy? See
-   "memorized fraction": more than three times as many of the samples are copies.
+   "memorized fraction": several times as many of the samples are copies.
 2. python exp_scaling.py --only fig3 --n-times 8    What depends on the grid of t? Not "v-space over x-space": E^sup has
    a finite limit in v-space as t falls to 0. But see "why": twice the step, and the solver's error is in E^ext.
 3. python exp_scaling.py --only dial --amounts 0 1 --dial.lengths 400    Is the dial a matter of the moment? See "digits
-   alone" and "fields alone" for networks half as old: both slopes keep their sign.
+   alone" and "fields alone" for networks half as old: do both slopes keep their sign?
 """
 # /// script
 # requires-python = ">=3.11"
@@ -75,8 +74,8 @@ from torch import nn
 import sample
 import train
 from empirical_score import EmpiricalScore
-from model import build_model
-from sample import cli, frechet, gaussian, load_run, noise, pick_device, processes, replacing, wait_for_all
+from model import SIT_SIZES, build_model
+from sample import check_fit, cli, frechet, gaussian, load_run, noise, pick_device, processes, replacing, wait_for_all
 
 
 @dataclass
@@ -89,22 +88,22 @@ class Ladder:
 class Config:
     preset: Literal["laptop", "gpu", "paper"] = "laptop"  # where the defaults of all other fields come from
     only: Literal["all", "fig3", "fig6", "fig7", "dial", "onset"] = "all"  # what to train for
+    model_path: tuple[str, ...] = ()  # official SiT weights, or runs: Figure 3 of these, and nothing is trained
     fig3: Ladder = field(default_factory=lambda: Ladder(
         ("SiT-pico/4", "SiT-nano/4", "SiT-micro/4", "SiT-tiny/4"), (400, 800, 1600)))
     plateau: Ladder = field(default_factory=lambda: Ladder(("SiT-pico/4", "SiT-nano/4"), (400, 800, 1600)))
     fig7: Ladder = field(default_factory=lambda: Ladder(("SiT-nano/2", "SiT-micro/2"), (400, 800)))
     unets: Ladder = field(default_factory=lambda: Ladder(("UNet-pico", "UNet-nano"), (200, 400)))
-    dial: Ladder = field(default_factory=lambda: Ladder(("SiT-nano/4", "SiT-micro/4", "SiT-tiny/4"), (800,)))
-    onset: Ladder = field(default_factory=lambda: Ladder(
-        ("SiT-nano/4", "SiT-micro/4", "SiT-tiny/4"), (250, 500, 1000, 2000)))
-    amounts: tuple[float, ...] = (0, 0.33, 0.67, 1)  # of texture in the dial: 0 is digits alone, 1 fields alone
+    dial: Ladder = field(default_factory=lambda: Ladder(("SiT-pico/4", "SiT-nano/4", "SiT-micro/4"), (800,)))
+    onset: Ladder = field(default_factory=lambda: Ladder(("SiT-nano/4", "SiT-micro/4"), (250, 500, 1000, 2000)))
+    amounts: tuple[float, ...] = (0, 0.5, 1)  # of texture in the dial: 0 is digits alone, 1 fields alone
     lambdas: tuple[float, ...] = (0, 0.25, 0.5, 1)  # of REPA; the first must be 0
     repa_depth: int = 1  # the block after which REPA looks at the tokens
     data: str = ""  # a data set under data/ for Figures 3, 6 and 7, in place of the sets made here
     contrast: float = 1  # standard deviation of the pixels of every set made here; 1 as in latents
     n_data: int = 20_000  # training images of each set
     n_onset: int = 1_000  # training images of the onset's: fewer, so that memorization comes early
-    n_trajectories: int = 2048  # and as many noised training images
+    n_trajectories: int = 1024  # and as many noised training images; Figure 6 takes twice as many
     n_times: int = 16  # times t = (k + 1/2)/n_times, which are also the steps of Heun's method
     batch: int = 128  # images a step
     accum: int = 1  # gradient accumulation, where they do not fit into memory at once
@@ -302,11 +301,16 @@ def digest(*what):
 
 def paths(cfg, job):
     """The folder of the run, and one file of measurements for each length; named by all that they depend on."""
+    runs, measuring = train.results_path("exp_scaling", cfg).parent / "runs", [cfg.n_trajectories, cfg.n_times, cfg.n]
+    if job.model in cfg.model_path:                          # which file it is tells its size and its time
+        file = Path(job.model) if Path(job.model).is_file() else Path(job.model) / "ckpt.pt"
+        stamp = [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns, job.data, cfg.n_data, cfg.contrast]
+        return runs / f"{file.stem}_{digest(stamp)}", [runs / f"{file.stem}_{digest(stamp)}" /
+                                                       f"measured_{digest(measuring, cfg.seed)}.npz"]
     training = [cfg.n_onset if job.data == "onset" else cfg.n_data, cfg.batch, cfg.lr, cfg.warmup, cfg.ema,
                 cfg.contrast, cfg.label_dropout, cfg.seed, cfg.repa_depth if job.lam else 0]
     training = [*map(float, training), cfg.data]             # 1 and 1.0 are the same
-    measuring = [cfg.n_trajectories, cfg.n_times, cfg.n]
-    folder = train.results_path("exp_scaling", cfg).parent / "runs" / f"{job.name()}_{digest(job.name(), training)}"
+    folder = runs / f"{job.name()}_{digest(job.name(), training)}"
     return folder, [folder / f"measured_{k}_{digest(measuring)}.npz" for k in job.lengths]
 
 
@@ -331,11 +335,21 @@ def fit(cfg, job, steps):
     return load_run(folder / f"ema_{steps}.pt", pick_device(cfg.device))[0]
 
 
+@functools.cache
+def given(path):
+    """build_model's arguments for the network in a file of weights."""
+    model, ckpt = load_run(path)
+    sizes = {(depth, width): size for size, (depth, width, _) in SIT_SIZES.items()}
+    return ckpt.get("model_args") or dict(
+        name=f"SiT-{sizes[len(model.blocks), model.pos_embed.shape[-1]]}/{model.patch}", input_size=model.input_size,
+        in_channels=model.in_channels, num_classes=model.num_classes)
+
+
 def along(f, z, t, *args):                                   # f at every time of z (T, B, C, H, W), stacked alike
     return torch.stack([f(zk, tk, *args) for zk, tk in zip(z, t, strict=True)])
 
 
-@functools.lru_cache(1)
+@functools.lru_cache(8)
 def probe(folder, n, n_times, seed, device):
     """Common random numbers: what every network of one data set is asked, the same for all. The empirical score at the
     noised training points does not depend on the network, and is computed once."""
@@ -347,16 +361,18 @@ def probe(folder, n, n_times, seed, device):
     t = (torch.arange(n_times, dtype=torch.float32) + 0.5) / n_times
     eps, z1 = noise(range(n), E.shape, seed + 1).to(device), noise(range(n), E.shape, seed + 2).to(device)
     z = torch.stack([torch.lerp(x, eps, tk) for tk in t.tolist()])       # (T, n, C, H, W): the same eps at all t
-    y_ext, few = torch.arange(n, device=device) % data["meta"]["num_classes"], -(-n // 4)
+    y_ext, few = torch.arange(n, device=device) % data["meta"]["num_classes"], -(-n // 8)
     x_star, x_free = along(E.posterior_mean, z, t.tolist(), y_sup), along(E.posterior_mean, z[:, :few], t.tolist())
     return SimpleNamespace(E=E, t=t.tolist(), z=z, y_sup=y_sup, z1=z1, y_ext=y_ext, x_star=x_star, x_free=x_free,
                            few=few, seconds=time.time() - started)
 
 
+PIECE = 256                                                  # images at once: activations stay in a CPU's caches
+
 @torch.no_grad()
 def data_prediction(model, z, t, y):                         # x_theta = z - t v_theta, (B, C, H, W), in pieces
     y = torch.full((len(z),), model.num_classes, device=z.device) if y is None else y
-    return torch.cat([zb - t * model(zb, t, yb) for zb, yb in zip(z.split(512), y.split(512), strict=True)])
+    return torch.cat([zb - t * model(zb, t, yb) for zb, yb in zip(z.split(PIECE), y.split(PIECE), strict=True)])
 
 
 @torch.no_grad()
@@ -364,7 +380,7 @@ def trajectories(model, z1, y, t):
     """Heun's method from z1 at 1 over the times t (ascending) down to 0, w = 1. -> z and x_theta at these times, both
     (T, B, C, H, W), t ascending, and the samples. sample.sample would evaluate the network twice at every z."""
     paths, means, ends = [], [], []
-    for z, yb in zip(z1.split(512), y.split(512), strict=True):
+    for z, yb in zip(z1.split(PIECE), y.split(PIECE), strict=True):
         path, mean = [], []
         for a, b in pairwise([1.0, *t[::-1], 0.0]):
             v = model(z, a, yb)
@@ -382,12 +398,15 @@ def per_dim(a):                                              # |a|^2 / d: (T, B,
     return a.flatten(2).double().square().mean(2).T.cpu().numpy()
 
 
-def evaluate(model, p, n=50):
+def evaluate(model, p, n=50, both=True):
     """E^sup and E^ext of one model, (n_trajectories, T), x-space, per dimension; `_free`: the same without labels, the
-    null label against x_* over all of D, on the first quarter. Samples, their neighbours, and the seconds spent on
-    the empirical score and altogether."""
+    null label against x_* over all of D, on the first eighth. Samples, their neighbours, and the seconds spent on
+    the empirical score and altogether. Not `both`: E^sup and samples alone, for Figure 7."""
     started, out, x_theta = time.time(), {}, functools.partial(data_prediction, model)
     out["sup"] = per_dim(along(x_theta, p.z, p.t, p.y_sup) - p.x_star)
+    if not both:
+        samples = trajectories(model, p.z1, p.y_ext, p.t)[2]
+        return out | dict(samples=samples.half().cpu().numpy(), seconds=np.array([0, time.time() - started, 0]))
     out["sup_free"] = per_dim(along(x_theta, p.z[:, :p.few], p.t, None) - p.x_free)
     path, on_path, samples = trajectories(model, p.z1, p.y_ext, p.t)
     free, before = along(x_theta, path[:, :p.few], p.t, None), time.time()
@@ -407,9 +426,9 @@ def run(cfg, job):
         if not path.exists():
             started = time.time()
             model = Wiener(16, cfg.contrast * (0.5 if job.data == "plateau" else 1)) if job.model == "Wiener" else \
-                fit(cfg, job, steps)
+                load_run(job.model, device)[0] if job.model in cfg.model_path else fit(cfg, job, steps)
             p = probe(dataset(cfg, job.data), cfg.n_trajectories, cfg.n_times, cfg.seed, device)
-            result = evaluate(model, p, cfg.n)
+            result = evaluate(model, p, cfg.n, job.data != "digits8")
             result["seconds"] += [p.seconds, p.seconds, 0]   # of the probe, which counts once
             result["seconds"][2] = time.time() - started
             p.seconds = 0
@@ -418,42 +437,60 @@ def run(cfg, job):
                 np.savez(f, **result)
 
 
-PARTS = ("fig3", "fig6", "fig7", "dial", "onset")
+def parts_of(cfg):                                           # the parts of the figure that there can be
+    return ("fig3", "fig6", "fig7", "dial", "onset")[:1 if cfg.model_path else 3 if cfg.data else 5]
 
 
 def jobs(cfg, part):
     """The networks that a part of the figure needs."""
-    return [job._replace(data=cfg.data or job.data) for job in made_jobs(cfg, part)]
-
-
-def made_jobs(cfg, part):
+    every = lambda data, rungs: [Job(data, m, rungs.lengths) for m in rungs.models]
     if part in ("fig6", "fig7"):
-        sit = [Job("digits8", m, cfg.fig7.lengths, lam) for m in cfg.fig7.models for lam in cfg.lambdas]
-        # what changes from seed to seed is the control for what REPA changes
-        control = [Job("digits8", cfg.fig7.models[-1], cfg.fig7.lengths[-1:], 0, 1)]
-        return sit + (control if part == "fig6" else
-                      [Job("digits8", m + kind, cfg.unets.lengths) for m in cfg.unets.models for kind in ("", "-conv")])
-    if part == "dial":
-        return [Job(f"dial{a:g}", m, cfg.dial.lengths) for a in cfg.amounts for m in cfg.dial.models]
-    if part == "onset":
-        return [Job("onset", m, cfg.onset.lengths) for m in cfg.onset.models]
-    if cfg.data:                                             # where nothing is known but the data themselves
-        return [Job("dial1", m, cfg.fig3.lengths) for m in cfg.fig3.models]
-    return [*[Job("dial1", m, cfg.fig3.lengths) for m in cfg.fig3.models], Job("dial1", "Wiener", (0,)),
-            *[Job("plateau", m, cfg.plateau.lengths) for m in cfg.plateau.models], Job("plateau", "Wiener", (0,))]
+        out = [job._replace(lam=lam) for job in every("digits8", cfg.fig7) for lam in cfg.lambdas]
+        if part == "fig6":                                   # the control: what changes from seed to seed
+            out.append(Job("digits8", cfg.fig7.models[-1], cfg.fig7.lengths[-1:], seed=1))
+        else:
+            out += [job._replace(model=job.model + kind) for job in every("digits8", cfg.unets)
+                    for kind in ("", "-conv")]
+    elif part == "dial":
+        out = [job for a in cfg.amounts for job in every(f"dial{a:g}", cfg.dial)]
+    elif part == "onset":
+        out = every("onset", cfg.onset)
+    else:
+        out = every("dial1", Ladder(cfg.model_path, (1,)) if cfg.model_path else cfg.fig3)
+        if not cfg.data:                                     # of which the true density is known
+            out.append(Job("dial1", "Wiener", (0,)))
+        if not cfg.data and not cfg.model_path:
+            out += [*every("plateau", cfg.plateau), Job("plateau", "Wiener", (0,))]
+    return [job._replace(data=cfg.data or job.data) for job in out]
+
+
+def step_flops(cfg, data, model):
+    """FLOPs of a training step, true and in the paper's count: see train.py. Of given weights: of a forward pass."""
+    if model in cfg.model_path:
+        return [train.step_flops(tuple(given(model).items()), 1)[1]] * 2
+    C, H, _ = (d := train.load_data(dataset(cfg, data)))["x"].shape[1:]
+    args = dict(name=model, input_size=H, in_channels=C, num_classes=d["meta"]["num_classes"])
+    return [cfg.batch * flops for flops in train.step_flops(tuple(args.items()), 1)]
+
+
+def merged(todo):
+    """Jobs, with all lengths of one network, wherever they are asked for, in one of them."""
+    lengths = {}
+    for job in todo:
+        lengths.setdefault(job._replace(lengths=()), set()).update(job.lengths)
+    return [job._replace(lengths=tuple(sorted(steps))) for job, steps in lengths.items()]
 
 
 def run_all(cfg, todo):
-    """Run these jobs, several at once, in their order; one network's lengths, wherever they are asked for, in one."""
-    lengths, rank = {}, processes(torch.device("cpu"))[0]
-    for job in todo:
-        lengths.setdefault(job._replace(lengths=()), set()).update(job.lengths)
-    todo = [job._replace(lengths=tuple(sorted(steps))) for job, steps in lengths.items()]
-    todo = [job for job in todo if not all(path.exists() for path in paths(cfg, job)[1])]
+    """Run these jobs, several at once, the longest first."""
+    rank = processes(torch.device("cpu"))[0]
+    todo = [job for job in merged(todo) if not all(path.exists() for path in paths(cfg, job)[1])]
     if rank == 0:
         for name in {job.data for job in todo}:              # here, or two processes would write the same file
             dataset(cfg, name)
     wait_for_all()
+    cost = lambda job: job.model != "Wiener" and step_flops(cfg, job.data, job.model)[0] * job.lengths[-1]
+    todo.sort(key=cost, reverse=True)                        # or the last would run alone
     train.run_jobs(functools.partial(run, cfg), todo, cfg.workers)
 
 
@@ -478,12 +515,6 @@ def slopes(compute, E):
     return out
 
 
-def step_flops(cfg, data, model):                            # true, and the paper's count: see train.py
-    C, H, _ = (d := train.load_data(dataset(cfg, data)))["x"].shape[1:]
-    args = dict(name=model, input_size=H, in_channels=C, num_classes=d["meta"]["num_classes"])
-    return [cfg.batch * flops for flops in train.step_flops(tuple(args.items()), 1)]
-
-
 def ladder(cfg, data, models, lengths):
     """All that is said about one ladder: levels, paired differences and slopes, in x- and v-space, with labels and
     without ("_free"), and along t."""
@@ -499,10 +530,10 @@ def ladder(cfg, data, models, lengths):
         E_t = np.array([[r[key] for r in row] for row in runs])                                  # (S, L, n, T)
         for space, E in (("x", E_t.mean(3)), ("v", (E_t / t**2).mean(3))):
             over = lambda base, E=E: np.apply_along_axis(mean_ci, 2, E - base)                   # paired, (S, L, 3)
-            out[f"{key}_{space}"] = dict(mean=E.mean(2), slope=slopes(compute, E), over_smallest=over(E[:1]),
-                                         over_first=over(E[:1, :1]))
-        out[f"{key}_x"]["along_t"] = np.apply_along_axis(mean_ci, 0, E_t[-1, -1] - E_t[0, -1]).T  # (T, 3)
-        out[f"{key}_x"]["level_t"] = E_t[-1, -1].mean(0)
+            out[f"{key}_{space}"] = dict(mean=E.mean(2), ci=over(0), slope=slopes(compute, E),
+                                         over_smallest=over(E[:1]), over_first=over(E[:1, :1]))
+        for name, E in (("along_t", E_t[-1, -1] - E_t[0, -1]), ("level_t", E_t[-1, -1])):
+            out[f"{key}_x"][name] = np.apply_along_axis(mean_ci, 0, E).T                         # (T, 3)
     sup = np.array(runs[-1][-1]["sup"])                      # the largest network's: is Fig 7 to Fig 3 as v to x?
     ratio = lambda v: (v / t**2).mean() / v.mean()
     out["v_over_x"] = [ratio(sup), *train.bootstrap(sup, ratio)]
@@ -511,6 +542,10 @@ def ladder(cfg, data, models, lengths):
 
 def row(text, paper, value, **bounds):                       # value (3,): what came out, and its 95% interval
     return train.claim(text, paper, value[0], tuple(value[1:]), **bounds)
+
+
+def falls(text, value, paper="< 0"): return row(f"{text}: < 0", paper, value, high=0.0)
+def grows(text, value, paper="> 0"): return row(f"{text}: > 0", paper, value, low=0.0)
 
 
 def with_limit(cfg, a, data):
@@ -522,39 +557,64 @@ def with_limit(cfg, a, data):
                     dict(room=mean_ci((limit["ext"] - best["ext"]).mean(1))))
 
 
+# Fig. 3 at 400K iterations: E^sup, E^ext. The paper's whole ladder spans 2.7% and .5%; 5% leaves room for weights that
+# were trained for longer, and for another autoencoder
+PUBLISHED = dict(S=(0.18750, 0.53395), B=(0.18567, 0.53475), L=(0.18374, 0.53540), XL=(0.18340, 0.53590))
+
+
 def part_fig3(cfg):
-    what, data = (cfg.data, cfg.data) if cfg.data else ("1/f fields", "dial1")
-    a = ladder(cfg, data, cfg.fig3.models, cfg.fig3.lengths)
-    claims = [row(f"Fig 3 supervision error per decade of compute, {what}: < 0", "< 0", a["sup_x"]["slope"]["all"],
-                  high=0.0),
-              row(f"Fig 3 extrapolation error per decade of compute, {what}: > 0", "> 0", a["ext_x"]["slope"]["all"],
-                  low=0.0)]
-    claims += [row(f"Fig 3 the same over {k} alone, at equal {other}: > 0", "> 0", a["ext_x"]["slope"][k], low=0.0)
-               for k, other in (("size", "length"), ("length", "size")) if k in a["ext_x"]["slope"]]
-    claims += [row("Fig 3 extrapolation error, largest minus smallest, longest trained: > 0", "> 0",
-                   a["ext_x"]["over_smallest"][-1][-1], low=0.0),
-               row("Fig 3 supervision, v-space over x-space: within 1.5 times of 3.8", "3.8", a["v_over_x"],
-                   low=3.8 / 1.5, high=3.8 * 1.5)]
-    if cfg.data:
+    data, what = cfg.data or "dial1", cfg.data or "1/f fields"
+    models = sorted(cfg.model_path, key=lambda m: step_flops(cfg, data, m)) or cfg.fig3.models
+    a = ladder(cfg, data, models, (1,) if cfg.model_path else cfg.fig3.lengths)
+    sup, ext, claims = a["sup_x"], a["ext_x"], []
+    if "all" in ext["slope"]:                                # else all are of one size
+        claims = [falls(f"Fig 3 supervision error per decade of compute, {what}", sup["slope"]["all"]),
+                  grows(f"Fig 3 extrapolation error per decade of compute, {what}", ext["slope"]["all"])]
+    if "length" in ext["slope"]:
+        claims += [grows(f"Fig 3 the same over {k} alone, at equal {other}", ext["slope"][k])
+                   for k, other in (("size", "length"), ("length", "size")) if k in ext["slope"]]
+    if len(models) > 1:
+        claims += [falls("Fig 3 supervision error, largest minus smallest", sup["over_smallest"][-1][-1]),
+                   grows("Fig 3 extrapolation error, largest minus smallest", ext["over_smallest"][-1][-1])]
+    claims.append(row("Fig 3 supervision, v-space over x-space: within 1.5 times of 3.8", "3.8", a["v_over_x"],
+                      low=3.8 / 1.5, high=3.8 * 1.5))
+    if not cfg.data:
+        a = with_limit(cfg, a, data)
+        claims.append(grows("Fig 3 why: extrapolation error, true density minus largest network", a["limit"]["room"],
+                            "not shown"))
+    if cfg.model_path:
+        a |= dict(axis="forward pass (FLOPs)", models=[given(m)["name"] for m in models])
+        claims += given_claims(cfg, a, np.load(paths(cfg, Job(data, models[-1], (1,)))[1][0]), given(models[-1]))
+    if cfg.data or cfg.model_path:
         return a, claims
-    a = with_limit(cfg, a, data)
     a["plateau"] = p = with_limit(cfg, ladder(cfg, "plateau", cfg.plateau.models, cfg.plateau.lengths), "plateau")
-    return a, claims + [
-        row("Fig 3 why: extrapolation error, true density minus largest network: > 0", "not shown", a["limit"]["room"],
-            low=0.0),
-        row("Fig 3 plateau, half the contrast: supervision error over size: < 0", "< 0",
-            p["sup_x"]["slope"]["size"], high=0.0),
-        row("Fig 3 plateau, half the contrast: extrapolation error over size: > 0", "> 0",
-            p["ext_x"]["slope"]["size"], low=0.0)]
+    return a, [*claims,
+               falls("Fig 3 plateau, half the contrast: supervision error over size", p["sup_x"]["slope"]["size"]),
+               grows("Fig 3 plateau, half the contrast: extrapolation error over size", p["ext_x"]["slope"]["size"])]
+
+
+def given_claims(cfg, a, largest, args):
+    """What can be said of given weights: their levels, beside the paper's where the data are the paper's."""
+    print(f"{'x_theta - x_*, squared, per dimension':40s}" + "".join(
+        f"{f'E^{key}, {space}-space':>30s}" for space in "xv" for key in ("sup", "ext")))
+    for k, name in enumerate(a["models"]):
+        print(f"{name:40s}" + "".join("{:>12.5f} [{:.5f}, {:.5f}]".format(*a[f"{key}_{space}"]["ci"][k][0])
+                                      for space in "xv" for key in ("sup", "ext")))
+    name, size = args["name"], args["name"].removeprefix("SiT-").split("/")[0]
+    claims = [grows(f"Fig 3 E^ext minus E^sup, {name}", mean_ci(largest["ext"].mean(1) - largest["sup"].mean(1)))]
+    if (args["in_channels"], args["input_size"], args["num_classes"]) == (4, 32, 1000) and size in PUBLISHED:
+        claims += [row(f"Fig 3 E^{key}, {name}: within 5% of {value:.4f}", f"{value:.4f}", a[f"{key}_x"]["ci"][-1][-1],
+                       low=0.95 * value, high=1.05 * value)
+                   for key, value in zip(("sup", "ext"), PUBLISHED[size], strict=True)]
+    return claims
 
 
 def part_dial(cfg):
     out, claims = dict(amounts=cfg.amounts, ladders=[]), []
     for a in cfg.amounts:
-        out["ladders"].append(ladder(cfg, f"dial{a:g}", cfg.dial.models, cfg.dial.lengths))
+        out["ladders"].append(one := ladder(cfg, f"dial{a:g}", cfg.dial.models, cfg.dial.lengths))
         what = {0: "digits alone", 1: "fields alone"}.get(a, f"{1 - a:g} digit + {a:g} field")
-        claims.append(row(f"dial, {what}: extrapolation error over size: > 0", "> 0",
-                          out["ladders"][-1]["ext_x"]["slope"]["size"], low=0.0))
+        claims.append(grows(f"dial, {what}: extrapolation error over size", one["ext_x"]["slope"]["size"]))
     return out, claims
 
 
@@ -566,11 +626,11 @@ def part_onset(cfg):
     # one more each way, or an interval of copies that are all there, or none, would have no width
     hit = lambda r: np.append(r["calibrated"] < cfg.threshold, [r is last, r is first]).astype(float)
     return a, [
-        row(f"onset, textures: extrapolation error over size after {lengths[0]} steps: > 0", "> 0",
-            a["ext_x"]["over_smallest"][-1][0], low=0.0),
-        row(f"onset, {name}: extrapolation error, step {lengths[-1]} minus {lengths[0]}: < 0", "not shown",
-            moved(lambda r: r["ext"].mean(1)), high=0.0),
-        row(f"onset, {name}: memorized fraction, the same difference: > 0", "not shown", moved(hit), low=0.0)]
+        grows(f"onset, textures: extrapolation error over size after {lengths[0]} steps",
+              a["ext_x"]["over_smallest"][-1][0]),
+        falls(f"onset, {name}: extrapolation error, step {lengths[-1]} minus {lengths[0]}",
+              moved(lambda r: r["ext"].mean(1)), "not shown"),
+        grows(f"onset, {name}: memorized fraction, the same difference", moved(hit), "not shown")]
 
 
 def part_fig6(cfg):
@@ -578,11 +638,11 @@ def part_fig6(cfg):
     base = Job(cfg.data or "digits8", cfg.fig7.models[-1], cfg.fig7.lengths)
     others = {f"REPA, lambda = {lam:g}": base._replace(lam=lam) for lam in cfg.lambdas[1:]}
     others["control: another seed"] = base._replace(seed=1, lengths=base.lengths[-1:])
-    upto, found, path = base.lengths[-1], {}, None
+    upto, found, path, n = base.lengths[-1], {}, None, 2 * cfg.n_trajectories                    # its ratio is near 1
     for name, job in others.items():
-        file = paths(cfg, job)[0] / f"change_{upto}_{digest(cfg.n_trajectories, cfg.n_times)}.npz"
+        file = paths(cfg, job)[0] / f"change_{upto}_{digest(n, cfg.n_times)}.npz"
         if not file.exists():
-            p = probe(dataset(cfg, job.data), cfg.n_trajectories, cfg.n_times, cfg.seed, pick_device(cfg.device))
+            p = probe(dataset(cfg, job.data), n, cfg.n_times, cfg.seed, pick_device(cfg.device))
             x_theta = lambda net: functools.partial(data_prediction, net)
             if path is None:                                 # the baseline's, the same for all
                 one = fit(cfg, base, upto)
@@ -694,12 +754,11 @@ def part_fig7(cfg, resamples=100):
     if np.isnan(table[0]["FD"]):
         return arrays, []
     plain, names = lines[f"SiT, REPA {cfg.lambdas[0]:g}"], list(recipes)
-    claims = [row(f"Fig 7b FD at equal L, REPA {lam:g} minus none: < 0", "< 0",
-                  shift(lines[f"SiT, REPA {lam:g}"], plain), high=0.0) for lam in cfg.lambdas[1:]]
-    claims += [row(f"Fig 7c FD at equal L, {name} minus SiT: < 0", "< 0", shift(lines[name], plain), high=0.0)
-               for name in names[-2:]]
-    claims.append(row("Fig 7c FD at equal L, U-Net conv only minus with attention: < 0", "< 0",
-                      shift(lines[names[-1]], lines[names[-2]]), high=0.0))
+    claims = [falls(f"Fig 7b FD at equal L, REPA {lam:g} minus none", shift(lines[f"SiT, REPA {lam:g}"], plain))
+              for lam in cfg.lambdas[1:]]
+    claims += [falls(f"Fig 7c FD at equal L, {name} minus SiT", shift(lines[name], plain)) for name in names[-2:]]
+    claims.append(falls("Fig 7c FD at equal L, U-Net conv only minus with attention",
+                        shift(lines[names[-1]], lines[names[-2]])))
     return arrays, claims
 
 
@@ -721,9 +780,16 @@ def check(cfg):
             raise ValueError(f"--only {cfg.only} is of sets that are made here: it goes without --data")
         C, H, _ = (data := train.load_data(cfg.data))["x"].shape[1:]
         shapes = {k: (H, C, data["meta"]["num_classes"]) for k in ("fig3", "fig7", "unets")}
-        if cfg.only in ("all", "fig7") and cfg.reference:
+        if cfg.only in ("all", "fig7") and cfg.reference and not cfg.model_path:
             sample.inception()                               # its absence should be known before the training
-    for name, shape in shapes.items():
+    for path in cfg.model_path:
+        if cfg.only not in ("all", "fig3"):
+            raise ValueError(f"--only {cfg.only} is of networks that are trained here: it goes without --model-path")
+        H, C, classes = shapes["fig3"]
+        check_fit(net := load_run(path)[0], path, (C, H, H), classes, cfg.data or "made here")
+        if net.prediction != "v":
+            raise ValueError(f"{path} predicts {net.prediction}: Figure 3 is of networks that predict v")
+    for name, shape in shapes.items() if not cfg.model_path else ():
         models, lengths = (rungs := getattr(cfg, name)).models, rungs.lengths
         if len(models) < 2 and name not in ("fig7", "unets") or not models or not lengths:
             raise ValueError(f"{name} needs two models at least, and a length")
@@ -751,19 +817,22 @@ def check(cfg):
 def work(cfg):
     """What --dry-run is to foretell, with nothing found from an earlier call; networks of a process each."""
     check(cfg)
-    parts = (PARTS[:3] if cfg.data else PARTS) if cfg.only == "all" else (cfg.only,)
-    todo, nets, images = {job for part in parts for job in jobs(cfg, part) if job.model != "Wiener"}, [], []
-    for job in sorted(todo):
+    parts = parts_of(cfg) if cfg.only == "all" else (cfg.only,)
+    todo = merged(job for part in parts for job in jobs(cfg, part) if job.model != "Wiener")
+    nets, images = [], []
+    for job in todo:
         data = train.load_data(dataset(cfg, job.data))
-        args = dict(name=job.model, input_size=data["x"].shape[2], in_channels=data["x"].shape[1],
-                    num_classes=data["meta"]["num_classes"])
-        nets.append((args, cfg.batch // cfg.accum, cfg.batch, job.lengths[-1], 8 + len(job.lengths)))
-        each = cfg.n_trajectories * cfg.n_times * 3.5 + (150 * cfg.n_fid if cfg.data else 0)
+        args = given(job.model) if cfg.model_path else dict(
+            name=job.model, input_size=data["x"].shape[2], in_channels=data["x"].shape[1],
+            num_classes=data["meta"]["num_classes"])
+        if not cfg.model_path:
+            nets.append((args, cfg.batch // cfg.accum, cfg.batch, job.lengths[-1], 8 + len(job.lengths)))
+        each = cfg.n_trajectories * cfg.n_times * 3.5 + (150 * cfg.n_fid if cfg.data and not cfg.model_path else 0)
         images.append((args, int(each) * len(job.lengths)))
     count = sum(len(job.lengths) for job in todo)
     world = max(int(os.environ.get("WORLD_SIZE", 1)), cfg.workers)
     return dict(data=data, nets=nets, images=images, processes=world, files=2 * 4 * count * cfg.n_trajectories * 400,
-                queries=int((0.25 + 1 / args["num_classes"]) * (count + 1) * cfg.n_trajectories * cfg.n_times))
+                queries=int((0.125 + 1 / args["num_classes"]) * (count + 1) * cfg.n_trajectories * cfg.n_times))
 
 
 def measure(cfg):
@@ -772,7 +841,7 @@ def measure(cfg):
     check(cfg)
     rank, phase = processes(pick_device(cfg.device))[0], train.phases()
     analyse = dict(fig3=part_fig3, fig6=part_fig6, fig7=part_fig7, dial=part_dial, onset=part_onset)
-    parts = PARTS[:3] if cfg.data else PARTS
+    parts = parts_of(cfg)
     wanted = parts if cfg.only == "all" else (cfg.only,)
     found = lambda part: all(p.exists() for job in jobs(cfg, part) for p in paths(cfg, job)[1])
     before = {p for part in parts for job in jobs(cfg, part) for p in paths(cfg, job)[1] if p.exists()}
@@ -816,89 +885,80 @@ def print_table(a):
 # Drawing
 
 BLUE, RED, GREY = "#0072B2", "#D55E00", "#777777"            # supervision, extrapolation: the same in every figure
+COLOUR, SYMBOL = dict(sup=BLUE, ext=RED), dict(sup="$E^{sup}$", ext="$E^{ext}$")
 
 
-def draw_ladder(ax, a, title):
-    """Both errors against compute, each with its axis, as in the paper's figure."""
-    right, x = ax.twinx(), np.array(a["compute"])            # (S, L)
-    for axis, key, colour, marker in ((ax, "sup", BLUE, "o"), (right, "ext", RED, "s")):
-        e = a[f"{key}_x"]                                    # levels from paired differences, which have more digits
-        y = e["mean"][0][0] + np.array(e["over_first"])[..., 0]
-        for j in range(x.shape[1]):
-            paired = np.array(e["over_smallest"])[:, j]      # (S, 3)
-            low, high = np.abs(paired[:, 1:].T - paired[:, 0])
-            axis.errorbar(x[:, j], y[:, j], (low, high), fmt=marker, color=colour, ms=4 + 2 * j, mfc="w", capsize=2)
-        slope, low, high = e["slope"]["size"]                # at equal length: one line a length
-        for j in range(x.shape[1]):
-            ends = np.log10(x[[0, -1], j])
-            axis.plot(10**ends, y[:, j].mean() + slope * (ends - np.log10(x[:, j]).mean()), color=colour, lw=1.2)
-        span, limit = np.ptp(y), a.get("limit", {}).get(key, [np.inf])[0]
-        axis.set_ylim(y.min() - 0.6 * span, y.max() + 0.6 * span)
-        if abs(limit - y.mean()) < 2 * span:                 # else it would leave the ladder no room
-            axis.set_ylim(min(y.min(), limit) - 0.4 * span, max(y.max(), limit) + 0.4 * span)
-            axis.axhline(limit, color=colour, ls=":", lw=1.3)
-        what = f"; true density: {limit:.4f}" if limit < np.inf else ""
-        axis.set_ylabel(f"$E^{{{key}}}$ of $|x_\\theta - x_*|^2/d${what}", color=colour)
-        axis.tick_params(axis="y", colors=colour)
-        ax.text(0.03, 0.95 if key == "ext" else 0.03, f"{key}: {slope:+.2g} [{low:+.2g}, {high:+.2g}] a decade of size",
-                transform=ax.transAxes, color=colour, fontsize=9, va="top" if key == "ext" else "bottom")
-    ax.set(xscale="log", xlabel="training compute (FLOPs); larger marker: longer", title=title)
+def paper_says(ax, what, up, at=(0.91, 0.86)):
+    """A grey arrow in a corner: which way the paper says that this goes."""
+    (x, y), h = at, 0.1 if up else -0.1
+    ax.annotate("", (x, y + h), (x, y - h), "axes fraction", arrowprops=dict(arrowstyle="-|>", color=GREY, lw=2))
+    ax.text(x - 0.03, y, f"paper:\n{what}", transform=ax.transAxes, color=GREY, ha="right", va="center")
+
+
+def interval(axis, x, v, **style):                           # v (n, 3): values, and the ends of their intervals
+    v = np.array(v)
+    return axis.errorbar(x, v[:, 0], np.abs(v[:, 1:] - v[:, :1]).T, capsize=3, **style)
+
+
+def room_above(ax, share=0.55):                              # for the words
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high + share * (high - low))
+
+
+def draw_ladder(ax, a, key, title):
+    """One error of every network against compute, a line a length, as in the paper's figure."""
+    x, e = np.array(a["compute"]), a[f"{key}_x"]             # (S, L); levels from paired differences: more digits
+    y, paired = e["mean"][0][0] + np.array(e["over_first"])[..., 0], np.array(e["over_smallest"])
+    for j, k in enumerate(a["lengths"]):
+        v = y[:, j:j + 1] - paired[:, j, :1] + paired[:, j]
+        v[0] = y[0, j] if len(v) > 1 else e["ci"][0][j]      # its interval is that of the differences to itself
+        interval(ax, x[:, j], v, fmt="o-", color=COLOUR[key], alpha=(j + 1) / len(a["lengths"]), ms=4,
+                 label=f"{k} steps" if k > 1 else None)
+    if "limit" in a:
+        limit, far = a["limit"][key][0], abs(a["limit"][key][0] - y.mean()) > 1.5 * np.ptp(y)
+        line = ax.plot([], [], " ") if far else [ax.axhline(limit, color="black", ls=":")]       # far: no room for it
+        line[0].set_label(f"true density: {limit:.3f}")
+    room_above(ax)
+    if "size" in e["slope"]:
+        title += "\n{:+.2g} [{:+.2g}, {:+.2g}] a decade of size".format(*e["slope"]["size"])
+        ax.legend(loc="upper left")
+        paper_says(ax, *(("falls", False) if key == "sup" else ("rises", True)))
+    ax.set(xscale="log", xlabel=a.get("axis", "training compute (FLOPs)"), title=title,
+           ylabel=f"{SYMBOL[key]} per dimension")
     ax.xaxis.set_minor_formatter("")
 
 
-def draw_fig3(axes, a):
-    what = "1/f fields" if "limit" in a else "Fig. 3"
-    draw_ladder(axes[0], a, f"(a) {what}" + (", learning their structure" if "limit" in a else ""))
-    if "plateau" in a:
-        draw_ladder(axes[1], a["plateau"], "(b) Half the contrast: a plateau")
-    ax = axes[2]
-    for key, colour in (("sup", BLUE), ("ext", RED)):
-        mean, low, high = np.array(a[f"{key}_x"]["along_t"]).T
-        ax.plot(a["t"], mean, color=colour, label=f"$E^{{{key}}}$")
-        ax.fill_between(a["t"], low, high, color=colour, alpha=0.2, lw=0)
+def draw_along_t(ax, a, title):
+    """Where in time the largest differs from the smallest; of one network, its errors themselves."""
+    single = len(a["models"]) == 1
+    for key in ("sup", "ext"):
+        mean, low, high = np.array(a[f"{key}_x"]["level_t" if single else "along_t"]).T
+        ax.plot(a["t"], mean, color=COLOUR[key], label=SYMBOL[key])
+        ax.fill_between(a["t"], low, high, color=COLOUR[key], alpha=0.2, lw=0)
     ax.axhline(0, color=GREY, lw=0.8)
-    ax.set(xlabel="t", title=f"(c) as (a): {a['models'][-1]} minus {a['models'][0]}, {a['lengths'][-1]} steps (95%)",
-           ylabel="change of the error, x-space")
+    ax.set(xlabel="t        (0 = data, 1 = noise)", ylabel="error" if single else "change of the error", title=title)
     ax.legend()
 
 
-def draw_dial(axes, a):
-    for key, colour, marker in (("sup", BLUE, "o"), ("ext", RED, "s")):
-        s = np.array([la[f"{key}_x"]["slope"]["size"] for la in a["ladders"]])                   # (amounts, 3)
-        axes[0].errorbar(a["amounts"], s[:, 0], np.abs(s[:, 1:] - s[:, :1]).T, fmt=marker + "-", color=colour,
-                         capsize=3, label=f"$E^{{{key}}}$ (95%)")
-    axes[0].axhline(0, color=GREY, lw=0.8)
-    axes[0].set(xlabel="a of (1 - a) digit + a field, standardized", ylabel="slope over size, per decade of compute",
-                title="(d) The dial: when does it grow?")
-    axes[0].set_yscale("symlog", linthresh=1e-4)
-    axes[0].legend()
-
-
-def draw_onset(axes, a):
-    ax, right = axes[0], axes[0].twinx()
-    for k, (model, line) in enumerate(zip(a["models"], (":", "--", "-", "-.") * 3, strict=False)):
-        ax.plot(a["lengths"], a["ext_x"]["mean"][k], line, color=RED, marker="s", ms=4, label=model)
-        right.plot(a["lengths"], a["memorized"][k], line, color="black", lw=1.2)
-        right.plot(a["lengths"], a["distance"][k], line, color=GREY, lw=1.2)
-    ax.set(xscale="log", xlabel="training steps", title="(e) The onset, real textures")
-    ax.set_xticks(a["lengths"], [str(k) for k in a["lengths"]])
-    ax.minorticks_off()
-    ax.set_ylabel("$E^{ext}$, x-space", color=RED)
-    right.set(ylim=(-0.03, 1.03))
-    right.set_ylabel("black: memorized; grey: distance to nearest", fontsize=9)
-    ax.legend(fontsize=8, loc="center left")
+def draw_fig3(axes, a):
+    draw_ladder(axes[0], a, "sup", "(a) Fig. 3: on training points")
+    draw_ladder(axes[1], a, "ext", "(b) Fig. 3: along trajectories")
 
 
 def draw_fig6(axes, a):
-    names = list(a["change"])
-    for name, style in zip((names[-2], names[-1]), ("-", ":"), strict=True):
-        for region, colour in (("sup", BLUE), ("ext", RED)):
-            mean, low, high = np.array(a["change"][name][region]["along_t"]).T
-            axes[0].plot(a["t"], mean, style, color=colour, label=f"{name}, {region}")
-            axes[0].fill_between(a["t"], low, high, color=colour, alpha=0.15, lw=0)
-    axes[0].set(xlabel="t", ylabel="$|x_\\theta' - x_\\theta|^2/d$", yscale="log",
-                title=f"(f) Fig. 6, {a['model']} (95%)")
-    axes[0].legend(fontsize=8)
+    ax, names = axes[0], list(a["ratio"])
+    v, x = np.array([a["ratio"][k] for k in names]), np.arange(len(names))
+    ax.axhspan(*v[-1, 1:], color=GREY, alpha=0.15, lw=0)
+    interval(ax, x[:-1], v[:-1], fmt="s", color=RED, ms=6)
+    interval(ax, x[-1:], v[-1:], fmt="D", color="black", ms=6)
+    ax.axhline(1, color=BLUE, lw=1.2)
+    room_above(ax)
+    ax.set_ylim(ax.get_ylim()[0] - 0.1 * np.ptp(ax.get_ylim()))
+    ax.text(0.03, 0.03, "blue: 1, the same on both", transform=ax.transAxes, color=BLUE)
+    paper_says(ax, "above 1", True)
+    ax.set_xticks(x, [k.replace("REPA, lambda =", "REPA").replace("control: ", "control:\n") for k in names])
+    ax.set(xlim=(-0.5, len(names) - 0.5), ylabel="change on trajectories / points",
+           title="(c) Fig. 6: what REPA changes")
 
 
 def draw_fig7(axes, a):
@@ -906,47 +966,131 @@ def draw_fig7(axes, a):
     repa, colours = [r for r in recipes if "REPA" in r], {recipes[0]: "black"}
     colours |= {r: (0.8, 0.75 - 0.6 * k / len(repa), 0.7) for k, r in enumerate(repa[1:])}
     colours |= dict(zip(recipes[-2:], ("#009E73", "#999933"), strict=True))
-    for ax, names, title in ((axes[0], repa, "(g) Fig. 7b, REPA"),
-                             (axes[1], [recipes[0], *recipes[-2:]], "(h) Fig. 7c, architectures"),
-                             (axes[2], recipes, "(i) Compute to L")):
+    panels = ((repa, "(d) Fig. 7b: REPA"), ([recipes[0], *recipes[-2:]], "(e) Fig. 7c: architectures"),
+              (recipes, "(f) Compute buys L; colours of (d), (e)"))
+    for ax, (names, title) in zip(axes, panels, strict=True):
         for name in names:
             C, L, FD = np.array([[r[k] for k in ("compute", "L", "FD")] for r in a["table"] if r["recipe"] == name]).T
             if ax is axes[2]:
-                ax.plot(*np.array([C, L])[:, np.argsort(C)], "o-", color=colours[name], ms=4, lw=1, label=name)
+                ax.plot(*np.array([C, L])[:, np.argsort(C)], "o-", color=colours[name], ms=4, lw=1)
                 continue
             ax.scatter(L, FD, 12 + 25 * (np.log10(C) - 10).clip(0), color=[colours[name]], alpha=0.8, label=name)
             ends = np.array([L.min(), L.max()])
             ax.plot(ends, np.polyval(a["fits"][name], ends), color=colours[name], lw=1.3)
-        ax.set(xlabel="supervision loss L (v-space, per dimension)", ylabel="Fréchet distance", title=title)
-        ax.legend(fontsize=8)
+        ax.set(xlabel="supervision loss L (v-space)", ylabel="Fréchet distance", title=title)
+    for ax, what in zip(axes, ("REPA lower", "U-Nets lower"), strict=False):
+        room_above(ax, 0.6)
+        ax.legend(loc="upper left")
+        paper_says(ax, what, False, (0.95, 0.12))
     axes[2].set(xscale="log", xlabel="training compute (FLOPs)", ylabel="L")
     axes[2].xaxis.set_minor_formatter("")
 
 
+def draw_plateau(axes, a):
+    draw_ladder(axes[0], a["plateau"], "sup", "(a) Plateau: on training points")
+    draw_ladder(axes[1], a["plateau"], "ext", "(b) Plateau: along trajectories")
+    draw_along_t(axes[2], a, f"(c) Fig. 3: {a['models'][-1]} - {a['models'][0]}")
+
+
+def draw_dial(axes, a):
+    ax = axes[0]
+    for key in ("sup", "ext"):
+        interval(ax, a["amounts"], [la[f"{key}_x"]["slope"]["size"] for la in a["ladders"]], color=COLOUR[key],
+                 fmt="o-", ms=4, label=SYMBOL[key])
+    ax.axhline(0, color=GREY, lw=0.8)
+    room_above(ax, 0.4)
+    paper_says(ax, f"{SYMBOL['ext']} above 0", True)
+    ax.set(xlabel="a of (1 - a) digit + a field", ylabel="slope over size, per decade", title="(d) Dial: which data?")
+    ax.legend(loc="lower left")
+
+
+def draw_onset(axes, a):
+    shade = lambda k: dict(alpha=(k + 1) / len(a["models"]), marker="o", ms=4)
+    for k, model in enumerate(a["models"]):
+        axes[0].plot(a["lengths"], a["ext_x"]["mean"][k], color=RED, label=model, **shade(k))
+        axes[1].plot(a["lengths"], 100 * np.array(a["memorized"][k]), color="black", label=model, **shade(k))
+    axes[0].set(ylabel=f"{SYMBOL['ext']} per dimension", title="(e) Onset: error while training")
+    axes[1].set(ylabel="% of the samples", title="(f) Onset: copies among the samples")
+    for ax in axes:
+        ax.set(xscale="log", xlabel="training steps")
+        ax.set_xticks(a["lengths"], [str(k) for k in a["lengths"]])
+        ax.minorticks_off()
+        ax.legend()
+
+
+def draw_given(axes, a):
+    draw_fig3(axes, a)
+    one = len(a["models"]) == 1
+    draw_along_t(axes[2], a, "(c) Along t" if one else f"(c) {a['models'][-1]} - {a['models'][0]}")
+
+
+PICTURES = dict(                                             # part, who draws it, on how many axes; a suffix a picture
+    results=(("fig3", draw_fig3, 2), ("fig6", draw_fig6, 1), ("fig7", draw_fig7, 3)),
+    results_when=(("fig3", draw_plateau, 3), ("dial", draw_dial, 1), ("onset", draw_onset, 2)))
+
+
+def caption(results):
+    """{picture: what it says}, in words and numbers that follow from the claims."""
+    out, n_onset = {name: [] for name in PICTURES}, results["config"]["n_onset"]
+    starting = lambda start: [c for c in results["claims"] if c["claim"].startswith(start)]
+    go = lambda c: "falls" if c["ci95"][1] < 0 else "rises" if c["ci95"][0] > 0 else "does not change for sure"
+    both = lambda c, d: f"from small to large the error {go(c)} on training points, and {go(d)} along trajectories"
+    if results["config"].get("model_path"):
+        a = results["arrays"]["fig3"]
+        out["results"].append("{}: $E^{{sup}}$ = {:.4f} [{:.4f}, {:.4f}], $E^{{ext}}$ = {:.4f} [{:.4f}, {:.4f}] (95%), "
+                              "x-space, per dimension.".format(a["models"][-1], *a["sup_x"]["ci"][-1][-1],
+                                                               *a["ext_x"]["ci"][-1][-1]))
+    if c := starting("Fig 3 supervision error"):
+        out["results"].append(f"Fig. 3: {both(c[0], starting('Fig 3 extrapolation error')[0])} (paper: falls, rises).")
+    if c := starting("Fig 6"):
+        end = {"holds": "more than", "contradicted": "less than", "not resolved": "not told apart from what"}
+        out["results"].append(f"Fig. 6: REPA changes the network {c[0]['ours']:.2f} times as much along trajectories "
+                              f"as on training points: {end[c[1]['verdict']]} another seed does (grey band).")
+    if repa := starting("Fig 7b"):
+        unet, by = starting("Fig 7c")[0], [c["ours"] for c in repa]
+        out["results"].append(f"Fig. 7: at equal L the distance of U-Nets minus that of SiTs is {unet['ours']:+.2g} "
+                              f"({unet['verdict']}; paper: below 0), with REPA {min(by):+.2g} to {max(by):+.2g} "
+                              f"({sum(c['verdict'] == 'holds' for c in repa)} of {len(by)} resolved below).")
+    if c := starting("Fig 3 plateau"):
+        out["results_when"].append(f"Plateau (fields of half the contrast, hardly learned): {both(*c)}.")
+    if c := starting("dial"):
+        which = [go(k) for k in c]
+        out["results_when"].append(f"Dial: along trajectories the error falls with size in {which.count('falls')} of "
+                                   f"{len(c)} mixtures, and rises in {which.count('rises')}.")
+    if c := starting("onset"):
+        out["results_when"].append(f"Onset ({n_onset:,} textures): it {go(c[1])} while the largest network trains; "
+                                   f"copies among its samples: {100 * c[2]['ours']:+.0f}%.")
+    return {k: "\n".join(v) for k, v in out.items()}
+
+
 def plot(path):
-    """results.json -> results.png beside it."""
+    """results.json -> results.png, and, of the sets made here, results_when.png beside it. -> the files."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     results = json.loads(Path(path).read_text())
-    a = results["arrays"]
-    fig, axes = plt.subplots(3, 3, figsize=(15, 17.5))
-    fig.subplots_adjust(left=0.055, right=0.95, top=0.98, bottom=0.27, wspace=0.5, hspace=0.25)
-    axes = axes.ravel()
-    for part, draw, which in (("fig3", draw_fig3, (0, 1, 2)), ("dial", draw_dial, (3,)), ("onset", draw_onset, (4,)),
-                              ("fig6", draw_fig6, (5,)), ("fig7", draw_fig7, (6, 7, 8))):
-        if part in a:
-            draw(axes[list(which)], a[part])
-        if part == "fig3" and part in a and "plateau" not in a[part]:
-            axes[1].set_axis_off()
-        for k in () if part in a else which:
-            axes[k].text(0.5, 0.5, f"not measured: --only {part}", ha="center", color=GREY)
-            axes[k].set_axis_off()
-    lines = [f"{c['verdict']:12s} {c['claim']:74s} {c['ours']:9.3g} [{c['ci95'][0]:.3g}, {c['ci95'][1]:.3g}]"
-             for c in results["claims"]]
-    fig.text(0.03, 0.235, "\n".join(lines), fontsize=9.5, family="monospace", va="top", linespacing=1.3)
-    fig.savefig(Path(path).with_suffix(".png"), dpi=62)
-    plt.close(fig)
+    a, said, files = results["arrays"], caption(results), []
+    given, made = results["config"].get("model_path"), {"plateau", "dial", "onset"} & {*a, *a.get("fig3", ())}
+    for name, panels in PICTURES.items() if not given else [("results", [("fig3", draw_given, 3)])]:
+        if name == "results_when" and not made:
+            continue
+        rows = 1 if given else 2
+        with plt.rc_context({"font.size": 8, "axes.titlesize": 9, "legend.fontsize": 7.5, "legend.framealpha": 0.7}):
+            fig, axes = plt.subplots(rows, 3, figsize=(9.4, 0.7 + 2.85 * rows), dpi=130, layout="constrained")
+            fig.get_layout_engine().set(rect=(0, 0.45 / fig.get_figheight(), 1, 1 - 0.45 / fig.get_figheight()))
+            rest = list(axes.ravel())
+            for part, draw, n in panels:
+                mine, rest = rest[:n], rest[n:]
+                if part in a:
+                    draw(mine, a[part])
+                for ax in () if part in a else mine:
+                    ax.text(0.5, 0.5, f"not measured: --only {part}", ha="center", color=GREY)
+                    ax.set_axis_off()
+            fig.text(0.01, 0.008, said[name], va="bottom")
+            files.append(Path(path).with_name(f"{name}.png"))
+            fig.savefig(files[-1], facecolor="white")
+            plt.close(fig)
+    return files
 
 
 if __name__ == "__main__":

@@ -852,11 +852,11 @@ def experiment(script, cfg, measure, plot, work, animate=None):
         if (found := read_json(path)).get("script") != script:
             raise ValueError(f"it is of the script {found.get('script')!r:.50}")
         claims = found["claims"]
-        plot(path)
+        pictures = plot(path) or [path.with_suffix(".png")]
     except Exception as e:
         if not cfg.redraw: raise                             # then it is no fault of the file's
         raise ValueError(f"{path} is damaged, or none of {script}.py: {type(e).__name__} {e}") from e
-    print(f"{path}\n{path.with_suffix('.png')}", flush=True)
+    print(path, *pictures, sep="\n", flush=True)
     if animate: animate(cfg)
     print(f"\n{'claim':74s} {'paper':>10s} {'ours':>9s} {'95% interval':>18s}  verdict")
     for c in claims:

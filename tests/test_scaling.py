@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from test_model import official_state
 
 import exp_scaling
 import sample as sample_module
@@ -238,7 +239,9 @@ def test_results_follow_the_contract(tiny):
     fig3 = results["arrays"]["fig3"]
     assert np.shape(fig3["compute"]) == (2, 2) and fig3["compute"][1][1] == pytest.approx(2 * fig3["compute"][1][0])
     assert "the empirical score" in printed and "held-out accuracy" in printed
-    assert (out / "results.png").stat().st_size > 20_000 and (out / "results.json").stat().st_size < 300_000
+    for name in ("results.png", "results_when.png"):
+        assert str(out / name) in printed and 20_000 < (out / name).stat().st_size < 300_000
+    assert (out / "results.json").stat().st_size < 300_000
 
 
 def test_several_processes_share_the_networks(tiny, tmp_path):
@@ -285,10 +288,79 @@ def test_another_data_set_and_its_fid(tmp_path, monkeypatch, capsys):
         exp_scaling.check(replace(cfg, only="dial"))
 
 
+def test_given_weights_are_measured_without_training(tiny, tmp_path, monkeypatch, capsys):
+    """Two networks by --model-path give what they gave where they were trained; official weights, one, on latents; what
+    does not fit is refused before anything is written."""
+    def no_training(*a, **k): raise AssertionError("it trains")
+    monkeypatch.setattr(train, "train", no_training)
+    runs, fig3 = tiny[0] / "runs", json.loads((tiny[0] / "results.json").read_text())["arrays"]["fig3"]
+    made = [str(next(runs.glob(f"dial1_{m}-4_0_0_*")) / "ema_4.pt") for m in ("SiT-micro", "SiT-nano")]
+    cfg = replace(Config(), n_trajectories=48, n_times=4, n_data=300, workers=1, model_path=(*made,), out=str(tmp_path))
+    exp_scaling.measure(cfg)
+    results = json.loads((tmp_path / "results.json").read_text())
+    a = results["arrays"]["fig3"]
+    assert a["models"] == ["SiT-nano/4", "SiT-micro/4"] and set(results["arrays"]) == {"fig3", "seconds"}
+    for key in ("sup_x", "ext_x", "sup_v"):
+        assert np.allclose(np.array(a[key]["mean"])[:, 0], np.array(fig3[key]["mean"])[:, 1], rtol=1e-3)
+    assert np.allclose(a["ext_x"]["over_smallest"][1][0], fig3["ext_x"]["over_smallest"][1][1], rtol=1e-2, atol=1e-5)
+    assert np.allclose(a["limit"]["ext"], fig3["limit"]["ext"], rtol=1e-3)
+    names = [c["claim"] for c in results["claims"]]
+    assert any("largest minus smallest" in n for n in names) and any("per decade of compute" in n for n in names)
+    assert [p.name for p in exp_scaling.plot(tmp_path / "results.json")] == ["results.png"]
+    assert "SiT-micro/4" in capsys.readouterr().out
+    exp_scaling.train.forecast(**exp_scaling.work(cfg), folder=tmp_path, device=torch.device("cpu"))
+    assert "train" not in capsys.readouterr().out.split("cpu", 1)[1].replace("for training", "")
+    rng = np.random.default_rng(0)
+    train.save_dataset(tmp_path / "latents", dict(x=rng.standard_normal((60, 4, 8, 8)).astype(np.float32),
+                                                  y=np.arange(60) % 10), dict(num_classes=10))
+    torch.save(official_state(), tmp_path / "official.pt")
+    one = replace(cfg, data=str(tmp_path / "latents"), model_path=(str(tmp_path / "official.pt"),))
+    exp_scaling.measure(replace(one, out=str(tmp_path / "one")))
+    results = json.loads((tmp_path / "one" / "results.json").read_text())
+    mean, low, high = results["arrays"]["fig3"]["ext_x"]["ci"][0][0]
+    assert low < mean < high and "limit" not in results["arrays"]["fig3"]
+    assert {c["claim"].split(":")[0] for c in results["claims"]} == {"Fig 3 supervision, v-space over x-space",
+                                                                    "Fig 3 E^ext minus E^sup, SiT-nano/2"}
+    exp_scaling.plot(tmp_path / "one" / "results.json")
+    no = str(tmp_path / "no")
+    for wrong, message in ((replace(one, model_path=(made[0],)), "is a model of images"),
+                           (replace(one, only="fig6"), "goes without --model-path"),
+                           (replace(one, model_path=(str(tmp_path / "nowhere"),)), "no checkpoint at")):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            exp_scaling.measure(replace(wrong, out=no))
+    assert not Path(no).exists()
+
+
+def test_levels_beside_the_published_ones(capsys):
+    level = lambda v: dict(ci=[[[v, v - 1e-4, v + 1e-4]]])
+    a = dict(models=["SiT-XL/2"], sup_x=level(0.19), ext_x=level(0.6), sup_v=level(1), ext_v=level(2))
+    args = dict(name="SiT-XL/2", in_channels=4, input_size=32, num_classes=1000)
+    errors = dict(sup=np.full((5, 3), 0.19), ext=np.full((5, 3), 0.6) + np.arange(5)[:, None] / 1e4)
+    claims = exp_scaling.given_claims(Config(), a, errors, args)
+    assert [(c["paper"], c["verdict"]) for c in claims] == [("> 0", "holds"), ("0.1834", "holds"),
+                                                           ("0.5359", "contradicted")]
+    assert len(exp_scaling.given_claims(Config(), a, errors, args | dict(num_classes=10))) == 1
+    assert "0.19000 [0.18990, 0.19010]" in capsys.readouterr().out
+
+
 def test_a_figure_is_drawn_from_its_json_alone(tiny, tmp_path):
     (tmp_path / "results.json").write_bytes((tiny[0] / "results.json").read_bytes())
     exp_scaling.plot(tmp_path / "results.json")
-    assert (tmp_path / "results.png").read_bytes() == (tiny[0] / "results.png").read_bytes()
+    for name in ("results.png", "results_when.png"):
+        assert (tmp_path / name).read_bytes() == (tiny[0] / name).read_bytes()
+
+
+def test_a_captions_words_are_its_claims():
+    """Each claim turned round turns its words round."""
+    names = ["Fig 3 supervision error: < 0", "Fig 3 extrapolation error: > 0", "Fig 6 change", "Fig 6 control",
+             "Fig 7b REPA", "Fig 7c U-Net", "Fig 3 plateau, sup", "Fig 3 plateau, ext", "dial", *["onset"] * 3]
+    def says(low, high, verdict):
+        claims = [dict(claim=n, ours=(low + high) / 2, ci95=[low, high], verdict=verdict) for n in names]
+        return "\n".join(exp_scaling.caption(dict(claims=claims, arrays={}, config=dict(n_onset=9))).values())
+    up, down, open_ = says(1, 2, "holds"), says(-2, -1, "contradicted"), says(-1, 1, "not resolved")
+    assert "rises on" in up and "falls" not in up.replace("(paper: falls, rises)", "").replace("falls with size", "")
+    assert "falls on" in down and "less than another seed" in down and "more than another seed" in up
+    assert "does not change for sure" in open_ and "not told apart" in open_ and "in 0 of 1 mixtures" in open_
 
 
 @pytest.mark.parametrize("fields, message", [

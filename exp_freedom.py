@@ -1,26 +1,27 @@
 """
-Figure 5 (C3, Experiment 4.3, C.7): take away the freedom to extrapolate, and a diffusion model memorizes.
+Figure 5 (C3, the paper's third claim; Experiment 4.3 and C.7): without the freedom to extrapolate, a model memorizes.
 
 Two nested subsets of the data: D_score defines the target, its posterior mean x_*(z, t) = E[x | z_t = z], to which the
 empirical score is equivalent; D_region defines where the network is asked for it,
 
-    L = E |x_theta(z_t, t) - x_*(z_t, t)|^2,    z_t = alpha_t x + sigma_t eps with x from D_region,  x_* over D_score.
+    L = E |x_theta(z_t, t) - x_*(z_t, t)|^2,    z_t = (1 - t) x + t eps with x from D_region,    x_* over D_score.
 
 A larger D_region leaves the target as it is, and says more about it: between the images of D_score, where the network
 was free to make something up, it is now told what the empirical score does there, which is to collapse on D_score.
 
-    python exp_freedom.py                        # trains 57 small networks; about 9 minutes on 2 CPU cores
+    python exp_freedom.py                        # trains 57 small networks; about 15 minutes on 2 CPU cores
     python exp_freedom.py --target sampled       # the paper's target, an image drawn from the posterior (also: faiss)
 
 What you should see. At |D_region| = |D_score| few generated images are copies from D_score (a): much closer to one of
 its images than to the fifty closest on average, "calibrated l2" below .25. At 8 times that, most are (b). The curves
-rise for both architectures (c), as the paper's do (grey). The control that the paper leaves out, ordinary training on
-the same D_region (black), does not: it is not the number of images that makes a network memorize. The drawn targets
-have the same minimum as the exact one. At a few hundred steps they lag behind it, so the comparison of the three trains
-longer: then the fractions of copies are within hundredths, and another target moves the network by about a tenth of
-what another seed does (printed, with what each costs). Every finished network leaves its scores in
-out/exp_freedom/<preset>/runs/; the same command goes on after an interrupt. (With a training loop of its own, it is
-longer than the other experiments.)
+rise for both architectures (c), as the paper's do (grey). The control that the paper leaves out is ordinary training on
+the same D_region ("plain DSM": the target is the image x itself; black). It does not rise: it is not the number of
+images that makes a network memorize.
+The drawn targets have the same minimiser as the exact one. At a few hundred steps they lag behind it, so the comparison
+of the three trains longer: then the fractions of copies are within hundredths, and another target moves the network by
+about a tenth of what another seed does (printed, with what each costs). Every finished network leaves its scores in
+out/exp_freedom/<preset>/runs/, and a long training a checkpoint; the same command goes on after an interrupt.
+(With a training loop of its own, it is longer than the other experiments.)
 
 Try this after the first command, whose networks are found again; the answers are in the table, or in the figure.
 1. python exp_freedom.py --threshold .4     Does C3 hang on where "copy" begins? See the first two rows: both rises are
@@ -40,6 +41,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,8 +54,8 @@ from tqdm import tqdm
 
 import train
 from empirical_score import EmpiricalScore
-from model import build_model
-from sample import T_MIN, cli, noise, pick_device, replacing, sample, to_uint8
+from model import build_model, read_weights
+from sample import T_MIN, cli, noise, pick_device, processes, replacing, sample, to_uint8
 
 
 @dataclass
@@ -129,8 +131,8 @@ def calibrated_l2(E, x, n=50):
     return d2[:, 0] / d2.mean(1)
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Three targets for x_theta(z, t), of mean x_*(z, t), so that the loss has the same minimum (C.7). That of faiss leaves
-# out what lies beyond k neighbours: near t = 1, where all points weigh alike, its mean is off if there are more than k
+# Three targets for x_theta(z, t), of mean x_*(z, t), so that the loss has the same minimiser (C.7). That of faiss
+# leaves out what lies beyond k neighbours: near t = 1, where all weigh alike, its mean is off if there are more than k
 
 TARGETS = ("exact", "sampled", "faiss")
 
@@ -163,9 +165,9 @@ def faiss_posterior(x, k):
 
 
 def make_target(kind, x, y, k=100):
-    """D_score x, y -> target(z, t, y, keep, generator), like z: over the class y where the label is kept (keep (B,) is
-    True), and over all of D_score where it is dropped, since there the network is not told y either. The draws depend
-    on the generator, one of the CPU, alone."""
+    """D_score x, y -> f(z, t, y, keep, generator) -> targets (B, *shape): over the points of class y where the label is
+    kept (keep (B,)), over all of D_score where it is dropped, since there the network is not told y either. The draws
+    depend on the generator, one of the CPU, alone."""
     E = EmpiricalScore(x, y)
     if kind == "faiss":
         groups = {None: x, **{c: x[y == c] for c in y.unique().tolist()}}
@@ -178,7 +180,7 @@ def make_target(kind, x, y, k=100):
                 continue
             if kind == "exact":                              # differs from the paper: Eq. (6) itself is affordable
                 out[rows] = E.posterior_mean(z[rows], t[rows], label)
-            elif kind == "sampled":                          # Eq. (7), y ~ r_z, neither searched nor truncated
+            elif kind == "sampled":                          # Eq. (7), an image drawn from r_z, none left out
                 out[rows] = x[E.sample_posterior(z[rows], t[rows], label, generator)]
             else:                                            # Eq. (7) as the paper computes it
                 for c in [None] if label is None else label.unique().tolist():
@@ -192,8 +194,12 @@ def make_target(kind, x, y, k=100):
 # ----------------------------------------------------------------------------------------------------------------------
 # One network: train it, generate images, score them
 
-def fit(cfg, net, kind, ratio, seed, device):
-    """Train; kind "dsm" is the control, whose target is x itself. -> EMA model, E of D_score, ms of (target, step)."""
+SAVE_EVERY = 600                                             # seconds, after which a training that is longer is saved
+
+
+def fit(cfg, net, kind, ratio, seed, device, path):
+    """Train; kind "dsm" is the control, whose target is x itself. -> EMA model, E of D_score, ms of (target, step).
+    A long training goes on from its checkpoint `path`."""
     data = train.load_data(cfg.data)
     score, region = subsets(data["y"], cfg.per_class, ratio, cfg.seed, cfg.balanced)
     rows = lambda i: (torch.from_numpy(data["x"][i].astype(np.float32)).to(device),
@@ -207,8 +213,14 @@ def fit(cfg, net, kind, ratio, seed, device):
     update = train.Update(model, net.lr, cfg.warmup, cfg.ema)
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None        # or the clock would show nothing
+    parts, first, saved = dict(model=model, average=update.average, optimizer=update.optimizer), 0, time.time()
+    if path.exists():
+        checkpoint = read_weights(path)
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        first = checkpoint["step"]
     clock = np.zeros((net.steps, 2))
-    for step in tqdm(range(net.steps), desc=f"{net.model} {kind} x{ratio:g}", leave=False,
+    for step in tqdm(range(first, net.steps), desc=f"{net.model} {kind} x{ratio:g}", leave=False,
                      disable=True if cfg.workers > 1 else None):
         start = time.perf_counter()
         i = train.step_indices(step, net.batch, len(region), seed)
@@ -218,7 +230,8 @@ def fit(cfg, net, kind, ratio, seed, device):
         z = torch.lerp(x, eps, t[:, None, None, None])       # (B, C, H, W), on D_region
         wait(); before = time.perf_counter()
         if target:
-            x = target(z, t, y, keep, torch.Generator().manual_seed(1_000_003 * (seed + 500) + step))
+            g = torch.Generator().manual_seed(1_000_003 * (seed + 500) + step)   # another stream than step_noise's
+            x = target(z, t, y, keep, g)
         wait(); clock[step, 0] = time.perf_counter() - before
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             out = model(z, t, torch.where(keep, y, classes))
@@ -226,9 +239,13 @@ def fit(cfg, net, kind, ratio, seed, device):
         loss.backward()
         update.step(step)
         wait(); clock[step, 1] = time.perf_counter() - start
+        if time.time() - saved > SAVE_EVERY and step + 1 < net.steps:
+            with replacing(path) as f:
+                torch.save({name: part.state_dict() for name, part in parts.items()} | dict(step=step + 1), f)
+            saved = time.time()
     if not loss.isfinite():
         raise ValueError(f"{net.model} diverged: the loss is {loss.item()} at lr {net.lr:g}")
-    return update.average, EmpiricalScore(x_score, y_score), 1000 * np.median(clock, axis=0)
+    return update.average, EmpiricalScore(x_score, y_score), 1000 * np.median(clock[first:], axis=0)
 
 
 def run(cfg, spec):
@@ -240,13 +257,14 @@ def run(cfg, spec):
     names = ["data", "per_class", "balanced", "warmup", "ema", "label_dropout", "n_samples", "sample_steps", "n",
              "seed", *(["k"] if kind == "faiss" else [])]
     key = [dataclasses.asdict(net), kind, float(ratio), seed, {name: getattr(cfg, name) for name in names}]
-    key += ["probe"] if arch == "compare" else []
+    key += ["probe"] if arch == "compare" else []            # these keep predictions too, see below
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:10]
     path = train.results_path("exp_freedom", cfg).parent / "runs" / f"{arch}_{kind}_{ratio:g}_{seed}_{digest}.json"
     if path.exists():
         return json.loads(path.read_text()) | dict(found=True)
     started = time.time()
-    model, E, ms = fit(cfg, net, kind, ratio, seed, device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model, E, ms = fit(cfg, net, kind, ratio, seed, device, path.with_suffix(".pt"))
     z1 = noise(range(cfg.n_samples), E.shape, seed).to(device)           # the same for every network of this seed
     y = torch.arange(cfg.n_samples, device=device) % model.num_classes
     x = torch.cat([sample(model, zb, yb, solver="heun", steps=cfg.sample_steps)[-1]
@@ -262,9 +280,9 @@ def run(cfg, spec):
         with torch.no_grad():
             result["probe"] = model(z, t.flatten(), torch.full_like(y[:1].expand(256), model.num_classes)).tolist()
     result["seconds"] = time.time() - started
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as f:
         f.write(json.dumps(result).encode())
+    path.with_suffix(".pt").unlink(missing_ok=True)
     return result
 
 
@@ -323,7 +341,7 @@ def check(cfg):
     for net in (cfg.transformer, cfg.unet, cfg.compare):
         if min(net.steps, net.batch) < 1:
             raise ValueError(f"steps and batch must be at least 1, not {net.steps} and {net.batch}")
-        torch.empty(max(net.batch, cfg.n_samples), *data["x"].shape[1:])             # too many fail here
+        torch.empty(max(net.batch, cfg.n_samples), *data["x"].shape[1:])             # too many fail now, not later
         with torch.device("meta"):                           # the names and sizes fit, without building anything
             build_model(net.model, data["x"].shape[2], data["x"].shape[1], data["meta"]["num_classes"])
     if (size := cfg.per_class * len(np.unique(data["y"]))) < cfg.n:
@@ -342,13 +360,15 @@ def work(cfg):
     often = dict(transformer=2 * n * cfg.n_seeds, unet=(n + 2) * cfg.n_seeds, compare=len(TARGETS) * cfg.compare_seeds)
     nets = [(dict(name=net.model, **args), net.batch, net.batch, net.steps, 0)
             for net, k in ((getattr(cfg, arch), k) for arch, k in often.items()) for _ in range(k)]
-    return dict(data=data, nets=nets, images=[(net[0], cfg.n_samples * 2 * cfg.sample_steps) for net in nets])
+    world = max(int(os.environ.get("WORLD_SIZE", 1)), cfg.workers)
+    return dict(data=data, nets=nets, images=[(net[0], cfg.n_samples * 2 * cfg.sample_steps) for net in nets],
+                processes=world)
 
 
 def measure(cfg):
     """Train or find all networks; write fractions, scores, images and claims to results.json."""
     size, sizes = check(cfg)
-    device, phase = pick_device(cfg.device), train.phases()
+    device, phase = processes(pick_device(cfg.device))[2], train.phases()        # under torchrun, a GPU of its own
     kinds = [k for k in TARGETS if k != "faiss" or importlib.util.find_spec("faiss")]
     if "faiss" not in kinds:
         print("faiss is not installed, so the comparison of targets goes without it: pip install faiss-cpu")

@@ -768,7 +768,7 @@ def check(cfg):
                  "n_fid"):
         if getattr(cfg, name) < (least := 2 if name in ("n_trajectories", "n_data", "n_onset", "n_fid") else 1):
             raise ValueError(f"{name} must be at least {least}, not {getattr(cfg, name)}")
-    torch.empty(cfg.n_times, cfg.n_trajectories, 16, 16)     # of the trajectories: too many fail here
+    torch.empty(cfg.n_times, cfg.n_trajectories, 16, 16)     # too many fail now, not after the training
     train.check_rates(cfg.lr, cfg.warmup, cfg.ema, cfg.label_dropout, cfg.seed)
     for name in ("contrast", "threshold"):
         if not 0 < getattr(cfg, name) < np.inf:
@@ -808,6 +808,8 @@ def check(cfg):
                 raise ValueError(f"repa_depth {cfg.repa_depth} is more than the {len(net.blocks)} blocks of {model}")
             if name == "fig7" and model.split("/")[1] != models[0].split("/")[1]:
                 raise ValueError(f"fig7.models must have one patch size, that of the teacher's tokens, not {models}")
+            if name == "fig7" and cfg.data and cfg.only in ("all", "fig6", "fig7"):
+                train.check_repa(SimpleNamespace(repa_depth=cfg.repa_depth, model=model, data=cfg.data), data, net)
     if len(cfg.lambdas) < 2 or cfg.lambdas[0] != 0 or list(cfg.lambdas) != sorted(set(cfg.lambdas)):
         raise ValueError(f"lambdas must ascend from 0, and be two at least, not {cfg.lambdas}")
     if not cfg.amounts or min(cfg.amounts) < 0 or max(cfg.amounts) > 1:
@@ -917,10 +919,10 @@ def draw_ladder(ax, a, key, title):
     if "limit" in a:
         limit, far = a["limit"][key][0], abs(a["limit"][key][0] - y.mean()) > 1.5 * np.ptp(y)
         line = ax.plot([], [], " ") if far else [ax.axhline(limit, color="black", ls=":")]       # far: no room for it
-        line[0].set_label(f"true density: {limit:.3f}")
+        line[0].set_label(f"true density: {limit:.3f}" + " (off scale)" * far)
     room_above(ax)
     if "size" in e["slope"]:
-        title += "\n{:+.2g} [{:+.2g}, {:+.2g}] a decade of size".format(*e["slope"]["size"])
+        title += "\n{:+.2g} [{:+.2g}, {:+.2g}] a decade of compute".format(*e["slope"]["all"])
         ax.legend(loc="upper left")
         paper_says(ax, *(("falls", False) if key == "sup" else ("rises", True)))
     ax.set(xscale="log", xlabel=a.get("axis", "training compute (FLOPs)"), title=title,
@@ -967,7 +969,7 @@ def draw_fig7(axes, a):
     colours |= {r: (0.8, 0.75 - 0.6 * k / len(repa), 0.7) for k, r in enumerate(repa[1:])}
     colours |= dict(zip(recipes[-2:], ("#009E73", "#999933"), strict=True))
     panels = ((repa, "(d) Fig. 7b: REPA"), ([recipes[0], *recipes[-2:]], "(e) Fig. 7c: architectures"),
-              (recipes, "(f) Compute buys L; colours of (d), (e)"))
+              (recipes, "(f) L against compute (colours: d, e)"))
     for ax, (names, title) in zip(axes, panels, strict=True):
         for name in names:
             C, L, FD = np.array([[r[k] for k in ("compute", "L", "FD")] for r in a["table"] if r["recipe"] == name]).T
@@ -989,7 +991,7 @@ def draw_fig7(axes, a):
 def draw_plateau(axes, a):
     draw_ladder(axes[0], a["plateau"], "sup", "(a) Plateau: on training points")
     draw_ladder(axes[1], a["plateau"], "ext", "(b) Plateau: along trajectories")
-    draw_along_t(axes[2], a, f"(c) Fig. 3: {a['models'][-1]} - {a['models'][0]}")
+    draw_along_t(axes[2], a, "(c) Fig. 3: largest minus smallest")
 
 
 def draw_dial(axes, a):
@@ -1050,7 +1052,7 @@ def caption(results):
         unet, by = starting("Fig 7c")[0], [c["ours"] for c in repa]
         out["results"].append(f"Fig. 7: at equal L the distance of U-Nets minus that of SiTs is {unet['ours']:+.2g} "
                               f"({unet['verdict']}; paper: below 0), with REPA {min(by):+.2g} to {max(by):+.2g} "
-                              f"({sum(c['verdict'] == 'holds' for c in repa)} of {len(by)} resolved below).")
+                              f"({sum(c['verdict'] == 'holds' for c in repa)} of {len(by)} below 0 for sure).")
     if c := starting("Fig 3 plateau"):
         out["results_when"].append(f"Plateau (fields of half the contrast, hardly learned): {both(*c)}.")
     if c := starting("dial"):

@@ -55,7 +55,7 @@ class Config:
     n_points: int = 1000  # training points, and at most as many held-out ones, behind the medians of r_*
     n_trajectories: int = 200  # sampling trajectories
     n_lines: int = 100  # how many of each are drawn
-    n_times: int = 100  # times t = 1/n, 2/n .. 1
+    n_times: int = 100  # times t = 1/n_times, 2/n_times .. 1
     n_images: int = 200  # training images that are noised and denoised again
     memo_times: int = 21  # at so many times, from 0 to 1
     image: int = 0  # which of them is shown
@@ -141,7 +141,7 @@ def measure(cfg):
     members = np.flatnonzero(np.asarray(data["y"]) == cfg.overlap_class)
     if len(members) < 2:
         raise ValueError(f"overlap_class {cfg.overlap_class} has {len(members)} images: pairs of them are compared")
-    torch.empty(cfg.n_times, cfg.n_trajectories, *data["x"].shape[1:])   # trajectories: too many fail here
+    torch.empty(cfg.n_times, cfg.n_trajectories, *data["x"].shape[1:])   # too many fail now, not after the training
     run = cfg.model_path or train.train(dataclasses.replace(cfg.train, device=cfg.device))
     phase = train.phases()
     model = load_run(run, device)[0]
@@ -213,8 +213,9 @@ def measure(cfg):
     ]
     if "heldout" in r:                                       # what r_* = 1 would have to mean, if it marked real images
         held = r["heldout"][:, at(0.3)]
-        claims.append(train.claim("control: new real images stay in the shells too: median r_* at t = .3", "not shown",
-                                  np.median(held), train.bootstrap(held), high=1 + widths[1]))
+        claims.append(train.claim(
+            f"control: new real images stay in the shells: r_* at t = .3, < {1 + widths[1]:.2f}", "not shown",
+            np.median(held), train.bootstrap(held), high=1 + widths[1]))
         inside = r["inference"][:, at(0.3)]
         claims.append(train.claim("control: trajectories are farther out than new images, at t = .3 by",
                                   "not shown", np.median(inside) - np.median(held),
@@ -342,7 +343,7 @@ def animate(cfg, shown=5, farthest=4.2):
     path = train.results_path("exp_shells", cfg)
     a, device = json.loads(path.read_text())["arrays"], pick_device(cfg.device)
     t, data = np.array(a["t"]), train.load_data(cfg.train.data)["x"]
-    model = load_run(train.run_folder(cfg.train), device)[0]
+    model = load_run(cfg.model_path or train.run_folder(cfg.train), device)[0]
     x, z1 = torch.from_numpy(data[::-(-len(data) // shown)].copy()), noise(range(shown), data.shape[1:], cfg.seed)
     sampled = sample(model, z1.to(device), torch.arange(shown, device=device) % model.num_classes,
                      t_grid=t[::-1].copy(), progress=True).flip(0).cpu()                         # (T, shown, C, H, W)

@@ -3,7 +3,7 @@ Train a diffusion model by denoising score matching (Eq. 1), the way every exper
 
     python train.py                                   # 4,500 real digits, about 4 minutes on 2 CPU cores
     torchrun --nproc_per_node=4 train.py               # the same update on 4 processes (GPUs; on a CPU, gloo)
-    python train.py --preset gpu                       # MNIST, minutes on one GPU; first: python data/prepare.py mnist
+    python train.py --preset gpu                       # MNIST, on one GPU; first: python data/prepare.py mnist
     python train.py --model UNet-nano --steps 500      # any field of Config, below
 
 Writes out/<run>/: ckpt.pt and the one before it (the same command resumes), log.jsonl (one line per log step),
@@ -101,7 +101,7 @@ class Config:
 
 PRESETS = {
     "laptop": Config(),
-    # one GPU, about 10 minutes: the 60,000 images of MNIST
+    # one GPU, an estimated 10 minutes: the 60,000 images of MNIST
     "gpu": Config("gpu", "mnist", "SiT-S/2", steps=20_000, batch=256, lr=3e-4, ema=0.9995, compile=True, log_every=200,
                   save_every=5_000),
     # C.1 of the paper: SiT-XL/2 on SD-VAE latents of ImageNet 256, 400K iterations on 4 H100
@@ -320,7 +320,7 @@ class Repa(nn.Module):
 HARMLESS = ("preset", "out", "device", "compile", "log_every", "save_every", "steps", "keep", "grid", "accum",
             "dry_run")
 TOO_STEEP = 1e4                                              # no healthy run here comes near a gradient of this norm
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}      # dense bf16 FLOP/s as their maker gives them, for the MFU
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}      # dense bf16 FLOP/s by their maker; MFU: the share reached
 
 
 def run_folder(cfg):
@@ -581,7 +581,7 @@ def train(cfg, alone=False):
     data, run = load_data(cfg.data), run_folder(cfg)
     N, shape, classes = len(data["x"]), tuple(data["x"].shape[1:]), data["meta"]["num_classes"]
 
-    torch.empty(cfg.batch, *shape)                           # of every step's noise: too many fail here
+    torch.empty(cfg.batch, *shape)                           # a step's noise: too many fail now, in one line
     torch.manual_seed(cfg.seed)
     model_args = dict(name=cfg.model, input_size=shape[1], in_channels=shape[0], num_classes=classes,
                       prediction=cfg.prediction)

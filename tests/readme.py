@@ -25,21 +25,22 @@ GALLERY = {
     "exp_cfg_paradox": (
         "The paradox of guidance", ("exp_cfg_paradox.png",),
         "Guidance feeds on the gap between conditional and unconditional score. The paper shows that of the empirical "
-        "score on training points (blue, solid) and of the learned one on trajectories (red, dashed); the thin lines "
-        "are the missing half of the comparison.",
+        "score on training points (blue, solid) and of the learned one on trajectories (red, dashed); the two lines "
+        "marked control are the missing half.",
         {"no empirical gap on training points": "Fig 2 empirical", "a learned gap on trajectories": "Fig 2 learned",
          "control: no learned gap on training points": "control: learned gap on training"}),
     "exp_freedom": (
         "Freedom of extrapolation", ("exp_freedom.png",),
-        "The same target, the empirical score of D_score, asked for in a larger and larger region: does less freedom "
-        "make more of the samples copies (blue)? The control (black) sees the same images without that target.",
+        "The target is the empirical score of a subset, D_score; the network is asked for it at noisy images of a "
+        "larger and larger set, D_region: are more samples copies then (blue)? The control (black) is ordinary "
+        "training on the same images.",
         {"C3, for the transformer": "C3 SiT", "C3, for the U-Net": "C3 UNet",
          "control: plain training does not copy more": "control, plain DSM, SiT",
-         "drawn and exact targets agree": "targets: fraction of copies with sampled"}),
+         "sampled and exact targets agree": "targets: fraction of copies with sampled"}),
     "exp_scaling": (
         "Selective underfitting, REPA and the scaling law", ("exp_scaling.png", "exp_scaling_when.png"),
-        "Above, both errors against compute, for networks that all see the same points and noise; what REPA changes, "
-        "and what another seed does; Fréchet distance against supervision loss. Below, the search for data and "
+        "First picture: both errors against compute, for networks that all see the same points and noise; what REPA "
+        "changes, and what another seed does; Fréchet distance against L. Second picture: the search for data and "
         "lengths of training where the second error grows.",
         {"supervision error falls with compute": "Fig 3 supervision error per decade",
          "extrapolation error grows": "Fig 3 extrapolation error per decade",
@@ -49,8 +50,9 @@ GALLERY = {
          "U-Nets are better at equal L": "Fig 7c FD at equal L, U-Net, attention"}),
     "exp_toy2d": (
         "Perception-aligned training", ("exp_toy2d.png", "exp_toy2d.gif"),
-        "Four training points on a line, two of each kind: samples between the kinds look like nothing (bad, red), "
-        "those within a kind are new and make sense (good, green). Does alignment with the kinds (PAT) move them?",
+        "Four training points on a line, two on each side: samples between the sides are bad (red), those between the "
+        "two points of a side good (green). Perception-aligned training (PAT) tells the model of the sides: P1 by "
+        "polar coordinates, P2 by a kernel on polar features, P3 by an equivariant network.",
         {f"P{k}, {what}": f"P{k} {start}" for k in (1, 2, 3)
          for what, start in (("fewer bad samples", "fewer bad"), ("more good ones", "more good"))}),
     "exp_gaussian": (
@@ -58,7 +60,8 @@ GALLERY = {
         "Error to the empirical score s_\\* (solid) and to the true one, s_gt (dashed), on noisy training points "
         "(blue) and on fresh points of the same density (red): which of the two has the network learned, and where?",
         {"on training points nearer to s_\\*": "Fig 10 N = 100, supervision",
-         "on fresh points nearer to s_gt": "Fig 10 N = 100, true", "there it approaches s_gt": "Fig 10 true p_t: s_gt",
+         "on fresh points nearer to s_gt": "Fig 10 N = 100, true",
+         "on fresh points s_gt is approached to the end": "Fig 10 true p_t: s_gt",
          "on training points the error to s_gt plateaus": "Fig 10 supervision: error"}),
 }
 
@@ -126,14 +129,14 @@ def results():
 
 def times():
     """When which figure appears."""
-    if "figures" not in (bench := load("bench")):            # not measured yet
-        return ""
+    bench = load("bench")
     at = bench["figures"]
     first, both, last = min(at.values()), max(at["exp_shells"], at["exp_cfg_paradox"]), max(at.values())
-    return (f"On {bench['machine']}, `make figures` took {minutes(bench['installation'])} to install; after that, the "
-            f"first figure was there within {minutes(first)}, those of exp_cfg_paradox.py and exp_shells.py, with the "
-            f"training, within {minutes(both)}, and all six within {minutes(last)}. `make test` took "
-            f"{minutes(bench['tests'])}.")
+    return (f"```bash\nmake figures    # sets up .venv, trains the default model, runs every experiment: "
+            f"{minutes(last)}\nmake test       # sets up .venv, runs the tests: {minutes(bench['tests'])}\n```\n\n"
+            f"Measured on {bench['machine']}, after the installation, which took {minutes(bench['installation'])}. The "
+            f"first figure is there within {minutes(first)}, those of exp_cfg_paradox.py and exp_shells.py, with the "
+            f"training of the default model, within {minutes(both)}.")
 
 
 def controls():
@@ -178,11 +181,11 @@ def score():
 def paper():
     """What the paper presets take, from counts of FLOPs, and what the paper has to compare with."""
     published = {
-        "train": "validation by the experiments below",
+        "train": "nothing; the experiments below use it",
         "exp_shells": "r_\\* near 1 on training points, above 1 when sampling; memorization until t about .8",
         "exp_cfg_paradox": "empirical gap 0, learned gap above 0",
         "exp_freedom": "copies at ratio 1, 2, 4, 8, 25.6: .08 .41 .76 .82 .85; U-Net-B: 0 .01 .05 .59 .80",
-        "exp_scaling": "E^sup .1875 to .1834, E^ext .5340 to .5359 from S to XL; FID 59, 37, 20 for S, B, L"}
+        "exp_scaling": "E^sup .1875 to .1834, E^ext .5340 to .5359 from S to XL; FID 59, 37 for S, B"}
     rate = 0.4 * 989e12
     hours = lambda flops: format(flops / rate / 3600, ",.0f" if flops / rate > 36_000 else ".1f")
     rows = ["Not run here: no such GPU was at hand. The hours are counts of FLOPs (torch.utils.flop_counter) at an "

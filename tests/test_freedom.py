@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import exp_freedom
+import train
 from empirical_score import EmpiricalScore
 from exp_freedom import Config, Net, calibrated_l2, faiss_posterior, interval, make_target, subsets
 
@@ -229,6 +230,28 @@ def test_the_papers_rise_is_that_of_the_same_ratios(tiny):
     assert [exp_freedom.paper_rise(arch, 1, 25.6) for arch in ("transformer", "unet")] == ["+0.77", "+0.80"]
     rows = json.loads((tiny[0] / "results.json").read_text())["claims"]                          # ratios 1 and 4
     assert [r["paper"] for r in rows[:2]] == ["+0.68", "+0.05"]
+
+
+def test_a_training_cut_short_goes_on_where_its_checkpoint_is(tmp_path, monkeypatch):
+    """Bit for bit, and without the steps that were done."""
+    cfg, net = exp_freedom.Config(per_class=5), exp_freedom.Net("SiT-nano/4", 9, 16, 4e-3)
+    fit = lambda name: exp_freedom.fit(cfg, net, "exact", 2, 0, torch.device("cpu"), tmp_path / name)[0].state_dict()
+    step_noise, seen = train.step_noise, []
+
+    def watched(step, *args):
+        seen.append(step)
+        if len(seen) == 6:                                   # steps 0 to 4 are done
+            raise KeyboardInterrupt
+        return step_noise(step, *args)
+    whole = fit("whole.pt")
+    assert not any(tmp_path.iterdir())                       # so short a training leaves no checkpoint
+    monkeypatch.setattr(exp_freedom, "SAVE_EVERY", -1)
+    monkeypatch.setattr(train, "step_noise", watched)
+    with pytest.raises(KeyboardInterrupt):
+        fit("cut.pt")
+    again = fit("cut.pt")
+    assert seen == [0, 1, 2, 3, 4, 5, 5, 6, 7, 8]
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
 
 
 def test_an_interrupted_sweep_goes_on(tiny):

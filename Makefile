@@ -6,8 +6,8 @@ PYTHON ?= python3
 # makes each of these ten times slower, not twice.
 export OMP_WAIT_POLICY ?= PASSIVE
 BIN := .venv/bin
-# cheap ones first
-EXPERIMENTS := $(wildcard exp_toy2d.py exp_gaussian.py exp_cfg_paradox.py exp_shells.py exp_freedom.py exp_scaling.py)
+# a quick one first, the long ones last
+EXPERIMENTS := $(wildcard exp_toy2d.py exp_cfg_paradox.py exp_shells.py exp_gaussian.py exp_freedom.py exp_scaling.py)
 
 .PHONY: figures test lint notebooks assets readme bench clean
 
@@ -43,7 +43,7 @@ readme: .venv/ready
 	$(BIN)/python tests/readme.py
 
 bench: .venv/ready
-	$(BIN)/python tests/bench.py
+	$(BIN)/python tests/bench.py figures tests score growth ranks memory
 
 clean:
 	rm -rf .venv out

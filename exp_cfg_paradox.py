@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 import train
 from empirical_score import EmpiricalScore
-from sample import check_fit, cli, load_run, noise, pick_device, sample, velocity
+from sample import check_fit, cli, load_run, noise, pick_device, replacing, sample, velocity
 from train import Config as Training
 
 
@@ -205,7 +205,7 @@ def plot(path):
                   lw=2.4, label=label, zorder=4 - shift)
         if what == "empirical":                              # a band from nothing to here would cover all else
             ax.plot(t, np.maximum(a["gap"]["empirical, extrapolation"][2], FLOOR), ":", color=RED, lw=1.3,
-                    label="its 90th percentile: nearest image of another class")
+                    label="the same, 90th percentile")
     ax.set(yscale="log", ylim=(FLOOR * 0.8, None), xlim=(0, 1), xlabel="t  (0 = data, 1 = noise)",
            ylabel="$\\|s^c - s^\\varnothing\\|$")
     ax.text(0.02, FLOOR * 1.5, f"below {FLOOR:g} drawn at {FLOOR:g}", fontsize=8.5)
@@ -233,7 +233,8 @@ def plot(path):
                f"Lines: median of {a['n']} points; bands: 10 to 90%; brackets: 95%. {name} on {a['N']:,} images of "
                f"{model['data']}, d = {a['d']}; trajectories with w = {a['w']:g}."]
     fig.text(0.02, 0.02, "\n".join(caption), fontsize=9, linespacing=1.4)
-    fig.savefig(Path(path).with_suffix(".png"), dpi=130)
+    with replacing(Path(path).with_suffix(".png")) as f:
+        fig.savefig(f, dpi=130)
     plt.close(fig)
 
 

@@ -498,7 +498,8 @@ def plot(path):
     sweep.set(xlim=(0, 1), ylim=(-0.03, 1.03), xlabel="threshold of calibrated $\\ell_2$", ylabel="fraction below")
     sweep.legend(fontsize=9, loc="lower right", framealpha=0.9, handlelength=1.4)
     fig.text(0.02, 0.015, caption(results), fontsize=9, linespacing=1.4)
-    fig.savefig(Path(path).with_suffix(".png"), dpi=120)
+    with replacing(Path(path).with_suffix(".png")) as f:
+        fig.savefig(f, dpi=120)
     plt.close(fig)
 
 if __name__ == "__main__":

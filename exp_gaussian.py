@@ -30,7 +30,7 @@ Try this; the answers are in the first two rows of the table that is printed las
 # requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "numpy==2.4.6", "matplotlib==3.11.2", "tqdm==4.70.1", "tyro==1.0.17"]
 # ///
-import argparse
+import contextlib
 import difflib
 import json
 import os
@@ -338,7 +338,8 @@ def plot(path):
     for handles, y in ((where, 1.0), (to, 0.945)):
         fig.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, y), ncols=3, fontsize=9.5, frameon=False)
     fig.text(0.02, 0.02, caption(results), fontsize=9, linespacing=1.4)
-    fig.savefig(Path(path).with_suffix(".png"), dpi=130); plt.close(fig)
+    fig.savefig(tmp := Path(path).with_suffix(".tmp.png"), dpi=130); plt.close(fig)
+    tmp.replace(Path(path).with_suffix(".png"))              # never half a file
 
 def pick_device(name):
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -372,6 +373,7 @@ def main(cfg):
 def refuse(event):                                           # in one line, what tyro would draw a box of many about
     e, flags = vars(event), ["--" + name.replace("_", "-") for name in vars(PRESETS["laptop"])]
     if "tokens" not in e:
+        if not e.get("argument"): return
         raise ValueError(f"{e['argument'].display_name()}: {e.get('message', 'its value is missing')}")
     near = difflib.get_close_matches(flag := e["tokens"][0].partition("=")[0], flags, 1)
     hint = f"; did you mean {near[0]}?" if near else ""
@@ -379,20 +381,25 @@ def refuse(event):                                           # in one line, what
 
 if __name__ == "__main__":                                   # a bad value is one line on stderr, and exit status 1
     if debug := "--debug" in sys.argv: sys.argv.remove("--debug")
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False); peek.add_argument("--preset", default="laptop")
-    preset = peek.parse_known_args()[0].preset
+    preset = (re.findall(r"(?:^| )--preset[= ](\S+)", " ".join(sys.argv)) or ["laptop"])[-1]
     if sys.platform == "linux" and not torch.cuda.is_available():        # what is too large is to fail when it is asked
         import resource  # for: by itself, Linux grants it, and kills the process once it is used
         room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if resource.getrlimit(resource.RLIMIT_DATA)[0] < 0: resource.setrlimit(resource.RLIMIT_DATA, (room, -1))
     try:
         if preset not in PRESETS: raise ValueError(f"unknown preset {preset!r}: expected {', '.join(PRESETS)}")
-        with tyro._errors.on_parse_error(refuse):
+        # a hook that is not public: where there is none, tyro draws its box
+        with getattr(getattr(tyro, "_errors", None), "on_parse_error", contextlib.nullcontext)(refuse):
             cfg = tyro.cli(Config, default=PRESETS[preset], description=__doc__)
         print(__doc__.splitlines()[1])                       # what this will do, and, as the docstring has it, how long
-        if preset == "laptop": print("laptop preset:", re.search(r"\.py +# (.*)", __doc__)[1], flush=True)
+        if preset == "laptop" and not cfg.redraw and not cfg.dry_run:
+            print("laptop preset:", re.search(r"\.py +# (.*)", __doc__)[1], flush=True)
         main(cfg)
-    except (ValueError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as e:
+    except SystemExit as e:                                  # 0 after --help; tyro's box ends with 2
+        sys.exit(1 if e.code else 0)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except (ValueError, OSError, MemoryError, RuntimeError) as e:
         full = isinstance(e, MemoryError) or re.search("out of memory|allocate memory|calculation overflowed", str(e))
         if debug or isinstance(e, RuntimeError) and not full: raise
         text = (str(e) or type(e).__name__).splitlines()[0].rpartition("Allocator: ")[2]

@@ -29,9 +29,7 @@ What you should see: results.png is what the paper shows, results_when.png asks 
 half holds, the extrapolation half is contradicted, on the fields, over size and over length. Their limit says why:
 x_theta of the true density has an E^ext too, which all these networks reach from above; from there the only way is into
 memorization, which lowers it. Fields of half the contrast hold the networks up on a *plateau* before they learn any
-structure; the spread over size is 1% there, as in the paper, and E^ext falls as well. Not because our small SiTs take
-1000 t: with t as it is, like the paper's, widths 32 to 96 change E^sup by -.0014 and E^ext by -.0025 +- .0004 after
-500 steps (-.0017 and -.0039 +- .0004 with another seed), -.0066 and -.0124 +- .0008 after 1,000.
+structure; the spread over size is 1% there, as in the paper, and E^ext falls as well.
 *Fig. 6:* REPA changes the network more along trajectories than on training points, and so does a change of seed. *Fig.
 7:* U-Nets have a far lower distance than transformers at equal L, as the paper says; REPA does not (it is one block
 deep here, its teacher a small classifier, the runs short). *Dial:* E^ext falls with size at every a, most with fields
@@ -295,18 +293,22 @@ class Job(NamedTuple):
     def name(self): return f"{self.data}_{self.model.replace('/', '-')}_{self.lam:g}_{self.seed}"
 
 
+FREE = 8                                                     # unconditional errors are of this part of the points
+
+
 def digest(*what):
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:10]
 
 
 def paths(cfg, job):
     """The folder of the run, and one file of measurements for each length; named by all that they depend on."""
-    runs, measuring = train.results_path("exp_scaling", cfg).parent / "runs", [cfg.n_trajectories, cfg.n_times, cfg.n]
+    runs = train.results_path("exp_scaling", cfg).parent / "runs"
+    measuring = [cfg.n_trajectories, cfg.n_times, cfg.n, FREE]
     if job.model in cfg.model_path:                          # which file it is tells its size and its time
         file = Path(job.model) if Path(job.model).is_file() else Path(job.model) / "ckpt.pt"
         stamp = [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns, job.data, cfg.n_data, cfg.contrast]
-        return runs / f"{file.stem}_{digest(stamp)}", [runs / f"{file.stem}_{digest(stamp)}" /
-                                                       f"measured_{digest(measuring, cfg.seed)}.npz"]
+        folder = runs / f"{file.stem}_{digest(stamp)}"
+        return folder, [folder / f"measured_{digest(measuring, cfg.seed)}.npz"]
     training = [cfg.n_onset if job.data == "onset" else cfg.n_data, cfg.batch, cfg.lr, cfg.warmup, cfg.ema,
                 cfg.contrast, cfg.label_dropout, cfg.seed, cfg.repa_depth if job.lam else 0]
     training = [*map(float, training), cfg.data]             # 1 and 1.0 are the same
@@ -361,7 +363,7 @@ def probe(folder, n, n_times, seed, device):
     t = (torch.arange(n_times, dtype=torch.float32) + 0.5) / n_times
     eps, z1 = noise(range(n), E.shape, seed + 1).to(device), noise(range(n), E.shape, seed + 2).to(device)
     z = torch.stack([torch.lerp(x, eps, tk) for tk in t.tolist()])       # (T, n, C, H, W): the same eps at all t
-    y_ext, few = torch.arange(n, device=device) % data["meta"]["num_classes"], -(-n // 8)
+    y_ext, few = torch.arange(n, device=device) % data["meta"]["num_classes"], -(-n // FREE)
     x_star, x_free = along(E.posterior_mean, z, t.tolist(), y_sup), along(E.posterior_mean, z[:, :few], t.tolist())
     return SimpleNamespace(E=E, t=t.tolist(), z=z, y_sup=y_sup, z1=z1, y_ext=y_ext, x_star=x_star, x_free=x_free,
                            few=few, seconds=time.time() - started)
@@ -395,7 +397,7 @@ def trajectories(model, z1, y, t):
 
 
 def per_dim(a):                                              # |a|^2 / d: (T, B, C, H, W) -> (B, T), float64, numpy
-    return a.flatten(2).double().square().mean(2).T.cpu().numpy()
+    return a.flatten(2).cpu().double().square().mean(2).T.numpy()        # (MPS has no float64)
 
 
 def evaluate(model, p, n=50, both=True):
@@ -403,20 +405,18 @@ def evaluate(model, p, n=50, both=True):
     null label against x_* over all of D, on the first eighth. Samples, their neighbours, and the seconds spent on
     the empirical score and altogether. Not `both`: E^sup and samples alone, for Figure 7."""
     started, out, x_theta = time.time(), {}, functools.partial(data_prediction, model)
-    out["sup"] = per_dim(along(x_theta, p.z, p.t, p.y_sup) - p.x_star)
-    if not both:
-        samples = trajectories(model, p.z1, p.y_ext, p.t)[2]
-        return out | dict(samples=samples.half().cpu().numpy(), seconds=np.array([0, time.time() - started, 0]))
-    out["sup_free"] = per_dim(along(x_theta, p.z[:, :p.few], p.t, None) - p.x_free)
     path, on_path, samples = trajectories(model, p.z1, p.y_ext, p.t)
-    free, before = along(x_theta, path[:, :p.few], p.t, None), time.time()
-    out["ext"] = per_dim(on_path - along(p.E.posterior_mean, path, p.t, p.y_ext))
-    out["ext_free"] = per_dim(free - along(p.E.posterior_mean, path[:, :p.few], p.t))
-    empirical = time.time() - before
-    d2 = p.E.nearest(samples.double(), min(n, p.E.N))[0].cpu().numpy()                           # (B, n), ascending
-    out |= dict(calibrated=d2[:, 0] / d2.mean(1), distance=np.sqrt(d2[:, 0] / p.E.D),
-                samples=samples.half().cpu().numpy(), seconds=np.array([empirical, time.time() - started, 0]))
-    return out
+    out |= dict(sup=per_dim(along(x_theta, p.z, p.t, p.y_sup) - p.x_star), samples=samples.half().cpu().numpy())
+    empirical = 0.0
+    if both:
+        out["sup_free"] = per_dim(along(x_theta, p.z[:, :p.few], p.t, None) - p.x_free)
+        free, before = along(x_theta, path[:, :p.few], p.t, None), time.time()
+        out["ext"] = per_dim(on_path - along(p.E.posterior_mean, path, p.t, p.y_ext))
+        out["ext_free"] = per_dim(free - along(p.E.posterior_mean, path[:, :p.few], p.t))
+        empirical = time.time() - before
+        d2 = p.E.nearest(samples.cpu().double(), min(n, p.E.N))[0].numpy()                       # (B, n), ascending
+        out |= dict(calibrated=d2[:, 0] / d2.mean(1), distance=np.sqrt(d2[:, 0] / p.E.D))
+    return out | dict(seconds=np.array([empirical, time.time() - started, 0]))
 
 
 def run(cfg, job):
@@ -464,13 +464,17 @@ def jobs(cfg, part):
     return [job._replace(data=cfg.data or job.data) for job in out]
 
 
+def model_args(cfg, data, model):                            # of build_model
+    if model in cfg.model_path:
+        return given(model)
+    C, H, _ = (d := train.load_data(dataset(cfg, data)))["x"].shape[1:]
+    return dict(name=model, input_size=H, in_channels=C, num_classes=d["meta"]["num_classes"])
+
+
 def step_flops(cfg, data, model):
     """FLOPs of a training step, true and in the paper's count: see train.py. Of given weights: of a forward pass."""
-    if model in cfg.model_path:
-        return [train.step_flops(tuple(given(model).items()), 1)[1]] * 2
-    C, H, _ = (d := train.load_data(dataset(cfg, data)))["x"].shape[1:]
-    args = dict(name=model, input_size=H, in_channels=C, num_classes=d["meta"]["num_classes"])
-    return [cfg.batch * flops for flops in train.step_flops(tuple(args.items()), 1)]
+    step, forward = train.step_flops(tuple(model_args(cfg, data, model).items()), 1)
+    return [forward] * 2 if model in cfg.model_path else [cfg.batch * step, cfg.batch * forward]
 
 
 def merged(todo):
@@ -573,7 +577,7 @@ def part_fig3(cfg):
     if "length" in ext["slope"]:
         claims += [grows(f"Fig 3 the same over {k} alone, at equal {other}", ext["slope"][k])
                    for k, other in (("size", "length"), ("length", "size")) if k in ext["slope"]]
-    if len(models) > 1:
+    if "all" in ext["slope"]:
         claims += [falls("Fig 3 supervision error, largest minus smallest", sup["over_smallest"][-1][-1]),
                    grows("Fig 3 extrapolation error, largest minus smallest", ext["over_smallest"][-1][-1])]
     claims.append(row("Fig 3 supervision, v-space over x-space: within 1.5 times of 3.8", "3.8", a["v_over_x"],
@@ -600,7 +604,7 @@ def given_claims(cfg, a, largest, args):
     for k, name in enumerate(a["models"]):
         print(f"{name:40s}" + "".join("{:>12.5f} [{:.5f}, {:.5f}]".format(*a[f"{key}_{space}"]["ci"][k][0])
                                       for space in "xv" for key in ("sup", "ext")))
-    name, size = args["name"], args["name"].removeprefix("SiT-").split("/")[0]
+    name, size = args["name"], args["name"].removeprefix("SiT-").removesuffix("/2")
     claims = [grows(f"Fig 3 E^ext minus E^sup, {name}", mean_ci(largest["ext"].mean(1) - largest["sup"].mean(1)))]
     if (args["in_channels"], args["input_size"], args["num_classes"]) == (4, 32, 1000) and size in PUBLISHED:
         claims += [row(f"Fig 3 E^{key}, {name}: within 5% of {value:.4f}", f"{value:.4f}", a[f"{key}_x"]["ci"][-1][-1],
@@ -638,7 +642,8 @@ def part_fig6(cfg):
     base = Job(cfg.data or "digits8", cfg.fig7.models[-1], cfg.fig7.lengths)
     others = {f"REPA, lambda = {lam:g}": base._replace(lam=lam) for lam in cfg.lambdas[1:]}
     others["control: another seed"] = base._replace(seed=1, lengths=base.lengths[-1:])
-    upto, found, path, n = base.lengths[-1], {}, None, 2 * cfg.n_trajectories                    # its ratio is near 1
+    upto, found, path, n = base.lengths[-1], {}, None, 2 * cfg.n_trajectories      # the ratio is 1 but for hundredths
+    probe.cache_clear()                                      # another number of points: the old ones take memory
     for name, job in others.items():
         file = paths(cfg, job)[0] / f"change_{upto}_{digest(n, cfg.n_times)}.npz"
         if not file.exists():
@@ -793,6 +798,8 @@ def check(cfg):
         models, lengths = (rungs := getattr(cfg, name)).models, rungs.lengths
         if len(models) < 2 and name not in ("fig7", "unets") or not models or not lengths:
             raise ValueError(f"{name} needs two models at least, and a length")
+        if len(set(models)) < len(models):
+            raise ValueError(f"{name}.models must differ, not {models}")
         if min(lengths) < 1 or list(lengths) != sorted(set(lengths)):
             raise ValueError(f"{name}.lengths must be positive and ascend, not {lengths}")
         if len(models) * len(lengths) < 3 and name in ("fig7", "unets"):
@@ -823,10 +830,7 @@ def work(cfg):
     todo = merged(job for part in parts for job in jobs(cfg, part) if job.model != "Wiener")
     nets, images = [], []
     for job in todo:
-        data = train.load_data(dataset(cfg, job.data))
-        args = given(job.model) if cfg.model_path else dict(
-            name=job.model, input_size=data["x"].shape[2], in_channels=data["x"].shape[1],
-            num_classes=data["meta"]["num_classes"])
+        data, args = train.load_data(dataset(cfg, job.data)), model_args(cfg, job.data, job.model)
         if not cfg.model_path:
             nets.append((args, cfg.batch // cfg.accum, cfg.batch, job.lengths[-1], 8 + len(job.lengths)))
         each = cfg.n_trajectories * cfg.n_times * 3.5 + (150 * cfg.n_fid if cfg.data and not cfg.model_path else 0)
@@ -907,7 +911,7 @@ def room_above(ax, share=0.55):                              # for the words
     ax.set_ylim(low, high + share * (high - low))
 
 
-def draw_ladder(ax, a, key, title):
+def draw_ladder(ax, a, key, title, over="all"):
     """One error of every network against compute, a line a length, as in the paper's figure."""
     x, e = np.array(a["compute"]), a[f"{key}_x"]             # (S, L); levels from paired differences: more digits
     y, paired = e["mean"][0][0] + np.array(e["over_first"])[..., 0], np.array(e["over_smallest"])
@@ -922,7 +926,8 @@ def draw_ladder(ax, a, key, title):
         line[0].set_label(f"true density: {limit:.3f}" + " (off scale)" * far)
     room_above(ax)
     if "size" in e["slope"]:
-        title += "\n{:+.2g} [{:+.2g}, {:+.2g}] a decade of compute".format(*e["slope"]["all"])
+        title += "\n{:+.2g} [{:+.2g}, {:+.2g}] a decade of ".format(*e["slope"][over])
+        title += "compute" if over == "all" else over
         ax.legend(loc="upper left")
         paper_says(ax, *(("falls", False) if key == "sup" else ("rises", True)))
     ax.set(xscale="log", xlabel=a.get("axis", "training compute (FLOPs)"), title=title,
@@ -930,7 +935,7 @@ def draw_ladder(ax, a, key, title):
     ax.xaxis.set_minor_formatter("")
 
 
-def draw_along_t(ax, a, title):
+def draw_along_t(ax, a):
     """Where in time the largest differs from the smallest; of one network, its errors themselves."""
     single = len(a["models"]) == 1
     for key in ("sup", "ext"):
@@ -938,13 +943,16 @@ def draw_along_t(ax, a, title):
         ax.plot(a["t"], mean, color=COLOUR[key], label=SYMBOL[key])
         ax.fill_between(a["t"], low, high, color=COLOUR[key], alpha=0.2, lw=0)
     ax.axhline(0, color=GREY, lw=0.8)
-    ax.set(xlabel="t        (0 = data, 1 = noise)", ylabel="error" if single else "change of the error", title=title)
+    ax.set(xlabel="t        (0 = data, 1 = noise)", ylabel="error" if single else "change of the error",
+           title="(c) Fig. 3: along t" if single else "(c) Fig. 3: largest minus smallest")
     ax.legend()
 
 
 def draw_fig3(axes, a):
     draw_ladder(axes[0], a, "sup", "(a) Fig. 3: on training points")
     draw_ladder(axes[1], a, "ext", "(b) Fig. 3: along trajectories")
+    if len(axes) > 2:                                        # of given weights, for which there is nothing else
+        draw_along_t(axes[2], a)
 
 
 def draw_fig6(axes, a):
@@ -989,9 +997,9 @@ def draw_fig7(axes, a):
 
 
 def draw_plateau(axes, a):
-    draw_ladder(axes[0], a["plateau"], "sup", "(a) Plateau: on training points")
-    draw_ladder(axes[1], a["plateau"], "ext", "(b) Plateau: along trajectories")
-    draw_along_t(axes[2], a, "(c) Fig. 3: largest minus smallest")
+    draw_ladder(axes[0], a["plateau"], "sup", "(a) Plateau: on training points", "size")
+    draw_ladder(axes[1], a["plateau"], "ext", "(b) Plateau: along trajectories", "size")
+    draw_along_t(axes[2], a)
 
 
 def draw_dial(axes, a):
@@ -1020,12 +1028,6 @@ def draw_onset(axes, a):
         ax.legend()
 
 
-def draw_given(axes, a):
-    draw_fig3(axes, a)
-    one = len(a["models"]) == 1
-    draw_along_t(axes[2], a, "(c) Along t" if one else f"(c) {a['models'][-1]} - {a['models'][0]}")
-
-
 PICTURES = dict(                                             # part, who draws it, on how many axes; a suffix a picture
     results=(("fig3", draw_fig3, 2), ("fig6", draw_fig6, 1), ("fig7", draw_fig7, 3)),
     results_when=(("fig3", draw_plateau, 3), ("dial", draw_dial, 1), ("onset", draw_onset, 2)))
@@ -1036,25 +1038,28 @@ def caption(results):
     out, n_onset = {name: [] for name in PICTURES}, results["config"]["n_onset"]
     starting = lambda start: [c for c in results["claims"] if c["claim"].startswith(start)]
     go = lambda c: "falls" if c["ci95"][1] < 0 else "rises" if c["ci95"][0] > 0 else "does not change for sure"
-    both = lambda c, d: f"from small to large the error {go(c)} on training points, and {go(d)} along trajectories"
+    both = lambda what, c, d: f"{what} the error {go(c)} on training points, and {go(d)} along trajectories"
     if results["config"].get("model_path"):
         a = results["arrays"]["fig3"]
         out["results"].append("{}: $E^{{sup}}$ = {:.4f} [{:.4f}, {:.4f}], $E^{{ext}}$ = {:.4f} [{:.4f}, {:.4f}] (95%), "
                               "x-space, per dimension.".format(a["models"][-1], *a["sup_x"]["ci"][-1][-1],
                                                                *a["ext_x"]["ci"][-1][-1]))
     if c := starting("Fig 3 supervision error"):
-        out["results"].append(f"Fig. 3: {both(c[0], starting('Fig 3 extrapolation error')[0])} (paper: falls, rises).")
+        out["results"].append(f"Fig. 3: {both('with compute', c[0], starting('Fig 3 extrapolation error')[0])} "
+                              "(paper: falls, rises).")
     if c := starting("Fig 6"):
         end = {"holds": "more than", "contradicted": "less than", "not resolved": "not told apart from what"}
         out["results"].append(f"Fig. 6: REPA changes the network {c[0]['ours']:.2f} times as much along trajectories "
                               f"as on training points: {end[c[1]['verdict']]} another seed does (grey band).")
     if repa := starting("Fig 7b"):
         unet, by = starting("Fig 7c")[0], [c["ours"] for c in repa]
-        out["results"].append(f"Fig. 7: at equal L the distance of U-Nets minus that of SiTs is {unet['ours']:+.2g} "
-                              f"({unet['verdict']}; paper: below 0), with REPA {min(by):+.2g} to {max(by):+.2g} "
-                              f"({sum(c['verdict'] == 'holds' for c in repa)} of {len(by)} below 0 for sure).")
+        out["results"].append(f"Fig. 7: at equal L the distance of U-Nets (attention) minus that of SiTs is "
+                              f"{unet['ours']:+.2g} ({unet['verdict']}; paper: below 0), with REPA {min(by):+.2g} to "
+                              f"{max(by):+.2g} ({sum(c['verdict'] == 'holds' for c in repa)} of {len(by)} below 0 for "
+                              "sure).")
     if c := starting("Fig 3 plateau"):
-        out["results_when"].append(f"Plateau (fields of half the contrast, hardly learned): {both(*c)}.")
+        out["results_when"].append("Plateau (fields of half the contrast, hardly learned): "
+                                   f"{both('from small to large', *c)}.")
     if c := starting("dial"):
         which = [go(k) for k in c]
         out["results_when"].append(f"Dial: along trajectories the error falls with size in {which.count('falls')} of "
@@ -1073,8 +1078,9 @@ def plot(path):
     results = json.loads(Path(path).read_text())
     a, said, files = results["arrays"], caption(results), []
     given, made = results["config"].get("model_path"), {"plateau", "dial", "onset"} & {*a, *a.get("fig3", ())}
-    for name, panels in PICTURES.items() if not given else [("results", [("fig3", draw_given, 3)])]:
+    for name, panels in PICTURES.items() if not given else [("results", [("fig3", draw_fig3, 3)])]:
         if name == "results_when" and not made:
+            Path(path).with_name("results_when.png").unlink(missing_ok=True)     # of other results
             continue
         rows = 1 if given else 2
         with plt.rc_context({"font.size": 8, "axes.titlesize": 9, "legend.fontsize": 7.5, "legend.framealpha": 0.7}):
@@ -1090,7 +1096,8 @@ def plot(path):
                     ax.set_axis_off()
             fig.text(0.01, 0.008, said[name], va="bottom")
             files.append(Path(path).with_name(f"{name}.png"))
-            fig.savefig(files[-1], facecolor="white")
+            with replacing(files[-1]) as f:
+                fig.savefig(f, facecolor="white")
             plt.close(fig)
     return files
 

@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 import train
 from empirical_score import EmpiricalScore
-from sample import check_fit, cli, load_run, noise, pick_device, sample, to_uint8
+from sample import check_fit, cli, load_run, noise, pick_device, replacing, sample, to_uint8
 from train import Config as Training
 
 SHOWN = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0)                       # the times of Fig 4 left
@@ -184,8 +184,8 @@ def measure(cfg):
         z = noised(x, e, tj)
         out = z if tj == 0 else torch.cat([sample(model, zb, yb, t_grid=[tj, 0.0])[-1] for zb, yb in
                                            zip(z.split(cfg.batch), labels.split(cfg.batch), strict=True)])
-        for count, to in zip(memorized(E, out, x, rows, "flips" in data["meta"]), (hits, flipped), strict=True):
-            to.append(count)                                 # differs from the paper, which does not tell the two apart
+        exact, mirror = memorized(E, out, x, rows, "flips" in data["meta"])
+        hits.append(exact); flipped.append(mirror)           # differs from the paper, which does not tell the two apart
         if tj > 0 and (np.isclose(tj, SHOWN).any() or cfg.memo_times < 21):
             shown[f"{tj:.3g}"] = torch.stack([z[cfg.image % len(x)], out[cfg.image % len(x)]])
     phase("memorization ratio")
@@ -267,7 +267,8 @@ def caption(results):
                   {"contradicted": f"So {100 * (stay['ours'] - 1) / (c[1]['ours'] - 1):.0f}% of the way out of the "
                                    "shells at that t is what any image goes that is not in the training set, real or "
                                    "generated.",
-                   "holds": "New real images stay in the shells: r_* tells generated images from real ones.",
+                   "holds": "New real images stay in the shells" + (
+                       ": r_* tells generated images from real ones." if more["verdict"] == "holds" else "."),
                    "not resolved": "Whether new real images stay in the shells is not resolved."}[stay["verdict"]]]
     return "\n".join(lines)
 
@@ -329,7 +330,8 @@ def plot(path):
                  title=f"{a['duplicates']} identical pairs left out" if a["duplicates"] else None)
 
     fig.text(0.02, 0.02, caption(results), fontsize=9, linespacing=1.4)
-    fig.savefig(Path(path).with_suffix(".png"), dpi=105)
+    with replacing(Path(path).with_suffix(".png")) as f:
+        fig.savefig(f, dpi=105)
     plt.close(fig)
 
 

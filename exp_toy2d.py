@@ -35,7 +35,7 @@ Try this; the answers are in the table that is printed last.
 # requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "numpy==2.4.6", "matplotlib==3.11.2", "tqdm==4.70.1", "tyro==1.0.17"]
 # ///
-import argparse
+import contextlib
 import difflib
 import json
 import os
@@ -352,7 +352,7 @@ def forecast(cfg, folder):
         sizes, clock = [size for other, size in todo if other == name], time.perf_counter()
         evaluate(few, name, max(sizes), device)
         often = len(sizes) + 8 * (name == RSC)               # 8: the bisection for P2 at equal L
-        scale = cfg.times / 2 if name in (XY, RSC) else cfg.steps / few.steps
+        scale = cfg.times / 2 if name in (XY, RSC) else max(cfg.steps / few.steps, cfg.times / 2)
         seconds += (time.perf_counter() - clock) * scale * often
     print(f"at most about {max(0.01, seconds / 60):.2f} minutes, by a few steps of each kind here")
 
@@ -525,10 +525,11 @@ def plot(path):
     for ax, label in zip(axes[3], ("width", "bandwidth h, and ridge below it", "width"), strict=True):
         ax.set_xlabel(label, fontsize=9)
     fig.text(0.02, 0.008, caption(results), fontsize=9, linespacing=1.35)
-    fig.savefig(png := Path(path).with_suffix(".png"), dpi=130)
+    fig.savefig(tmp := Path(path).with_suffix(".tmp.png"), dpi=130)
     plt.close(fig)
-    with Image.open(png) as picture:                         # 256 colours: a third of the size
-        picture.convert("RGB").quantize(256).save(png, optimize=True)
+    with Image.open(tmp) as picture:                         # 256 colours: a third of the size
+        picture.convert("RGB").quantize(256).save(tmp, optimize=True)
+    tmp.replace(Path(path).with_suffix(".png"))              # never half a file
 
 
 def animate(cfg, path):
@@ -603,6 +604,7 @@ def main(cfg):
 def refuse(event):                                           # in one line, what tyro would draw a box of many about
     e, flags = vars(event), ["--" + name.replace("_", "-") for name in vars(PRESETS["laptop"])]
     if "tokens" not in e:
+        if not e.get("argument"): return
         raise ValueError(f"{e['argument'].display_name()}: {e.get('message', 'its value is missing')}")
     near = difflib.get_close_matches(flag := e["tokens"][0].partition("=")[0], flags, 1)
     hint = f"; did you mean {near[0]}?" if near else ""
@@ -611,20 +613,25 @@ def refuse(event):                                           # in one line, what
 
 if __name__ == "__main__":                                   # a bad value is one line on stderr, and exit status 1
     if debug := "--debug" in sys.argv: sys.argv.remove("--debug")
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False); peek.add_argument("--preset", default="laptop")
-    preset = peek.parse_known_args()[0].preset
+    preset = (re.findall(r"(?:^| )--preset[= ](\S+)", " ".join(sys.argv)) or ["laptop"])[-1]
     if sys.platform == "linux" and not torch.cuda.is_available():        # what is too large is to fail when it is asked
         import resource  # for: by itself, Linux grants it, and kills the process once it is used
         room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if resource.getrlimit(resource.RLIMIT_DATA)[0] < 0: resource.setrlimit(resource.RLIMIT_DATA, (room, -1))
     try:
         if preset not in PRESETS: raise ValueError(f"unknown preset {preset!r}: expected {', '.join(PRESETS)}")
-        with tyro._errors.on_parse_error(refuse):
+        # a hook that is not public: where there is none, tyro draws its box
+        with getattr(getattr(tyro, "_errors", None), "on_parse_error", contextlib.nullcontext)(refuse):
             cfg = tyro.cli(Config, default=PRESETS[preset], description=__doc__)
         print(__doc__.splitlines()[1])                       # what this will do, and, as the docstring has it, how long
-        if preset == "laptop": print("laptop preset:", re.search(r"\.py +# (.*)", __doc__)[1], flush=True)
+        if preset == "laptop" and not cfg.redraw and not cfg.dry_run:
+            print("laptop preset:", re.search(r"\.py +# (.*)", __doc__)[1], flush=True)
         main(cfg)
-    except (ValueError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as e:
+    except SystemExit as e:                                  # 0 after --help; tyro's box ends with 2
+        sys.exit(1 if e.code else 0)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except (ValueError, OSError, MemoryError, RuntimeError) as e:
         full = isinstance(e, MemoryError) or re.search("out of memory|allocate memory|calculation overflowed", str(e))
         if debug or isinstance(e, RuntimeError) and not full: raise
         text = (str(e) or type(e).__name__).splitlines()[0].rpartition("Allocator: ")[2]

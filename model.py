@@ -366,6 +366,7 @@ def read_weights(path):
     except ImportError as e:
         raise ImportError(f"{path} needs the package safetensors: pip install safetensors") from e
     except Exception as e:                                   # torch and safetensors raise a dozen kinds
+        if isinstance(e, MemoryError) or "allocate memory" in str(e): raise      # that is no fault of the file's
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         if isinstance(e, pickle.UnpicklingError):            # torch's own words advise to run what is in the file
             reason = "it is damaged, or holds more than tensors and plain values"

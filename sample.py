@@ -19,7 +19,6 @@ third and the fourth are only for thousands of images; they make this file longe
 # dependencies = ["torch==2.13.0", "numpy==2.4.6", "torchdiffeq==0.2.5", "matplotlib==3.11.2", "tqdm==4.70.1",
 #                 "tyro==1.0.17"]
 # ///
-import argparse
 import contextlib
 import difflib
 import hashlib
@@ -32,6 +31,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass, is_dataclass
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -190,6 +190,7 @@ def load_run(run, device="cpu", ema=True):
     except ImportError:
         raise
     except Exception as e:
+        if no_memory(e): raise                               # that is no fault of the file's
         reason = f"{e} is missing" if isinstance(e, KeyError) else str(e).splitlines()[0].removeprefix(f"{path} ")
         raise ValueError(f"{path} is not a checkpoint of this project, nor official SiT weights: {reason}") from e
     return model.to(device).eval().requires_grad_(False), ckpt
@@ -292,11 +293,24 @@ def parse(default, description, argv=None):
                                                     hasattr(event, "choices") else "its value is missing")
             raise ValueError(f"{argument.display_name()}: {why}")
 
-    with tyro._errors.on_parse_error(refuse):
+    argv = sys.argv[1:] if argv is None else argv
+    for flag, value in pairwise([*argv, "--"]):              # which tyro takes for a tuple of no paths
+        if flag == "--model-path" and value.startswith("--"):
+            raise ValueError(f"{flag}: its value is missing")
+    # a hook that is not public: where there is none, tyro draws its box
+    hook = getattr(getattr(tyro, "_errors", None), "on_parse_error", contextlib.nullcontext)
+    with hook(refuse):
         return tyro.cli(type(default), default=default, description=description, args=argv)
 
 
 FULL = "out of memory|allocate memory|size calculation overflowed"       # torch's words, in errors that have no class
+
+
+def memory_room():
+    """Bytes of memory that there are: the machine's, or the container's, if it has less."""
+    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else float("inf")
+    group = Path("/sys/fs/cgroup/memory.max")
+    return min(room, int(most)) if group.exists() and (most := group.read_text().strip()).isdigit() else room
 
 
 def limit_memory():
@@ -304,19 +318,19 @@ def limit_memory():
     one line. By itself, Linux grants it, and kills the process once it is used."""
     if sys.platform == "linux" and not torch.cuda.is_available():
         import resource
-        kB = {line.split(":")[0]: int(line.split()[1]) for line in open("/proc/meminfo")}
-        room, group = 1024 * (kB["MemTotal"] + kB["SwapTotal"]), Path("/sys/fs/cgroup/memory.max")
-        if group.exists() and (most := group.read_text().strip()).isdigit():     # a container has less
-            room = min(room, int(most))
         if resource.getrlimit(resource.RLIMIT_DATA)[0] < 0:  # else there is a limit already
-            resource.setrlimit(resource.RLIMIT_DATA, (room, -1))
+            resource.setrlimit(resource.RLIMIT_DATA, (memory_room(), -1))
+
+
+def no_memory(e):
+    return isinstance(e, MemoryError) or isinstance(e, RuntimeError) and bool(re.search(FULL, str(e)))
 
 
 def one_line(e):
     """What is said of an exception that is the user's to mend: a wrong value or file (ValueError, OSError), an optional
     package that is missing, sizes for which the memory is too small; None for any other."""
     text = str(e).splitlines()[0] if str(e) else type(e).__name__
-    if isinstance(e, MemoryError) or isinstance(e, RuntimeError) and re.search(FULL, text):
+    if no_memory(e):
         return f"too little memory for {' '.join(sys.argv)}: {text.rpartition('Allocator: ')[2]}"
     return text if isinstance(e, (ValueError, OSError, ImportError)) else None
 
@@ -325,18 +339,19 @@ def cli(main, presets):
     """Run main(config) with a config from the command line: --preset picks one, every other flag overrides one field.
     What the user got wrong becomes one line (one_line) and exit status 1; --debug shows the traceback."""
     if debug := "--debug" in sys.argv: sys.argv.remove("--debug")
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--preset", default=next(iter(presets)))
-    name = peek.parse_known_args()[0].preset
+    name = (re.findall(r"(?:^| )--preset[= ](\S+)", " ".join(sys.argv)) or [next(iter(presets))])[-1]
     limit_memory()
     try:
         if name not in presets: raise ValueError(f"unknown preset {name!r}: expected {', '.join(presets)}")
         cfg = parse(presets[name], doc := sys.modules["__main__"].__doc__)
         check_numbers(cfg)
         if int(os.environ.get("RANK", 0)) == 0 and doc:      # what this will do, and, as it says there, for how long
-            took = re.search(r"^ +python \S+ +# (?:laptop preset: )?(.*)", doc, re.M) if name == "laptop" else None
+            short = any(getattr(cfg, k, False) for k in ("redraw", "dry_run", "model_path"))
+            took = re.search(r"^ +python \S+ +# (.*)", doc, re.M) if name == "laptop" and not short else None
             print(doc.strip().splitlines()[0] + (f"\n{name} preset: {took[1]}" if took else ""), flush=True)
         main(cfg)
+    except SystemExit as e:                                  # 0 after --help; tyro's box ends with 2
+        sys.exit(1 if e.code else 0)
     except KeyboardInterrupt as e:
         sys.exit(": ".join(["interrupted", *map(str, e.args)]))
     except Exception as e:
@@ -583,6 +598,7 @@ def main(cfg):
     for i in torch.arange(cfg.n).split(cfg.batch):
         images.append(draw(i))
         print(f"images {int(i[0])} to {int(i[-1])}: {stats['nfe']} function evaluations", flush=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
     save_grid(torch.cat(images), out, columns=model.num_classes if cfg.label is None and model.num_classes <= 10 else 8)
     print(f"{cfg.n} samples of {of} ({device}, {cfg.solver}, w = {cfg.w:g}): {out}")
 

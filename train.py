@@ -57,6 +57,7 @@ from sample import (
     check_folder,
     cli,
     load_run,
+    memory_room,
     noise,
     pick_device,
     processes,
@@ -528,8 +529,7 @@ def forecast(data, folder, device, nets=(), images=(), queries=0, files=0, proce
         print(f"empirical score: {queries:,} queries over {N:,} points: {took:.2f} h")
     there = check_folder(folder)
     free = shutil.disk_usage(there).free
-    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else \
-        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else float("inf")
+    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory_room()
     print(f"in all about {hours:.2f} h, {memory / 1e9:.2f} GB of memory for training (there are {room / 1e9:.1f}), "
           f"{disk / 1e9:.2f} GB on the disk of {there} (free: {free / 1e9:.1f})")
     if memory > room:
@@ -565,7 +565,9 @@ def train(cfg, alone=False):
         raise ValueError(f"repa must be 0 or more, not {cfg.repa:g}")
     if cfg.keep and min(cfg.keep) < 1:
         raise ValueError(f"keep must be steps from 1 on, not {cfg.keep}")
-    if cfg.dry_run:
+    if cfg.dry_run:                                          # of several processes, one measures and tells
+        if int(os.environ.get("RANK", 0)):
+            return run_folder(cfg)
         nets = [n for n in [training_of(cfg)] if n]
         forecast(load_data(cfg.data), run_folder(cfg), pick_device(cfg.device), nets,
                  processes=int(os.environ.get("WORLD_SIZE", 1)))
@@ -801,7 +803,7 @@ def run_jobs(f, jobs, workers):
                 return {running[r]: (r.result(), bar.update())[0] for r in as_completed(running)}
             except BrokenProcessPool as e:
                 raise OSError("a worker was killed: by the system, if the memory is too small for so many --workers. "
-                              "The same command goes on") from e
+                              "The same command goes on; --debug tells more") from e
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -840,8 +842,9 @@ def experiment(script, cfg, measure, plot, work, animate=None):
     for --dry-run, say what it would do: work(cfg) are the arguments of forecast. animate(cfg) draws what moves."""
     path = results_path(script, cfg)
     check_folder(path.parent)
-    if cfg.dry_run:
-        return forecast(**work(cfg), folder=path.parent, device=pick_device(cfg.device))
+    if cfg.dry_run:                                          # of several processes, one measures and tells
+        return int(os.environ.get("RANK", 0)) or forecast(**work(cfg), folder=path.parent,
+                                                          device=pick_device(cfg.device))
     if not cfg.redraw:
         measure(cfg)
     elif not path.exists():

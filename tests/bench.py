@@ -44,9 +44,9 @@ def row(name, seconds, note=""):
     print(f"{name:44s} {seconds:9.2f} s  {note}", flush=True)
 
 
-def remember(**what):
-    """To out/bench.json; `make assets` takes it to assets/, where the README has its minutes from."""
-    path = ROOT / "out" / "bench.json"
+def remember(file="bench.json", **what):
+    """To out/; `make assets` takes it to assets/, where the README has its numbers from."""
+    path = ROOT / "out" / file
     path.parent.mkdir(exist_ok=True)
     before = json.loads(path.read_text()) if path.exists() else {}
     before = before if before.get("machine") == machine() else {}
@@ -296,8 +296,8 @@ def draw(path):
     fig, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for ax, D in zip(axes, sorted({c["D"] for c in found["growth"]}), strict=True):
         for t, what, style, label in ((0.95, "fp32 product", "k:", "one bare fp32 product"),
-                                      (0.95, "posterior mean", "C3o-", "posterior mean, weights spread (t = .95)"),
-                                      (0.3, "posterior mean", "C0o-", "posterior mean, weights collapsed (t = .3)"),
+                                      (0.95, "posterior mean", "C4s-", "posterior mean, weights spread (t = .95)"),
+                                      (0.3, "posterior mean", "C2o-", "posterior mean, weights collapsed (t = .3)"),
                                       (0.3, "bf16 product", "k--", "one bare bf16 product")):
             points = [(c["N"], c[what]) for c in found["growth"] if c["D"] == D and c["t"] == t]
             ax.loglog(*zip(*points, strict=True), style, label=label, ms=4)
@@ -367,12 +367,9 @@ def memory(sizes=(300_000, 1_000_000), D=784, B=1024):
 
 
 def keep(**what):
-    """To out/bench_score.json, and its figure beside it."""
-    path = ROOT / "out" / "bench_score.json"
-    path.parent.mkdir(exist_ok=True)
-    before = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps((before if before.get("machine") == machine() else {}) | dict(machine=machine()) | what))
-    if "growth" in what: draw(path)
+    """Of the empirical score, and the figure of its growth."""
+    remember("bench_score.json", **what)
+    if "growth" in what: draw(ROOT / "out" / "bench_score.json")
 
 
 if __name__ == "__main__":

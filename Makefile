@@ -2,9 +2,9 @@
 #   make figures    set up, then run every experiment: figures in out/<experiment>/laptop/results.png
 #   make test       set up, then run the tests
 PYTHON ?= python3
-# Threads that wait give their core to others, instead of turning in circles: else a second program on the same cores
-# makes each of these ten times slower, not twice.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Threads that wait for each other soon give their core away, instead of turning in circles: else a second program on the
+# same cores makes each of these ten times slower, not twice.
+export GOMP_SPINCOUNT ?= 10000
 BIN := .venv/bin
 # a quick one first, the long ones last
 EXPERIMENTS := $(wildcard exp_toy2d.py exp_cfg_paradox.py exp_shells.py exp_gaussian.py exp_freedom.py exp_scaling.py)

@@ -214,7 +214,7 @@ class EmpiricalScore:
         if y is not None:
             y = y.cpu() if torch.is_tensor(y) else torch.from_numpy(np.array(y))
             need(y.shape == (self.N,), f"{self.N} points need {self.N} labels, not {tuple(y.shape)}")
-            order = y.argsort(stable=True)
+            self.labels, order = y.to(self.device), y.argsort(stable=True)
             labels, counts = y[order].unique_consecutive(return_counts=True)
             self.members = dict(zip(labels.tolist(), order.split(counts.tolist()), strict=True))  # label -> indices
 
@@ -267,11 +267,12 @@ class EmpiricalScore:
         return torch.stack(parts)
 
     def _queries(self, z, t, y=None):
-        """Check the arguments. -> z (B, D) and t (B,) in float64, and a list of groups (query rows, members).
+        """Check the arguments. -> z (B, D) and t (B,) in float64, and a list of groups (query rows, members, labels).
 
         All queries are checked, so that every rank raises; the groups hold those that are this rank's turn. Queries of
-        one class go together, since they need the same points; a group is split where the matrix of queries by chunk
-        would become too large.
+        one class go together, since they need the same points, its members; a group is split where the matrix of
+        queries by chunk would become too large. Where all is small, one group has all classes, and the labels (b,) of
+        its queries, whose exponents at points of another class are -inf then: that is quicker than class by class.
         """
         B, t = len(z), double(t, self.device)
         need(z.shape[1:] == self.shape, f"queries must have shape (B, {str(self.shape)[1:]}, not {tuple(z.shape)}")
@@ -282,7 +283,7 @@ class EmpiricalScore:
         need(not bad, f"t must lie in (0, 1], not {bad[:1]}: at t = 0 a finite set of points has no score")
         mine = torch.zeros(B, dtype=torch.bool)
         mine[self.turn] = True
-        groups = [(mine, None)]
+        groups, labels = [(mine, None)], None
         if y is not None:
             need(self.members is not None, "labels were asked for, but the data set was given without labels")
             y = torch.as_tensor(y).cpu()
@@ -291,8 +292,12 @@ class EmpiricalScore:
             self._need_labels(y.tolist())
             ends = torch.tensor([self.shard.start, self.shard.stop])     # members ascend: a slice lies in the shard
             here = lambda i: i if self.split == "queries" else i[slice(*torch.searchsorted(i, ends).tolist())]
-            groups = [(mine & (y == label), here(self.members[label])) for label in y[mine].unique().tolist()]
-        groups = [(q.to(self.device), m) for g, m in groups for q in g.nonzero()[:, 0].split(self.block) if len(q)]
+            if B * self.N * self.D <= SMALL:
+                labels = y
+            else:
+                groups = [(mine & (y == label), here(self.members[label])) for label in y[mine].unique().tolist()]
+        groups = [(q.to(self.device), m, None if labels is None else labels[q].to(self.device))
+                  for g, m in groups for q in g.nonzero()[:, 0].split(self.block) if len(q)]
         return z.flatten(1).to(self.device).to(torch.float64), t, groups
 
     def _need_labels(self, asked):
@@ -391,7 +396,7 @@ class EmpiricalScore:
         struck = (n - count).double().log() + (q.square().sum(1) - cut) / (2 * var)
         return done, index[done], e[done], struck[done]
 
-    def _exponents(self, z, t, members, tolerance):
+    def _exponents(self, z, t, members, label, tolerance):
         """Yield (queries (b,), indices (n,) or (b, n), points (n, D) or None, exponents (b, n), log of the weight
         struck (b,)). The exponents are those of Eq. (2) plus |z - alpha centre|^2 / 2 sigma^2, the same for all points.
         """
@@ -412,14 +417,15 @@ class EmpiricalScore:
             query, bias = ((alpha / var)[ask] * q[ask].T).to(dtype), (-alpha**2 / (2 * var))[ask].to(dtype)
             for index, at, rows in self._chunks(members, dtype) if n and len(ask) else ():
                 e = torch.addmm(self.sq[at].to(dtype)[:, None] * bias, rows, query).T         # (b, n)
+                if label is not None: e = e.where(label[ask, None] == self.labels[index], -torch.inf)
                 yield ask, index, rows, e, torch.full_like(t[ask], -torch.inf)
 
     def _stream(self, z, t, y):
         """Yield what `_exponents` does, group by group, for the queries that are this rank's turn."""
         tolerance = LOSS if z.dtype != torch.float64 else 0.0
         z, t, groups = self._queries(z, t, y)
-        for q, members in groups:
-            for b, *found in self._exponents(z[q], t[q], members, tolerance): yield q[b], *found
+        for q, members, label in groups:
+            for b, *found in self._exponents(z[q], t[q], members, label, tolerance): yield q[b], *found
 
     def _posterior(self, z, t, y):
         """The streamed softmax. -> Posterior, ranks merged, and (B,) what of its sum the ranks before this one have.
@@ -431,9 +437,10 @@ class EmpiricalScore:
         p = Posterior(*(torch.zeros(len(z), *c, dtype=torch.float64, device=self.device) for c in columns))
         p.max.fill_(-torch.inf)
         for b, index, rows, e, struck in self._stream(z, t, y):
-            m = e.amax(1)
-            w = e.sub_(m[:, None]).exp_()                                                        # (b, n)
-            m, dropped = m.double(), torch.exp(struck - m.double())
+            m = e.amax(1)                                    # -inf, where none of these points is of the query's class
+            top = m.where(m > -torch.inf, 0)
+            w = e.sub_(top[:, None]).exp_()                                                      # (b, n)
+            m, dropped = m.double(), torch.exp(struck - top.double())
             if rows is not None:
                 weighted = (w @ rows).double()
             else:                                            # survivors: most weigh nothing, once that is known exactly
@@ -514,7 +521,7 @@ class EmpiricalScore:
         -> squared distances (B, k) by direct differences, and indices (B, k), best first."""
         d2 = z.new_full((len(z), k), torch.inf)              # stays so for other ranks' queries, or fewer than k points
         where = torch.zeros_like(d2, dtype=torch.int64)
-        for b, _ in groups:
+        for b, *_ in groups:
             best, index = self._best_here(z[b] - alpha[b, None] * self.centre, alpha[b], k,
                                           lambda lower, upper, part, b=b: measure(lower, upper, b[part]))
             d2[b, :best.shape[1]], where[b, :best.shape[1]] = best, index

@@ -116,9 +116,9 @@ def test_the_weight_left_out_is_at_most_what_is_reported(c):
     got = E.posterior_mean(z, t)
     dropped = E.dropped.numpy()
     assert (dropped <= 2 * E.tau).all() and (dropped >= 0).all()
-    z64, t64, ((_, members),) = E._queries(z, t)
+    z64, t64, ((_, members, label),) = E._queries(z, t)
     kept = np.zeros((len(z), len(x)), dtype=bool)
-    for b, index, _, e, _ in E._exponents(z64, t64, members, es.LOSS):
+    for b, index, _, e, _ in E._exponents(z64, t64, members, label, es.LOSS):
         index = index.expand(len(b), -1)
         kept[b[:, None].expand_as(index)[e > -torch.inf], index[e > -torch.inf]] = True
     # a stored offset of 1e4 leaves float64 exponents this much off: 1e-16 of the coordinates, over sigma^2
@@ -229,7 +229,7 @@ def test_queries_get_the_path_that_their_weights_ask_for():
     for query, dense in ((z, torch.float32), (z.double(), torch.float64)):
         z64, t64, _ = E._queries(query, t)
         path = {}
-        for b, _, rows, e, _ in E._exponents(z64, t64, None, es.LOSS if query is z else 0.0):
+        for b, _, rows, e, _ in E._exponents(z64, t64, None, None, es.LOSS if query is z else 0.0):
             path |= dict.fromkeys(b.tolist(), "survivors" if rows is None else e.dtype)
         assert path == {0: "survivors", 1: "survivors", 2: dense, 3: dense}
     size = E.effective_size(z, t)

@@ -114,6 +114,24 @@ def test_class_conditional_is_the_score_of_the_class_alone():
         assert torch.equal(got[-1], x[-1])                                  # one member: the mean is that point
 
 
+def test_all_classes_at_once_is_class_by_class(monkeypatch):
+    """Small sets are not divided by class; points of other classes weigh nothing. Chunks that hold no point of a class
+    are among these."""
+    x, y = clusters()
+    z, g = queries(x, 0.6, B=30), lambda: torch.Generator().manual_seed(5)
+    for chunk in (7, len(x)):
+        answers = []
+        for small in (2**40, 0):
+            monkeypatch.setattr(es, "SMALL", small)
+            E = EmpiricalScore(x, y, chunk=chunk)
+            groups = E._queries(z, 0.6, y[:30])[2]
+            assert (len(groups) == 1) == (small > 0)
+            answers.append((*E.mean_and_size(z, 0.6, y[:30]), E.sample_posterior(z, 0.6, y[:30], g()), E.dropped))
+        for once, each in zip(*answers, strict=True):
+            assert (once.double() - each.double()).abs().max() < 1e-5, chunk
+        assert torch.equal(answers[0][2], answers[1][2])
+
+
 def test_weights_sum_to_one_and_nothing_is_nan():
     x, y = clusters()
     E = EmpiricalScore(x, y, chunk=70)
@@ -123,9 +141,9 @@ def test_weights_sum_to_one_and_nothing_is_nan():
             for label in (None, torch.full((24,), 3)):
                 assert E.posterior_mean(z, t, label).isfinite().all() and E.score(z, t, label).isfinite().all()
                 p, _ = E._posterior(z, t, label)
-                z64, t64, ((_, members),) = E._queries(z, t, label)
+                z64, t64, ((_, members, of),) = E._queries(z, t, label)
                 total, seen = torch.zeros(24, dtype=torch.float64), torch.zeros(24)
-                for b, _, _, e, _ in E._exponents(z64, t64, members, es.LOSS):
+                for b, _, _, e, _ in E._exponents(z64, t64, members, of, es.LOSS):
                     w = torch.exp(e.double() - p.max[b][:, None]) / p.sum[b][:, None]
                     total[b] += w.sum(1)
                     seen[b] += (e > -torch.inf).sum(1)

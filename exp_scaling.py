@@ -923,7 +923,7 @@ def draw_ladder(ax, a, key, title, over="all"):
     if "limit" in a:
         limit, far = a["limit"][key][0], abs(a["limit"][key][0] - y.mean()) > 1.5 * np.ptp(y)
         line = ax.plot([], [], " ") if far else [ax.axhline(limit, color="black", ls=":")]       # far: no room for it
-        line[0].set_label(f"true density: {limit:.3f}" + " (off scale)" * far)
+        line[0].set_label(f"true density: {limit:.3f}" + (" (off scale)" if far else ""))
     room_above(ax)
     if "size" in e["slope"]:
         title += "\n{:+.2g} [{:+.2g}, {:+.2g}] a decade of ".format(*e["slope"][over])

@@ -128,8 +128,10 @@ def results():
 
 
 def times():
-    """When which figure appears."""
+    """The two commands, and when which figure appears."""
     bench = load("bench")
+    if not {"figures", "tests"} <= bench.keys():             # not all measured yet
+        return "```bash\nmake figures\nmake test\n```"
     at = bench["figures"]
     first, both, last = min(at.values()), max(at["exp_shells"], at["exp_cfg_paradox"]), max(at.values())
     return (f"```bash\nmake figures    # sets up .venv, trains the default model, runs every experiment: "

@@ -216,13 +216,14 @@ def test_a_figure_is_drawn_from_its_json_alone(tiny, tmp_path):
 
 def test_the_caption_says_what_the_verdicts_say(tiny):
     results = json.loads((tiny[0] / "results.json").read_text())
-    for rise, control, want in (("contradicted", "holds", "memorizes less; {} does not memorize more:"),
-                                ("contradicted", "contradicted", "memorizes less; {} memorizes more:"),
-                                ("holds", "contradicted", "memorizes more; {} memorizes more:"),
-                                ("not resolved", "holds", "may or may not memorize more; {} does not memorize more:")):
+    for rise, control, first, second in (("contradicted", "holds", "fewer copies", "no more"),
+                                         ("contradicted", "contradicted", "fewer copies", "more copies"),
+                                         ("holds", "contradicted", "more copies", "more copies"),
+                                         ("not resolved", "holds", "not resolved", "no more")):
         results["claims"][0]["verdict"], results["claims"][2]["verdict"] = rise, control
-        want = want.format("trained on the same images by plain DSM it")
-        assert f"for SiT-micro/4, which {want}" in exp_freedom.caption(results), (rise, control)
+        line = exp_freedom.caption(results).splitlines()[0]
+        assert line.startswith(f"SiT-micro/4 in the largest region against the smallest: {first}, "), (rise, control)
+        assert f"; by plain DSM {second}, " in line, (rise, control)
 
 
 def test_the_papers_rise_is_that_of_the_same_ratios(tiny):

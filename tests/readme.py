@@ -128,17 +128,19 @@ def results():
 
 
 def times():
-    """The two commands, and when which figure appears."""
+    """The two commands, and when which figure appears; what has not been measured is left out."""
     bench = load("bench")
-    if not {"figures", "tests"} <= bench.keys():             # not all measured yet
-        return "```bash\nmake figures\nmake test\n```"
-    at = bench["figures"]
-    first, both, last = min(at.values()), max(at["exp_shells"], at["exp_cfg_paradox"]), max(at.values())
-    return (f"```bash\nmake figures    # sets up .venv, trains the default model, runs every experiment: "
-            f"{minutes(last)}\nmake test       # sets up .venv, runs the tests: {minutes(bench['tests'])}\n```\n\n"
-            f"Measured on {bench['machine']}, after the installation, which took {minutes(bench['installation'])}. The "
-            f"first figure is there within {minutes(first)}, those of exp_cfg_paradox.py and exp_shells.py, with the "
-            f"training of the default model, within {minutes(both)}.")
+    at, tests = bench.get("figures"), bench.get("tests")
+    took = lambda seconds: f": {minutes(seconds)}" if seconds else ""
+    lines = ["```bash", "make figures    # sets up .venv, trains the default model, runs every experiment"
+             + took(at and max(at.values())), "make test       # sets up .venv, runs the tests" + took(tests), "```"]
+    if at:
+        both = max(at["exp_shells"], at["exp_cfg_paradox"])
+        lines += ["", f"Measured on {bench['machine']}, after the installation, which took "
+                  f"{minutes(bench['installation'])}. The first figure is there within {minutes(min(at.values()))}, "
+                  "those of exp_cfg_paradox.py and exp_shells.py, with the training of the default model, within "
+                  f"{minutes(both)}."]
+    return "\n".join(lines)
 
 
 def controls():

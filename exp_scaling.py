@@ -32,8 +32,8 @@ memorization, which lowers it. Fields of half the contrast hold the networks up 
 structure; the spread over size is 1% there, as in the paper, and E^ext falls as well.
 *Fig. 6:* REPA changes the network more along trajectories than on training points, and so does a change of seed. *Fig.
 7:* U-Nets have a far lower distance than transformers at equal L, as the paper says; REPA does not (it is one block
-deep here, its teacher a small classifier, the runs short). *Dial:* E^ext falls with size at every a, most with fields
-alone. *Onset:* on 1,000 crops E^ext falls from the start, mostly before the first copy: no mark of memorization.
+deep here, its teacher a small classifier, the runs short). *Dial:* E^ext falls with size at every a.
+*Onset:* on 1,000 crops E^ext falls from the start, mostly before the first copy: no mark of memorization.
 
 Networks and their measurements are kept in out/exp_scaling/<preset>/runs/, named by what they depend on: the same
 command goes on after an interrupt, another length or trajectory count costs no more than what is new.
@@ -838,7 +838,7 @@ def work(cfg):
     count = sum(len(job.lengths) for job in todo)
     world = max(int(os.environ.get("WORLD_SIZE", 1)), cfg.workers)
     return dict(data=data, nets=nets, images=images, processes=world, files=2 * 4 * count * cfg.n_trajectories * 400,
-                queries=int((0.125 + 1 / args["num_classes"]) * (count + 1) * cfg.n_trajectories * cfg.n_times))
+                queries=int((1 / FREE + 1 / args["num_classes"]) * (count + 1) * cfg.n_trajectories * cfg.n_times))
 
 
 def measure(cfg):
@@ -923,8 +923,8 @@ def draw_ladder(ax, a, key, title, over="all"):
     if "limit" in a:
         limit, far = a["limit"][key][0], abs(a["limit"][key][0] - y.mean()) > 1.5 * np.ptp(y)
         line = ax.plot([], [], " ") if far else [ax.axhline(limit, color="black", ls=":")]       # far: no room for it
-        line[0].set_label(f"true density: {limit:.3f}" + (" (off scale)" if far else ""))
-    room_above(ax)
+        line[0].set_label(f"true density: {limit:.3f}" + ("\n(off scale)" if far else ""))
+    room_above(ax, 0.75)
     if "size" in e["slope"]:
         title += "\n{:+.2g} [{:+.2g}, {:+.2g}] a decade of ".format(*e["slope"][over])
         title += "compute" if over == "all" else over

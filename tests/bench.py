@@ -310,32 +310,42 @@ def draw(path):
 
 
 def rank_time(rank, world, split, folder, t, seconds):
-    """One process of `ranks`: its share of the posterior means, on one thread."""
+    """One process of `ranks`: its share of the posterior means, or (split "product") of the bare product z @ x.T, on
+    one thread."""
     import torch.distributed as dist
 
     from empirical_score import EmpiricalScore
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    x = digits(50_000)
-    E, g = EmpiricalScore(x, process_group=dist.group.WORLD, split=split), torch.Generator().manual_seed(0)
+    x, g = digits(50_000), torch.Generator().manual_seed(0)
     z = (1 - t) * x[torch.randint(len(x), (256,), generator=g)] + t * torch.randn(256, 784, generator=g)
-    seconds.value = min(seconds.value, fastest({"": lambda: E.posterior_mean(z, t)})[""][0])
+    if split == "product":
+        part = torch.empty(len(x) // world, len(z))
+        f = lambda: (torch.mm(x[rank * len(part):][:len(part)], z.T, out=part), dist.barrier())
+    else:
+        E = EmpiricalScore(x, process_group=dist.group.WORLD, split=split)
+        f = lambda: E.posterior_mean(z, t)
+    seconds.value = min(seconds.value, fastest({"": f}, 15)[""][0])
     dist.destroy_process_group()
 
 
 def ranks():
-    """Two processes of one thread each beside one of them: the queries divided, as by default here, or the points."""
+    """Two processes of one thread each beside one of them: the queries divided, as by default here, or the points. And
+    the bare product, divided alike: no more can be had from these two cores."""
     table = []
     for t in (0.3, 0.95):
-        times = []
-        for world, split in ((1, None), (2, None), (2, "points")):
-            seconds = torch.multiprocessing.get_context("spawn").Value("d", 1e9)
-            with tempfile.TemporaryDirectory() as folder:
-                torch.multiprocessing.spawn(rank_time, (world, split, folder, t, seconds), nprocs=world)
-            times.append(seconds.value)
-        for what, two in zip(("queries", "points"), times[1:], strict=True):
-            row(f"t = {t}: 2 ranks, {what} divided", two, f"{times[0] / two:.2f} x as fast as 1 rank, {times[0]:.3f} s")
-        table.append(dict(t=t, one=times[0], two=times[1], two_points=times[2]))
+        times = {}
+        for split in ("queries", "points", "product"):
+            for world in (1, 2) if split != "points" else (2,):
+                seconds = torch.multiprocessing.get_context("spawn").Value("d", 1e9)
+                with tempfile.TemporaryDirectory() as folder:
+                    torch.multiprocessing.spawn(rank_time, (world, split, folder, t, seconds), nprocs=world)
+                times[split, world] = seconds.value
+            one = times.get((split, 1), times["queries", 1])
+            row(f"t = {t}: 2 ranks, {split} divided", seconds.value,
+                f"{one / seconds.value:.2f} x as fast as 1 rank, {one:.3f} s")
+        table.append(dict(t=t, one=times["queries", 1], two=times["queries", 2], two_points=times["points", 2],
+                          product=times["product", 1], two_product=times["product", 2]))
     keep(ranks=table)
 
 

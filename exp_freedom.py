@@ -9,7 +9,7 @@ empirical score is equivalent; D_region defines where the network is asked for i
 A larger D_region leaves the target as it is, and says more about it: between the images of D_score, where the network
 was free to make something up, it is now told what the empirical score does there, which is to collapse on D_score.
 
-    python exp_freedom.py                        # trains 54 small networks; about 17 minutes on 2 CPU cores
+    python exp_freedom.py                        # trains 54 small networks; about 13 minutes on 2 CPU cores
     python exp_freedom.py --target sampled       # the paper's target, an image drawn from the posterior (also: faiss)
 
 What you should see. At |D_region| = |D_score| few generated images are copies from D_score (a): much closer to one of

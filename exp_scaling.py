@@ -9,7 +9,7 @@ along the model's own trajectories. Both are E_t |x_theta(z_t, t) - x_*(z_t, t)|
 Fig. 6: REPA changes the learned score more along trajectories than on training points. Fig. 7 (Eq. 5): Frechet distance
 = f_extrapolation(L), a straight line in the supervision loss L, lower for REPA and for convolutions.
 
-    python exp_scaling.py                # trains everything; about 22 minutes on 2 CPU cores
+    python exp_scaling.py                # trains everything; about 20 minutes on 2 CPU cores
     python exp_scaling.py --only fig3    # or fig6, fig7, dial, onset: the networks of one part; the rest if it is there
     torchrun --nproc_per_node=4 -- exp_scaling.py --preset paper     # ImageNet latents; every GPU trains its own
     python exp_scaling.py --preset paper --model-path SiT-S.pt SiT-XL.pt     # Figure 3 of given weights; or of one

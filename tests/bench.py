@@ -332,20 +332,22 @@ def rank_time(rank, world, split, folder, t, seconds):
 def ranks():
     """Two processes of one thread each beside one of them: the queries divided, as by default here, or the points. And
     the bare product, divided alike: no more can be had from these two cores."""
-    table = []
+    def timed(world, split, t):
+        seconds = torch.multiprocessing.get_context("spawn").Value("d", 1e9)
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.spawn(rank_time, (world, split, folder, t, seconds), nprocs=world)
+        return seconds.value
+
+    def show(what, one, two):
+        row(f"2 ranks, {what} divided", two, f"{one / two:.2f} x as fast as 1 rank, {one:.3f} s")
+
+    table, product = [], [timed(world, "product", 0.3) for world in (1, 2)]      # whose time does not depend on t
+    show("the bare product", *product)
     for t in (0.3, 0.95):
-        times = {}
-        for split in ("queries", "points", "product"):
-            for world in (1, 2) if split != "points" else (2,):
-                seconds = torch.multiprocessing.get_context("spawn").Value("d", 1e9)
-                with tempfile.TemporaryDirectory() as folder:
-                    torch.multiprocessing.spawn(rank_time, (world, split, folder, t, seconds), nprocs=world)
-                times[split, world] = seconds.value
-            one = times.get((split, 1), times["queries", 1])
-            row(f"t = {t}: 2 ranks, {split} divided", seconds.value,
-                f"{one / seconds.value:.2f} x as fast as 1 rank, {one:.3f} s")
-        table.append(dict(t=t, one=times["queries", 1], two=times["queries", 2], two_points=times["points", 2],
-                          product=times["product", 1], two_product=times["product", 2]))
+        one, queries, points = timed(1, None, t), timed(2, "queries", t), timed(2, "points", t)
+        show(f"t = {t}: queries", one, queries)
+        show(f"t = {t}: points", one, points)
+        table.append(dict(t=t, one=one, two=queries, two_points=points, product=product[0], two_product=product[1]))
     keep(ranks=table)
 
 

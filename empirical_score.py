@@ -100,26 +100,26 @@ def low_precision(device):
     return torch.bfloat16 if fast and torch.backends.mkldnn.is_available() else torch.float32
 
 
-def bounds(p, error, exact, stats):
-    """The products p (b, n) of `_screen` -> bounds (lower, upper), both (b, n) in fp32, on the squared distances; from
-    the columns error (b, 4) and exact (b, 2), for each query, and stats (3, n), for each point.
+class Level(NamedTuple):
+    """What a first pass multiplies with: the coordinates c of the points along k directions, in low precision.
 
-    A plain function of tensors, since on a GPU it is compiled into one pass over the matrix. A compiler may contract a
-    product and a sum into one operation (FMA), which takes a rounding away and adds none. With all of them, each 2^-24,
-    alpha^2 |x|^2 is rounded six times at most, |q|^2 four times and p twice: `error` and `share` have 2^-21 of each,
-    eight roundings. The terms of `wide` are rounded eight times at most: its columns are larger by 2^-18.
+    V (D, k) float64, orthonormal, with c = low(V^T x); or None: all directions, c = low(x), made as it is needed.
     """
-    share = 1.02 * 2**-8 + 2**-21 if p.dtype == torch.bfloat16 else 2**-21
-    p = p.float()
-    wide = p.abs().mul_(share).addcmul_(error[:, :1], stats[0]).addcmul_(error[:, 1:2], stats[1])
-    wide = wide.addcmul_(error[:, 2:3], stats[2]).add_(error[:, 3:])
-    d2 = torch.addcmul(exact[:, 1:], exact[:, :1], stats[2]).sub_(p)
-    return d2 - wide, d2.add_(wide)
+    dtype: torch.dtype
+    kappa: float                         # |V^T (x - V c)| <= kappa |x| for every point
+    V: torch.Tensor | None = None
+    c: torch.Tensor | None = None        # (n, k)
+    beyond: torch.Tensor | None = None   # (n,) fp32 >= |x - V c|: what these directions do not see of a point
+    lose: float = 0.0                    # of a product with V, relative: by rounding in float64
 
 
-@functools.cache
-def compiled_bounds():
-    return torch.compile(bounds, dynamic=True)
+class Side(NamedTuple):
+    """What the bounds of a first pass need of the queries. p = low @ c.T; see EmpiricalScore._side."""
+    low: torch.Tensor         # (B, k)  V^T u
+    lower: torch.Tensor       # (B, 3)  times a point's columns, minus p, bounds |q - alpha x|^2 - |q|^2 from below
+    upper: torch.Tensor       # (B, 3)  times a point's columns: by this the upper bound is higher
+    tiny: torch.Tensor        # (B,)    underflow
+    fits: torch.Tensor        # (B,)    False where numbers are so large that p could overflow
 
 
 def exactly(method):
@@ -173,7 +173,6 @@ class EmpiricalScore:
         sample = self.x[:1] if torch.is_tensor(x) else torch.from_numpy(np.array(self.x[:1]))
         self.work = torch.float64 if sample.dtype in (torch.float64, torch.int32, torch.int64) else torch.float32
         self.low, self.cache = low_precision(self.device), None
-        self.bounds = (lambda *args: compiled_bounds()(*args)) if gpu else bounds
         most, size = CACHE * (2 if gpu else 1), self.D * self.low.itemsize
 
         # Each rank has queries `turn` and points `shard`. All must choose alike, or they would wait for ever.
@@ -196,18 +195,18 @@ class EmpiricalScore:
         as_it_is = self.at_hand and x.dtype == self.low and 2 * total[:-1].square().sum() < total[-1]
         if not as_it_is:
             self.centre = total[:-1].to(self.work).double()  # a number of the precision that x - centre is taken in
-            if len(self.shard) * size <= most:
+            if len(self.shard) * size * 9 // 8 <= most:          # an eighth more: see _levels
                 self.cache = torch.empty(len(self.shard), self.D, dtype=self.low, device=self.device)
 
-        # Of every point, about the centre: |x|^2; and for the error bounds |x|, |low(x) - x| (rounded up), |x|^2
-        self.sq = torch.empty(len(self.shard), dtype=torch.float64, device=self.device)
-        self.stats = torch.empty(3, len(self.shard), device=self.device)
+        # Of every point, about the centre: |x|^2; and of all, the largest |low(x) - x| / |x|, rounded up
+        self.sq, self.kappa = torch.empty(len(self.shard), dtype=torch.float64, device=self.device), 0.0
         for _, i, rows in self._chunks():
             low = rows.to(self.work).to(self.low)
             if self.cache is not None: self.cache[i] = low
             self.sq[i] = rows.square().sum(1)
-            norm, err = self.sq[i].sqrt() * (1 + 2**-20), (rows - low.double()).norm(dim=1)
-            self.stats[:, i] = torch.stack([norm, (err + 2**-22 * norm) * (1 + 2**-20), self.sq[i]]).float()
+            err = (rows - low.double()).norm(dim=1) / self.sq[i].sqrt().clamp(min=1e-150)
+            self.kappa = max(self.kappa, err.max().item() + 2**-22)
+        self.room = (3 if gpu else 1) * CACHE - (0 if self.cache is None else self.cache.nbytes)
         if as_it_is: self.cache = self.x[self.shard.start:self.shard.stop]
         self.radius = self._gather(self.sq.amax(0, keepdim=True) if len(self.sq) else self.sq.new_zeros(1)).max().sqrt()
         self.members, self._closest = None, {}
@@ -240,17 +239,19 @@ class EmpiricalScore:
         work = torch.float64 if dtype == torch.float64 else self.work
         return (rows.to(work) - self.centre.to(work)).to(dtype)
 
-    def _chunks(self, members=None, dtype=torch.float64):
+    def _chunks(self, members=None, dtype=torch.float64, c=None):
         """Yield (indices (n,), their places in the shard, centred points (n, D)) over this rank's shard, or its points
-        in `members`. A thread reads a chunk ahead: a disk, or the way to a GPU, is busy while the arithmetic is."""
+        in `members`; with c (shard, k), instead of points, rows of c. A thread reads a chunk ahead: a disk, or the way
+        to a GPU, is busy while the arithmetic is."""
         n, first = (len(self.shard), self.shard.start) if members is None else (len(members), 0)
         where = [slice(first + i, first + min(i + self.chunk, n)) for i in range(0, n, self.chunk)]
         if members is not None:                              # a slice where they lie together, else their indices
             where = [members[w] for w in where]
             where = [slice(int(w[0]), int(w[-1]) + 1) if w[-1] - w[0] == len(w) - 1 else w for w in where]
         names = lambda w: (torch.arange(w.start, w.stop) if isinstance(w, slice) else w, self._at(w))
-        if self.at_hand or len(where) < 2 or dtype == self.low and self.cache is not None:
-            yield from ((*names(w), self._rows(w, dtype)) for w in where)
+        c = self.cache if c is None and dtype == self.low else c
+        if self.at_hand or len(where) < 2 or c is not None:
+            yield from ((*names(w), self._rows(w, dtype) if c is None else c[self._at(w)]) for w in where)
             return
         with ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(self._read, where[0])
@@ -307,68 +308,126 @@ class EmpiricalScore:
 
     # ---- the first pass: which points can matter? -------------------------------------------------------------------
 
-    def _screen(self, q, alpha, members, dtype, limit, k=1, slack=0.0, measure=None):
+    @functools.cached_property
+    def _levels(self):
+        """The first passes to try, cheapest first: along an eighth of the directions, then along all of them."""
+        k = min(self.D // 8, self.room // max(1, len(self.shard) * self.low.itemsize))
+        levels = [self._principal(k)] if k >= 16 and len(self.shard) else []
+        return levels + [Level(self.low, self.kappa)] + [Level(torch.float32, 2.0**-22)] * (self.low != torch.float32)
+
+    def _principal(self, k):
+        """The level of the k directions in which the points vary most, or nearly so: the bounds hold for any."""
+        some = torch.linspace(self.shard.start, self.shard.stop - 1, min(len(self.shard), 4096)).long().unique()
+        some = self._rows(some) / self.radius.clamp(min=1e-150)
+        V = torch.randn(self.D, k, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(self.device)
+        for _ in range(3): V = torch.linalg.qr(some.T @ (some @ V)).Q        # subspace iteration
+        lose = (self.D + 64) * k**0.5 * 2.0**-50
+        eta = (V.T @ V - torch.eye(k, dtype=V.dtype, device=self.device)).norm().item() + lose   # >= |V^T V - 1|
+        c = torch.empty(len(self.shard), k, dtype=self.low, device=self.device)
+        beyond, kappa = torch.empty(len(self.shard), device=self.device), 0.0
+        for _, i, rows in self._chunks():
+            exact = rows @ V                                                                     # (n, k)
+            c[i] = exact.to(self.low)
+            low, sq = c[i].double(), self.sq[i]
+            size = low.square().sum(1)
+            rest = sq - 2 * (low * exact).sum(1) + (1 + eta) * size + lose * (sq + size)         # >= |x - V c|^2
+            beyond[i] = (rest.clamp(min=0).sqrt() * (1 + 2**-20)).float()
+            err = (exact - low).norm(dim=1) + eta * size.sqrt() + lose * sq.sqrt()
+            kappa = max(kappa, (err / sq.sqrt().clamp(min=1e-150)).max().item())
+        return Level(self.low, kappa, V, c, beyond, lose)
+
+    def _side(self, q, alpha, level):
+        """What the bounds need of the queries q (B, D), which are z - alpha centre, in float64.
+
+        |q - alpha x|^2 = |q|^2 + alpha^2 |x|^2 - u.x, with u = 2 alpha q. Let a = low(V^T u), and u~, x~ what lies
+        beyond V: u - V V^T u, x - V c. Then the product p = fl(a.c) misses u.x by
+
+            | p - u.x | <= |u~| |x~| + kappa |V^T u| |x|        Cauchy-Schwarz, beyond V and on it
+                           + |a - V^T u| |c|                    the query's rounding
+                           + (k + 20) 2^-23 |a| |c|             sums in fp32, in any order: twice what they can lose
+                           + 1.02 2^-8 |a| |c|                  in bf16, rounding p
+
+        hence bounds on the distance, linear in p and three numbers of a point, its `_columns` |x|^2, |x| and |x~|."""
+        qq, u = q.square().sum(1), 2 * alpha[:, None] * q
+        inside = u if level.V is None else u @ level.V                                           # (B, k)
+        length, beyond = u.norm(dim=1), 0 * qq if level.V is None else (u - inside @ level.V.T).norm(dim=1)
+        low = inside.to(level.dtype)
+        size, sums = low.double().norm(dim=1), (low.shape[1] + 20) * 2.0**-23
+        share = sums + (1.02 * 2.0**-8 if level.dtype == torch.bfloat16 else 0)
+        at_x = (low.double() - inside).norm(dim=1) + share * size + level.kappa * inside.norm(dim=1)
+        width = torch.stack([at_x, beyond], 1) + level.lose * length[:, None]                    # (B, 2)
+        width, a2 = width * (1 + 2**-18 + 2 * sums), alpha[:, None]**2
+        return Side(low, torch.cat([(1 - 2 * sums) * a2, -width], 1).float(),
+                    torch.cat([4 * sums * a2, 2 * width], 1).float(),
+                    low.shape[1] * 2.0**-122 * (1 + length + self.radius),
+                    torch.maximum((length + size + 1) * (self.radius + 1), qq + self.radius**2) < 1e36)
+
+    def _columns(self, at, level):                           # (3, n); |x| also bounds |c|, which is rounded
+        sq = self.sq[at]
+        return torch.stack([sq, sq.sqrt() * (1 + 2**-7), 0 * sq if level.V is None else level.beyond[at]]).float()
+
+    def _screen(self, q, alpha, members, level, limit, k=1, slack=0.0, measure=None):
         """All points that may be among the k best of a query, or within `slack` of the best: certain to miss none.
 
-        q (B, D) is z - alpha centre, in float64. Best is smallest in |q - alpha x|^2, or in what `measure` makes of
-        bounds on it. From q' = low(2 alpha q), x' = low(x) and the product p = fl(q'.x'),
-
-            | p - 2 alpha q.x | <= |q' - 2 alpha q| |x'| + |2 alpha q| |x' - x|       Cauchy-Schwarz; all four are known
-                                 + (D + 16) 2^-23 |q'| |x'|                           sums in fp32, in any order
-                                 + u |p|,                                             u: of rounding the result
-
-        hence bounds on |q|^2 + alpha^2 |x|^2 - 2 alpha q.x. -> pairs (query (P,), index (P,)), by query and then by
-        index, with the lower bound (P,); done (B,), False where more than limit (B,) points survived (no pairs then);
-        and a number (B,) that no point that was struck lies below."""
+        Best is smallest in |q - alpha x|^2 (k = 1 then), or in what `measure` makes of bounds on it. -> pairs (query
+        (P,), index (P,)), by query and then by index, with the lower bound (P,); and done (B,), False where more than
+        limit (B,) points survived (no pairs then)."""
         B, limit = len(q), limit.clamp(min=max(64, k), max=max(k, SURVIVORS // max(1, len(q))))
-        low = (2 * alpha[:, None] * q).to(dtype)
-        size, err = 2 * alpha * q.norm(dim=1), (low.double() - 2 * alpha[:, None] * q).norm(dim=1)
-        sums, tiny = (self.D + 16) * 2.0**-23, self.D * 2.0**-122
-        at_x = err + sums * (size + err)                     # times |x'| <= |x| + |x' - x|
-        at_err = at_x + size
-        if dtype != self.low:                                # stats hold the errors of self.low; those of fp32 are less
-            at_x, at_err = at_x + 2.0**-22 * at_err, 0 * at_err
-        qq = q.square().sum(1)
-        # columns as in stats: of |x|, |x' - x|, |x|^2 and 1. The last two: rounding in `bounds`, and underflow
-        error = torch.stack([at_x, at_err, 2.0**-21 * alpha**2, 2.0**-21 * qq + tiny * (1 + size + self.radius)], 1)
-        error, exact = (error * (1 + 2**-18)).float(), torch.stack([alpha**2, qq], 1).float()
-        # False where the numbers are so large that a product could overflow, and would bound nothing
-        done = torch.maximum((size + err) * (self.radius + 1), qq + (alpha * self.radius)**2) < 1e36
-        best = torch.full((B, k), torch.inf, device=self.device)
+        side, qq = self._side(q, alpha, level), q.square().sum(1)
+        done, best = side.fits.clone(), q.new_full((B, k), torch.inf)
         b = i = torch.zeros(0, dtype=torch.int64, device=self.device)
-        value = best.new_zeros(0)
-        for index, at, rows in self._chunks(members, dtype):
+        value = torch.zeros(0, device=self.device)
+
+        def cutoff():                                        # for lower bounds, in their units and rounded up
+            cut = best[:, -1] + slack
+            cut = cut if measure else cut - qq + 2.0**-40 * (cut + qq) + side.tiny
+            return (cut + 2.0**-22 * cut.abs()).float()
+
+        for index, at, rows in self._chunks(members, level.dtype, level.c):
             live = done.nonzero()[:, 0]
             if not len(live): break
-            part = slice(None) if len(live) == B else live
-            lower, upper = self._bounds(low[part] @ rows.T, error[part], exact[part], self.stats[:, at])
-            if measure: lower, upper = measure(lower, upper, part)
-            found = upper.amin(1, keepdim=True) if k == 1 else upper.topk(min(k, upper.shape[1]), largest=False).values
-            best[part] = torch.cat([best[part], found], 1).topk(k, largest=False).values
-            cut = best[:, -1] + slack
-            hit, keep = lower <= cut[part][:, None], value <= cut[b]     # by the best so far, and so again next time
-            count = torch.bincount(b[keep], minlength=B)[part] + hit.sum(1)
-            done[live] = count <= limit[part]                # the others are given up before they cost anything
-            row, column = (hit & done[part][:, None]).nonzero(as_tuple=True)
-            keep &= done[b]
-            b, i = torch.cat([b[keep], live[row]]), torch.cat([i[keep], index.to(self.device)[column]])
+            part, index = slice(None) if len(live) == B else live, index.to(self.device)
+            point = self._columns(at, level)
+            lower = side.lower[part] @ point                                                     # (b, n)
+            if rows.dtype == lower.dtype: lower.addmm_(side.low[part], rows.T, alpha=-1)
+            else: lower.sub_(side.low[part] @ rows.T)
+            order = lower
+            if measure:                                      # it wants bounds on the distance itself
+                ends = (a[part, None].float() for a in ((1 - 2**-21) * qq - side.tiny, (1 + 2**-21) * qq + side.tiny))
+                bounds = lower, torch.addmm(lower, side.upper[part], point)
+                lower, order = measure(*(a.add_(end) for a, end in zip(bounds, ends, strict=True)), part)
+            if k == 1:                                       # the likeliest is looked at exactly: the cut sinks farther
+                j, d2 = order.argmin(1, keepdim=True), torch.full_like(qq[part, None], torch.inf)
+                near = (lower.gather(1, j) <= cutoff()[part, None]).nonzero()[:, 0]
+                d2[near, 0] = self._each(live[near], index[j[near, 0]],
+                                         lambda b, x: (q[b] - alpha[b, None] * x).square().sum(1))
+                new = measure(d2, d2, part)[1] if measure else d2
+            else:
+                new = order.topk(min(k, len(index)), largest=False).values.double()
+            best[part] = torch.cat([best[part], new], 1).topk(k, largest=False).values
+            cut = cutoff()
+            hit, keep = lower <= cut[part, None], value <= cut[b]
+            done[live] = torch.bincount(b[keep], minlength=B)[part] + hit.sum(1) <= limit[part]      # else: given up
+            hit[~done[part]] = False
+            (row, column), keep = hit.nonzero(as_tuple=True), keep & done[b]
+            b, i = torch.cat([b[keep], live[row]]), torch.cat([i[keep], index[column]])
             value = torch.cat([value[keep], lower[row, column]])
-        cut = best[:, -1] + slack
-        order = (value <= cut[b]).nonzero()[:, 0]
-        order = order[b[order].argsort(stable=True)]
-        return b[order], i[order], value[order], done, cut.double()
+        keep = value <= cutoff()[b]
+        b, i, value = b[keep], i[keep], value[keep]
+        if level is not self._levels[-1] and not measure:    # the same, pair by pair, in fp32 along all directions
+            level = self._levels[-1]
+            side, point = self._side(q, alpha, level), self._columns(self._at(i), level)
+            value = self._each(b, i, lambda b, x: (side.low[b] * x).sum(1), torch.float32)
+            value = (side.lower[b] * point.T).sum(1) - value
+            keep = (value <= cutoff()[b]) | ~side.fits[b]
+            b, i, value = b[keep], i[keep], value[keep]
+        order = b.argsort(stable=True)
+        return b[order], i[order], value[order], done
 
-    def _bounds(self, *args):
-        try: return self.bounds(*args)
-        except Exception:                                    # where it cannot be compiled, it runs as it is written
-            if self.bounds is bounds: raise
-            self.bounds = bounds
-            return bounds(*args)
-
-    def _each(self, b, i, f):
-        """f(queries (n,), points (n, D) float64) of pairs (b, i), in pieces -> (P,)."""
-        return torch.cat([f(bb, self._rows(ii)) for bb, ii in zip(b.split(self.piece), i.split(self.piece), strict=True)
-                          ] or [self.sq.new_zeros(0)])
+    def _each(self, b, i, f, dtype=torch.float64):
+        """f(queries (n,), points (n, D)) of pairs (b, i), in pieces -> (P,)."""
+        pieces = zip(b.split(self.piece), i.split(self.piece), strict=True)
+        return torch.cat([f(bb, self._rows(ii, dtype)) for bb, ii in pieces] or [self.sq.new_zeros(0, dtype=dtype)])
 
     @staticmethod
     def _table(b, B, *columns):
@@ -381,19 +440,19 @@ class EmpiricalScore:
 
     # ---- the second pass: the softmax -------------------------------------------------------------------------------
 
-    def _survivors(self, q, alpha, var, members, dtype, limit):
+    def _survivors(self, q, alpha, var, members, level, limit):
         """Screen, and take what is left exactly. -> done (B,), and of the queries that are done: indices (b, n),
         exponents (b, n), short rows filled up with -inf, and the log of the weight struck (b,), on the same scale."""
         n = len(self.shard) if members is None else len(members)
-        slack = (2 * var * math.log(self.N / self.tau)).float()
-        b, i, lower, done, cut = self._screen(q, alpha, members, dtype, limit, slack=slack)
+        slack = 2 * var * math.log(self.N / self.tau)
+        b, i, lower, done = self._screen(q, alpha, members, level, limit, slack=slack)
         (lower, index), count = self._table(b, len(q), (lower, torch.inf), (i, self.shard.start))
         # Exponents relative to that of a near point, x_0: a product of differences, in which nothing large cancels.
         x_0 = self._rows(index.gather(1, lower.argmin(1, keepdim=True))[:, 0])                   # (B, D)
         middle, rate = q - alpha[:, None] / 2 * x_0, alpha / var
         relative = self._each(b, i, lambda b, x: ((x - x_0[b]) * (middle[b] - alpha[b, None] / 2 * x)).sum(1))
         (e,), _ = self._table(b, len(q), (rate[b] * (relative + (x_0 * middle).sum(1)[b]), -torch.inf))
-        struck = (n - count).double().log() + (q.square().sum(1) - cut) / (2 * var)
+        struck = (n - count).double().log() + e.amax(1) - math.log(self.N / self.tau)
         return done, index[done], e[done], struck[done]
 
     def _exponents(self, z, t, members, label, tolerance):
@@ -405,11 +464,12 @@ class EmpiricalScore:
         # A dense fp32 product misses an exponent by about this much: it is the largest error seen, not a bound.
         fine = alpha / var * self.radius * (q.norm(dim=1) + alpha * self.radius) * 2.0**-23 < tolerance
         small = len(z) * n * self.D <= SMALL
-        for dtype in dict.fromkeys((self.low, torch.float32)) if n and not small else ():
-            ask = rest if dtype == self.low else rest[~fine[rest]]
+        for level in self._levels if n and not small else ():
+            ask = rest if level.V is not None or level.dtype == torch.bfloat16 else rest[~fine[rest]]
             if len(ask):
-                limit = torch.where(fine[ask], n // 64, n // 32)         # about where a dense stream would be quicker
-                done, index, e, struck = self._survivors(q[ask], alpha[ask], var[ask], members, dtype, limit)
+                # about where a dense stream, or all directions, would be quicker
+                limit = torch.where(fine[ask], n // 64, n // 32) if level.V is None else torch.full_like(ask, n // 32)
+                done, index, e, struck = self._survivors(q[ask], alpha[ask], var[ask], members, level, limit)
                 if done.any(): yield ask[done], index, None, e, struck
                 rest = rest[~torch.isin(rest, ask[done])]
         for dtype, ask in ((torch.float32, rest[fine[rest]]), (torch.float64, rest[~fine[rest]])):
@@ -534,9 +594,10 @@ class EmpiricalScore:
         where it has fewer."""
         rest, pairs = torch.arange(len(q), device=self.device), []
         n = len(self.shard)
-        for dtype in dict.fromkeys((self.low, torch.float32)) if len(q) * n * self.D > SMALL else ():
-            limit = torch.full_like(rest, n // (64 if dtype == torch.bfloat16 else 16))
-            b, i, _, done, _ = self._screen(q[rest], alpha[rest], None, dtype, limit, k,
+        for level in self._levels if len(q) * n * self.D > SMALL else ():
+            if level.V is not None and k > 1: continue       # only the best is looked at exactly, else bounds are wide
+            limit = torch.full_like(rest, n // (64 if level.V is not None or level.dtype == torch.bfloat16 else 16))
+            b, i, _, done = self._screen(q[rest], alpha[rest], None, level, limit, k,
                                          measure=lambda lo, hi, part, rest=rest: measure(lo, hi, rest[part]))
             pairs, rest = [*pairs, (rest[b], i)], rest[~done]
         best, arg = q.new_full((len(rest), min(k, n)), torch.inf), torch.zeros_like(rest)[:, None].expand(-1, min(k, n))

@@ -1,8 +1,6 @@
 """The certificate of empirical_score.py: what the first pass strikes is light, whatever the data; by brute force.
 
 The truth is computed in numpy's long double (80 bits on x86), by direct differences of the very numbers given."""
-import os
-import shutil
 
 import hypothesis.strategies as st
 import numpy as np
@@ -59,7 +57,7 @@ cases = st.fixed_dictionaries(dict(
     scale=st.sampled_from([1e-6, 1.0, 1e3]), offset=st.sampled_from([0.0, 3.0, 1e4]),
     t=st.sampled_from([1e-3, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.999]), far=st.sampled_from([1.0, 1.0, 30.0]),
     low=st.sampled_from([torch.bfloat16, torch.float32]), stored=st.sampled_from([torch.float32, torch.bfloat16]),
-    chunk=st.sampled_from([7, 64, 1000])))
+    chunk=st.sampled_from([7, 64, 1000]), directions=st.sampled_from([0, 1, 5, 40])))
 
 
 @pytest.fixture(autouse=True)
@@ -74,20 +72,31 @@ def build(c):
         E = EmpiricalScore(x, chunk=c["chunk"])
     finally:
         es.low_precision = before
+    if c["directions"]:                                      # these few first, as in sets of many points
+        E._levels = [E._principal(min(c["directions"], E.D)), *E._levels]
     z = random_queries(x.float(), c["t"], 8, c["seed"], c["far"])
     return x, z, E
 
 
-def screen(E, z, t, k=1, slack=0.0, dtype=None):
-    """The first pass alone -> which points survived (B, N), which queries it answers (B,), and its cut (B,)."""
+AS_THEY_ARE = lambda lower, upper, part: (lower, upper)
+
+
+def screen(E, z, t, level, k=1, slack=0.0, measure=None):
+    """The first pass alone -> which points survived (B, N), and which queries it answers (B,)."""
     z64, t64, _ = E._queries(z, t)
     q = z64 - (1 - t64)[:, None] * E.centre
     limit, slack = (torch.full((len(z),), a, device=E.device) for a in (E.N, slack))
     with torch.no_grad():
-        b, i, _, done, cut = E._screen(q, 1 - t64, None, dtype or E.low, limit, k, slack)
+        b, i, _, done = E._screen(q, 1 - t64, None, level, limit, k, slack, measure)
     kept = torch.zeros(len(z), E.N, dtype=torch.bool)
     kept[b.cpu(), i.cpu()] = True
-    return kept.numpy(), done.cpu().numpy(), cut.cpu().numpy()
+    return kept.numpy(), done.cpu().numpy()
+
+
+def rounding(E, z, t):
+    """What float64 loses of a squared distance when the data are centred (B, 1)."""
+    loss = 1e-12 * ((z.double() - (1 - t) * E.centre).square().sum(1) + E.radius**2).numpy()[:, None]
+    return loss + 1e-15 * float(E.centre.norm() * (E.radius + E.centre.norm() * 1e-3))
 
 
 @FUZZ
@@ -96,15 +105,24 @@ def test_nothing_that_matters_is_struck(c, k):
     x, z, E = build(c)
     d2, w, _ = truth(x, z, c["t"])
     slack = 2 * c["t"]**2 * 20.0
-    for dtype in {E.low, torch.float32}:
-        kept, done, cut = screen(E, z, c["t"], min(k, len(x)), slack, dtype)
-        assert done.all()
-        # up to what float64 loses when the data are centred
-        loss = 1e-12 * ((z.double() - (1 - c["t"]) * E.centre).square().sum(1) + E.radius**2).numpy()[:, None]
-        loss = loss + 1e-15 * float(E.centre.norm() * (E.radius + E.centre.norm() * 1e-3))
-        best = np.sort(d2, 1)[:, min(k, len(x)) - 1]
-        assert (kept | (d2 + loss > cut[:, None])).all()     # what was struck lies beyond the cut,
-        assert (cut + loss[:, 0] >= best + slack * (1 - 1e-6)).all()     # and the cut is not too near
+    for level in E._levels:
+        for n, measure in ((1, None), (min(k, len(x)), AS_THEY_ARE)):
+            kept, done = screen(E, z, c["t"], level, n, slack, measure)
+            best = np.sort(d2, 1)[:, n - 1:n]
+            assert done.all() and (kept | (d2 + rounding(E, z, c["t"]) > best + slack * (1 - 1e-6))).all()
+
+
+@FUZZ
+@given(cases)
+def test_every_distance_lies_between_its_bounds(c):
+    x, z, E = build(c)
+    d2, _, _ = truth(x, z, c["t"])
+    for level in E._levels:
+        seen = []
+        screen(E, z, c["t"], level, 1, 0.0, lambda *bounds, seen=seen: seen.append(bounds[:2]) or bounds[:2])
+        lower, upper = (torch.cat(b, 1).numpy() for b in zip(*seen[::2], strict=True))   # every other: of exact ones
+        loss = rounding(E, z, c["t"])
+        assert (lower - loss <= d2).all() and (d2 <= upper + loss).all()
 
 
 @FUZZ
@@ -149,52 +167,20 @@ def test_nearest_and_r_star_miss_nothing(c, k):
     assert (np.abs(at - 1) <= least + 1e-9 * (1 + r.max(1))).all()
 
 
+@pytest.mark.parametrize("directions", [0, 30])
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float32])
-def test_the_fuzz_has_teeth(low, monkeypatch):
-    """Without the error bounds, the first pass does strike points that matter, and the tests above would see it."""
+def test_the_fuzz_has_teeth(low, directions, monkeypatch):
+    """With the middle of the bounds for both, the first pass strikes points that matter: the tests above would see."""
     monkeypatch.setattr(es, "low_precision", lambda device: low)
+    middle = lambda lower, upper, part: [(lower.double() + upper) / 2] * 2
     wrong = 0
     for seed in range(20):
         x = random_set(seed, 150, 64, "alike", 1.0, 0.0)
         z, E = random_queries(x, 0.001, 8, seed, 1.0), EmpiricalScore(x)
-        E.bounds = lambda *args: [sum(es.bounds(*args)) / 2] * 2
-        kept, _, cut = screen(E, z, 0.001)
-        wrong += (~kept & (truth(x, z, 0.001)[0] < cut[:, None])).sum()
+        level = E._principal(directions) if directions else E._levels[0]
+        kept, _ = screen(E, z, 0.001, level, measure=middle)
+        wrong += (~kept[range(8), truth(x, z, 0.001)[0].argmin(1)]).sum()
     assert wrong > 0
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")    # of torch, in its own compiler
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("low", [torch.bfloat16, torch.float32])
-def test_compiled_bounds_are_as_good(low, device, monkeypatch):
-    """What a GPU runs in one pass: the function of the CPU, but for rounding, and it strikes nothing that matters."""
-    if device == "cuda" and not torch.cuda.is_available() or not shutil.which(os.environ.get("CXX", "g++")):
-        pytest.skip("no such device, or no compiler")
-    monkeypatch.setattr(es, "low_precision", lambda device: low)
-    compiled = es.compiled_bounds()
-    for kind in ("alike", "norms", "spikes"):
-        x = random_set(0, 400, 64, kind, 1.0, 3.0)
-        z, E = random_queries(x, 0.3, 8, 0, 1.0), EmpiricalScore(x, device=device, chunk=100)
-        calls = []
-        E.bounds = lambda *args, calls=calls: calls.append((args, compiled(*args))) or calls[-1][1]
-        kept, done, cut = screen(E, z.to(device), 0.3, k=3)
-        d2, _, _ = truth(x, z, 0.3)
-        assert calls and done.all() and (kept | (d2 > cut[:, None])).all()
-        for args, (lower, upper) in calls:
-            eager = es.bounds(*args)
-            size = args[2][:, 1:] + args[2][:, :1] * args[3][2] + args[0].float().abs()
-            slack = 8 * 2**-24 * size + 2**-20 * (upper - lower)
-            assert ((lower - eager[0]).abs() <= slack).all() and ((upper - eager[1]).abs() <= slack).all()
-    assert E.bounds is not es.bounds                         # it did compile
-
-
-def test_where_nothing_can_be_compiled_the_answer_is_the_same():
-    def no_compiler(*args):
-        raise RuntimeError("no compiler")
-    x = random_set(0, 200, 64, "plain", 1.0, 0.0)
-    z, E = random_queries(x, 0.1, 8, 0, 1.0), EmpiricalScore(x)
-    want, E.bounds = E.posterior_mean(z, 0.1), no_compiler
-    assert torch.equal(E.posterior_mean(z, 0.1), want) and E.bounds is es.bounds
 
 
 def test_values_that_overflow_a_fast_product_are_answered_all_the_same():

@@ -22,12 +22,13 @@ the B x N matrix. These three merge over chunks, and over the processes among wh
 
 *The certificate.* Unlike attention, these exponents reach 1e7 (t = .001), where no fast product is precise enough; but
 then nearly all weights are zero, and it takes no precision to *prove* it. So there are two passes. The first bounds
-every |z - alpha x_i|^2 from both sides by one product in bf16, whose rounding errors are bounded, not estimated, and
-strikes all points that even at best weigh less than tau/N of the heaviest. The second takes the few that are left in
-float64. What was struck weighs less than tau = 1e-7 of the total; `E.dropped` has the bound that was reached. Queries
-whose weights are spread (t near 1) keep too many points: they get a dense stream, in fp32 where that loses less than
-1e-5, else in float64. The choice is made for each query by what survives, not by t.
-(Screening, streaming and several processes in one file make it longer than its budget of 350 lines.)
+every |z - alpha x_i|^2 from below and strikes all points that even at best weigh less than tau/N of the heaviest. Its
+product is in bf16, where that is fast, and along an eighth of the directions only, those in which the points vary most:
+what rounding and the other directions can change is bounded, not estimated. Where too many are left, it is done along
+all directions. The second pass takes the few that survive in float64. What was struck weighs less than tau = 1e-7 of
+the total; `E.dropped` has the bound that was reached. Queries whose weights are spread (t near 1) keep too many points:
+they get a dense stream, in fp32 where that loses less than 1e-5, else in float64. The choice is made for each query by
+what survives, not by t. (Screening, streaming and several processes make this longer than its budget of 350 lines.)
 """
 import functools
 import math
@@ -55,6 +56,9 @@ def double(t, device):                                       # in this order, si
 def like(t, z):                                              # t () or (B,) -> broadcasts over z (B, *shape)
     t = t.to(z.device).to(z.dtype) if torch.is_tensor(t) else torch.tensor(t, dtype=z.dtype, device=z.device)
     return t.reshape(-1, *[1] * (z.ndim - 1))
+
+def take(a, index):                                          # a[index], but faster on a CPU; a slice, or (n,) indices
+    return a[index] if isinstance(index, slice) else a.index_select(0, index.to(a.device))
 
 def score_from_x(x, z, t):    t = like(t, z); return ((1 - t) * x - z) / t**2  # s = (alpha x - z)/sigma^2
 def velocity_from_x(x, z, t): return (z - x) / like(t, z)  # v = (z - x)/t
@@ -167,9 +171,9 @@ class EmpiricalScore:
         self.shape, self.x, self.tau, self.dropped = tuple(x.shape[1:]), x.reshape(len(x), -1), tau, None
         self.N, self.D = self.x.shape                                                            # x (N, D), a view
         gpu = self.device.type == "cuda"                     # there, a matrix product must be large to be fast; on a
-        self.chunk = chunk or max(1, min(2**(27 if gpu else 22) // self.D, 2**(16 if gpu else 13)))  # CPU, fit caches
+        self.chunk = chunk or max(1, min(2**(27 if gpu else 21) // self.D, 2**(16 if gpu else 12)))  # CPU, fit caches
         self.piece = min(self.chunk, max(256, self.chunk // 16))         # pairs of query and point at once
-        self.block = max(1, 2**(26 if gpu else 21) // self.chunk)                                # queries at once
+        self.block = max(1, 2**(26 if gpu else 20) // self.chunk)                                # queries at once
         sample = self.x[:1] if torch.is_tensor(x) else torch.from_numpy(np.array(self.x[:1]))
         self.work = torch.float64 if sample.dtype in (torch.float64, torch.int32, torch.int64) else torch.float32
         self.low, self.cache = low_precision(self.device), None
@@ -221,10 +225,8 @@ class EmpiricalScore:
 
     def _read(self, index):
         """Points at `index`, a slice or (n,) indices, as they are -> (n, D), on the device or pinned for the way."""
-        if not isinstance(index, slice):
-            index = index.to(self.x.device) if torch.is_tensor(self.x) else index.cpu().numpy()
-        rows = self.x[index]
-        rows = rows if torch.is_tensor(rows) else torch.from_numpy(np.array(rows))
+        if torch.is_tensor(self.x): rows = take(self.x, index)
+        else: rows = torch.from_numpy(np.array(self.x[index if isinstance(index, slice) else index.cpu().numpy()]))
         return rows.pin_memory() if rows.device.type == "cpu" and self.device.type == "cuda" else rows
 
     def _at(self, index):
@@ -234,7 +236,7 @@ class EmpiricalScore:
 
     def _rows(self, index, dtype=torch.float64, read=None):
         """Points at `index` -> (n, D), centred."""
-        if dtype == self.low and self.cache is not None: return self.cache[self._at(index)]
+        if dtype == self.low and self.cache is not None: return take(self.cache, self._at(index))
         rows = (self._read(index) if read is None else read).to(self.device, non_blocking=True)
         work = torch.float64 if dtype == torch.float64 else self.work
         return (rows.to(work) - self.centre.to(work)).to(dtype)
@@ -251,7 +253,7 @@ class EmpiricalScore:
         names = lambda w: (torch.arange(w.start, w.stop) if isinstance(w, slice) else w, self._at(w))
         c = self.cache if c is None and dtype == self.low else c
         if self.at_hand or len(where) < 2 or c is not None:
-            yield from ((*names(w), self._rows(w, dtype) if c is None else c[self._at(w)]) for w in where)
+            yield from ((*names(w), self._rows(w, dtype) if c is None else take(c, self._at(w))) for w in where)
             return
         with ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(self._read, where[0])
@@ -311,14 +313,15 @@ class EmpiricalScore:
     @functools.cached_property
     def _levels(self):
         """The first passes to try, cheapest first: along an eighth of the directions, then along all of them."""
-        k = min(self.D // 8, self.room // max(1, len(self.shard) * self.low.itemsize))
+        k = min(self.D // 8, 512, 2**24 // self.D, self.room // max(1, len(self.shard) * self.low.itemsize))
         levels = [self._principal(k)] if k >= 16 and len(self.shard) else []
         return levels + [Level(self.low, self.kappa)] + [Level(torch.float32, 2.0**-22)] * (self.low != torch.float32)
 
     def _principal(self, k):
         """The level of the k directions in which the points vary most, or nearly so: the bounds hold for any."""
-        some = torch.linspace(self.shard.start, self.shard.stop - 1, min(len(self.shard), 4096)).long().unique()
-        some = self._rows(some) / self.radius.clamp(min=1e-150)
+        few = min(len(self.shard), 4096, max(k, 2**24 // self.D))
+        some = self._rows(torch.linspace(self.shard.start, self.shard.stop - 1, few).long().unique())
+        some /= self.radius.clamp(min=1e-150)
         V = torch.randn(self.D, k, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(self.device)
         for _ in range(3): V = torch.linalg.qr(some.T @ (some @ V)).Q        # subspace iteration
         lose = (self.D + 64) * k**0.5 * 2.0**-50
@@ -371,10 +374,13 @@ class EmpiricalScore:
 
         Best is smallest in |q - alpha x|^2 (k = 1 then), or in what `measure` makes of bounds on it. -> pairs (query
         (P,), index (P,)), by query and then by index, with the lower bound (P,); and done (B,), False where more than
-        limit (B,) points survived (no pairs then)."""
-        B, limit = len(q), limit.clamp(min=max(64, k), max=max(k, SURVIVORS // max(1, len(q))))
+        limit (B,) points survived, or 4 limit where those of all queries are few (no pairs then)."""
+        B, most = len(q), max(k, SURVIVORS // max(1, len(q)))
+        limit = limit.clamp(min=max(32, k), max=most)
+        few, most = limit.sum() // 4, (4 * limit).clamp(max=most)
         side, qq = self._side(q, alpha, level), q.square().sum(1)
         done, best = side.fits.clone(), q.new_full((B, k), torch.inf)
+        promise = side.low.new_full((B,), torch.inf, dtype=torch.float32)    # of the points looked at, the least bound
         b = i = torch.zeros(0, dtype=torch.int64, device=self.device)
         value = torch.zeros(0, device=self.device)
 
@@ -397,27 +403,30 @@ class EmpiricalScore:
                 bounds = lower, torch.addmm(lower, side.upper[part], point)
                 lower, order = measure(*(a.add_(end) for a, end in zip(bounds, ends, strict=True)), part)
             if k == 1:                                       # the likeliest is looked at exactly: the cut sinks farther
-                j, d2 = order.argmin(1, keepdim=True), torch.full_like(qq[part, None], torch.inf)
-                near = (lower.gather(1, j) <= cutoff()[part, None]).nonzero()[:, 0]
-                d2[near, 0] = self._each(live[near], index[j[near, 0]],
-                                         lambda b, x: (q[b] - alpha[b, None] * x).square().sum(1))
+                least = order.amin(1)
+                near = (least < promise[part]).nonzero()[:, 0]
+                promise[part] = torch.minimum(promise[part], least)
+                d2, likely = q.new_full((len(live), 1), torch.inf), order[near].argmin(1)
+                d2[near, 0] = self._each(live[near], index[likely], self._distance(q, alpha))
                 new = measure(d2, d2, part)[1] if measure else d2
             else:
                 new = order.topk(min(k, len(index)), largest=False).values.double()
             best[part] = torch.cat([best[part], new], 1).topk(k, largest=False).values
             cut = cutoff()
             hit, keep = lower <= cut[part, None], value <= cut[b]
-            done[live] = torch.bincount(b[keep], minlength=B)[part] + hit.sum(1) <= limit[part]      # else: given up
-            hit[~done[part]] = False
+            count = torch.bincount(b[keep], minlength=B)
+            count[part] += hit.sum(1)
+            done &= (count <= limit) | (count <= most) & (count.sum() <= few)    # the others are given up
+            if not done[part].all(): hit[~done[part]] = False
             (row, column), keep = hit.nonzero(as_tuple=True), keep & done[b]
             b, i = torch.cat([b[keep], live[row]]), torch.cat([i[keep], index[column]])
             value = torch.cat([value[keep], lower[row, column]])
         keep = value <= cutoff()[b]
         b, i, value = b[keep], i[keep], value[keep]
-        if level is not self._levels[-1] and not measure:    # the same, pair by pair, in fp32 along all directions
+        if level is not self._levels[-1] and not measure:    # the same for these pairs, in fp32 along all directions
             level = self._levels[-1]
             side, point = self._side(q, alpha, level), self._columns(self._at(i), level)
-            value = self._each(b, i, lambda b, x: (side.low[b] * x).sum(1), torch.float32)
+            value = self._each(b, i, lambda b, x: take(side.low, b).mul_(x).sum(1), torch.float32)
             value = (side.lower[b] * point.T).sum(1) - value
             keep = (value <= cutoff()[b]) | ~side.fits[b]
             b, i, value = b[keep], i[keep], value[keep]
@@ -428,6 +437,10 @@ class EmpiricalScore:
         """f(queries (n,), points (n, D)) of pairs (b, i), in pieces -> (P,)."""
         pieces = zip(b.split(self.piece), i.split(self.piece), strict=True)
         return torch.cat([f(bb, self._rows(ii, dtype)) for bb, ii in pieces] or [self.sq.new_zeros(0, dtype=dtype)])
+
+    @staticmethod
+    def _distance(q, alpha):
+        return lambda b, x: take(q, b).addcmul_(alpha[b, None], x, value=-1).square_().sum(1)
 
     @staticmethod
     def _table(b, B, *columns):
@@ -449,8 +462,9 @@ class EmpiricalScore:
         (lower, index), count = self._table(b, len(q), (lower, torch.inf), (i, self.shard.start))
         # Exponents relative to that of a near point, x_0: a product of differences, in which nothing large cancels.
         x_0 = self._rows(index.gather(1, lower.argmin(1, keepdim=True))[:, 0])                   # (B, D)
-        middle, rate = q - alpha[:, None] / 2 * x_0, alpha / var
-        relative = self._each(b, i, lambda b, x: ((x - x_0[b]) * (middle[b] - alpha[b, None] / 2 * x)).sum(1))
+        half, rate = alpha[:, None] / 2, alpha / var
+        middle = q - half * x_0
+        relative = self._each(b, i, lambda b, x: (x - take(x_0, b)).mul_(take(middle, b) - half[b] * x).sum(1))
         (e,), _ = self._table(b, len(q), (rate[b] * (relative + (x_0 * middle).sum(1)[b]), -torch.inf))
         struck = (n - count).double().log() + e.amax(1) - math.log(self.N / self.tau)
         return done, index[done], e[done], struck[done]
@@ -610,7 +624,7 @@ class EmpiricalScore:
         pairs.append((rest.repeat_interleave(arg.shape[1]), arg.flatten()))
         b, i = (torch.cat(a) for a in zip(*pairs, strict=True))
         b, i = (a[(b * self.N + i).argsort()] for a in (b, i))
-        d2 = self._each(b, i, lambda b, rows: (q[b] - alpha[b][:, None] * rows).square().sum(1))
+        d2 = self._each(b, i, self._distance(q, alpha))
         (d2, i), _ = self._table(b, len(q), (d2, torch.inf), (i, 0))
         order = measure(d2, d2, slice(None))[0].argsort(dim=1, stable=True)[:, :k]
         return d2.gather(1, order), i.gather(1, order)

@@ -171,7 +171,7 @@ class EmpiricalScore:
         self.shape, self.x, self.tau, self.dropped = tuple(x.shape[1:]), x.reshape(len(x), -1), tau, None
         self.N, self.D = self.x.shape                                                            # x (N, D), a view
         gpu = self.device.type == "cuda"                     # there, a matrix product must be large to be fast; on a
-        self.chunk = chunk or max(1, min(2**(27 if gpu else 21) // self.D, 2**(16 if gpu else 12)))  # CPU, fit caches
+        self.chunk = chunk or max(1, min(2**(27 if gpu else 22) // self.D, 2**(16 if gpu else 11)))  # CPU, fit caches
         self.piece = min(self.chunk, max(256, self.chunk // 16))         # pairs of query and point at once
         self.block = max(1, 2**(26 if gpu else 20) // self.chunk)                                # queries at once
         sample = self.x[:1] if torch.is_tensor(x) else torch.from_numpy(np.array(self.x[:1]))
@@ -313,8 +313,9 @@ class EmpiricalScore:
     @functools.cached_property
     def _levels(self):
         """The first passes to try, cheapest first: along an eighth of the directions, then along all of them."""
-        k = min(self.D // 8, 512, 2**24 // self.D, self.room // max(1, len(self.shard) * self.low.itemsize))
-        levels = [self._principal(k)] if k >= 16 and len(self.shard) else []
+        n = len(self.shard)
+        k = min(self.D // 8, n // 32, 512, 2**24 // self.D, self.room // max(1, n * self.low.itemsize))
+        levels = [self._principal(k)] if k >= 16 else []
         return levels + [Level(self.low, self.kappa)] + [Level(torch.float32, 2.0**-22)] * (self.low != torch.float32)
 
     def _principal(self, k):
@@ -389,14 +390,30 @@ class EmpiricalScore:
             cut = cut if measure else cut - qq + 2.0**-40 * (cut + qq) + side.tiny
             return (cut + 2.0**-22 * cut.abs()).float()
 
-        for index, at, rows in self._chunks(members, level.dtype, level.c):
+        def chunks():                                        # of the queries that are not given up: their bounds
+            for index, at, rows in self._chunks(members, level.dtype, level.c):
+                live = done.nonzero()[:, 0]
+                if not len(live): return
+                part, point = slice(None) if len(live) == B else live, self._columns(at, level)
+                lower = side.lower[part] @ point                                                 # (b, n)
+                if rows.dtype == lower.dtype: lower.addmm_(side.low[part], rows.T, alpha=-1)
+                else: lower.sub_(side.low[part] @ rows.T)
+                yield live, part, index.to(self.device), point, lower
+
+        search, passed = level.V is not None and not measure, 0
+        if search:                                           # these products are cheap: once more, for a low cut
+            likely = torch.zeros_like(promise, dtype=torch.int64)
+            for live, part, index, _, lower in chunks():
+                least = lower.amin(1)
+                better = (least < promise[part]).nonzero()[:, 0]
+                likely[live[better]], promise[part] = index[lower[better].argmin(1)], least.minimum(promise[part])
+                if not passed:                               # most are as near as the nearest: the weights are spread
+                    done[live] = (lower <= (least + slack[part])[:, None].float()).sum(1) <= 64 + len(index) // 2
+                passed += len(index)
             live = done.nonzero()[:, 0]
-            if not len(live): break
-            part, index = slice(None) if len(live) == B else live, index.to(self.device)
-            point = self._columns(at, level)
-            lower = side.lower[part] @ point                                                     # (b, n)
-            if rows.dtype == lower.dtype: lower.addmm_(side.low[part], rows.T, alpha=-1)
-            else: lower.sub_(side.low[part] @ rows.T)
+            best[live, 0] = self._each(live, likely[live], self._distance(q, alpha))
+        every, passed = passed, 0
+        for live, part, index, point, lower in chunks():
             order = lower
             if measure:                                      # it wants bounds on the distance itself
                 ends = (a[part, None].float() for a in ((1 - 2**-21) * qq - side.tiny, (1 + 2**-21) * qq + side.tiny))
@@ -416,7 +433,9 @@ class EmpiricalScore:
             hit, keep = lower <= cut[part, None], value <= cut[b]
             count = torch.bincount(b[keep], minlength=B)
             count[part] += hit.sum(1)
-            done &= (count <= limit) | (count <= most) & (count.sum() <= few)    # the others are given up
+            passed += len(index)
+            share = min(1, 8 * passed / every) if search else 1              # the others are given up:
+            done &= (count <= (share * limit).clamp(min=32)) | (count <= most) & (count.sum() <= share * few)
             if not done[part].all(): hit[~done[part]] = False
             (row, column), keep = hit.nonzero(as_tuple=True), keep & done[b]
             b, i = torch.cat([b[keep], live[row]]), torch.cat([i[keep], index[column]])

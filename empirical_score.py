@@ -370,6 +370,33 @@ class EmpiricalScore:
         sq = self.sq[at]
         return torch.stack([sq, sq.sqrt() * (1 + 2**-7), 0 * sq if level.V is None else level.beyond[at]]).float()
 
+    def _bounds(self, side, level, members, done):
+        """Chunk by chunk, for the queries that are not given up, yield their rows (b,), the same as an index, the
+        indices of the points (n,), their columns (3, n), and lower bounds (b, n) on |q - alpha x|^2 - |q|^2."""
+        for index, at, rows in self._chunks(members, level.dtype, level.c):
+            live = done.nonzero()[:, 0]
+            if not len(live): return
+            part, point = slice(None) if len(live) == len(done) else live, self._columns(at, level)
+            lower = side.lower[part] @ point
+            if rows.dtype == lower.dtype: lower.addmm_(side.low[part], rows.T, alpha=-1)
+            else: lower.sub_(side.low[part] @ rows.T)
+            yield live, part, index.to(self.device), point, lower
+
+    def _search(self, q, alpha, slack, side, level, members, done):
+        """Look at the point of the least lower bound exactly -> that bound (B,), |q - alpha x|^2 (B, 1), the number of
+        points. Where most points of the first chunk are as near as the nearest, within slack, `done` becomes False."""
+        least, likely = torch.full_like(q[:, 0], torch.inf).float(), torch.zeros_like(q[:, 0], dtype=torch.int64)
+        n, d2 = 0, q.new_full((len(q), 1), torch.inf)
+        for live, part, index, _, lower in self._bounds(side, level, members, done):
+            here = lower.amin(1)
+            better = (here < least[part]).nonzero()[:, 0]
+            likely[live[better]], least[part] = index[lower[better].argmin(1)], here.minimum(least[part])
+            if n == 0: done[live] = (lower <= (here + slack[part]).float()[:, None]).sum(1) <= 64 + len(index) // 2
+            n += len(index)
+        live = done.nonzero()[:, 0]
+        d2[live, 0] = self._each(live, likely[live], self._distance(q, alpha))
+        return least, d2, n
+
     def _screen(self, q, alpha, members, level, limit, k=1, slack=0.0, measure=None):
         """All points that may be among the k best of a query, or within `slack` of the best: certain to miss none.
 
@@ -381,7 +408,7 @@ class EmpiricalScore:
         few, most = limit.sum() // 4, (4 * limit).clamp(max=most)
         side, qq = self._side(q, alpha, level), q.square().sum(1)
         done, best = side.fits.clone(), q.new_full((B, k), torch.inf)
-        promise = side.low.new_full((B,), torch.inf, dtype=torch.float32)    # of the points looked at, the least bound
+        promise = torch.full_like(qq, torch.inf).float()     # of the points looked at exactly, the least bound
         b = i = torch.zeros(0, dtype=torch.int64, device=self.device)
         value = torch.zeros(0, device=self.device)
 
@@ -390,30 +417,9 @@ class EmpiricalScore:
             cut = cut if measure else cut - qq + 2.0**-40 * (cut + qq) + side.tiny
             return (cut + 2.0**-22 * cut.abs()).float()
 
-        def chunks():                                        # of the queries that are not given up: their bounds
-            for index, at, rows in self._chunks(members, level.dtype, level.c):
-                live = done.nonzero()[:, 0]
-                if not len(live): return
-                part, point = slice(None) if len(live) == B else live, self._columns(at, level)
-                lower = side.lower[part] @ point                                                 # (b, n)
-                if rows.dtype == lower.dtype: lower.addmm_(side.low[part], rows.T, alpha=-1)
-                else: lower.sub_(side.low[part] @ rows.T)
-                yield live, part, index.to(self.device), point, lower
-
         search, passed = level.V is not None and not measure, 0
-        if search:                                           # these products are cheap: once more, for a low cut
-            likely = torch.zeros_like(promise, dtype=torch.int64)
-            for live, part, index, _, lower in chunks():
-                least = lower.amin(1)
-                better = (least < promise[part]).nonzero()[:, 0]
-                likely[live[better]], promise[part] = index[lower[better].argmin(1)], least.minimum(promise[part])
-                if not passed:                               # most are as near as the nearest: the weights are spread
-                    done[live] = (lower <= (least + slack[part])[:, None].float()).sum(1) <= 64 + len(index) // 2
-                passed += len(index)
-            live = done.nonzero()[:, 0]
-            best[live, 0] = self._each(live, likely[live], self._distance(q, alpha))
-        every, passed = passed, 0
-        for live, part, index, point, lower in chunks():
+        if search: promise, best, every = self._search(q, alpha, slack, side, level, members, done)      # it is cheap
+        for live, part, index, point, lower in self._bounds(side, level, members, done):
             order = lower
             if measure:                                      # it wants bounds on the distance itself
                 ends = (a[part, None].float() for a in ((1 - 2**-21) * qq - side.tiny, (1 + 2**-21) * qq + side.tiny))

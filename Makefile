@@ -1,5 +1,5 @@
 # Two commands, neither of which needs the other first:
-#   make figures    set up, then run every experiment: figures in out/<experiment>/laptop/results.png
+#   make figures    set up, then run every experiment: figures in out/<experiment>/laptop/results.png; FLAGS go to each
 #   make test       set up, then run the tests
 PYTHON ?= python3
 # Threads that wait for each other soon give their core away, instead of turning in circles: else a second program on the
@@ -12,7 +12,7 @@ EXPERIMENTS := $(wildcard exp_toy2d.py exp_cfg_paradox.py exp_shells.py exp_gaus
 .PHONY: figures test lint notebooks assets readme bench clean
 
 figures: .venv/ready
-	@for script in $(EXPERIMENTS); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in $(EXPERIMENTS); do echo "== $$script"; $(BIN)/python $$script $(FLAGS) || exit 1; done
 
 # A process a core, each of one thread; all of a file goes to one of them, for what its tests share. In alphabetical
 # order, since the files with the most tests, which xdist would take first, are not those that last.

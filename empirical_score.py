@@ -405,7 +405,7 @@ class EmpiricalScore:
         limit (B,) points survived, or 4 limit where those of all queries are few (no pairs then)."""
         B, most = len(q), max(k, SURVIVORS // max(1, len(q)))
         limit = limit.clamp(min=max(32, k), max=most)
-        few, most = limit.sum() // 4, (4 * limit).clamp(max=most)
+        few, most = limit.sum() // 2, (4 * limit).clamp(max=most)
         side, qq = self._side(q, alpha, level), q.square().sum(1)
         done, best = side.fits.clone(), q.new_full((B, k), torch.inf)
         promise = torch.full_like(qq, torch.inf).float()     # of the points looked at exactly, the least bound

@@ -6,7 +6,7 @@ sampling. It works because that gap is large. Yet both networks were trained tow
 hardly differ where training looks: next to a training image, the conditional and the unconditional softmax have
 collapsed on that same image. Where does the learned gap come from (Example 3.1)?
 
-    python exp_cfg_paradox.py           # trains the default model if need be (4 minutes), then a minute, on 2 CPU cores
+    python exp_cfg_paradox.py           # trains the default model if need be (6 minutes), then a minute, on 2 CPU cores
 
 What you should see. The paper compares the empirical gap on noisy training points (blue, solid: zero until t of about
 .6) with the learned gap along sampling trajectories (red, dashed: large at every t), and concludes that the gap is made

@@ -21,15 +21,17 @@ The drawn targets have the same minimiser as the exact one. At a few hundred ste
 of the three trains longer: then the fractions of copies are within hundredths, and another target moves the network by
 about a tenth of what another seed does (printed, with what each costs). Every finished network leaves its scores in
 out/exp_freedom/<preset>/runs/, and a long training a checkpoint; the same command goes on after an interrupt.
-(With a training loop of its own, it is longer than the other experiments.)
+It needs model.py, empirical_score.py, sample.py and train.py beside it. (With a training loop of its own, it is longer
+than 300 lines.)
 
-Try this after the first command, whose networks are found again; the answers are in the table, or in the figure.
-1. python exp_freedom.py --threshold .4     Does C3 hang on where "copy" begins? See the first two rows: both rises are
-   there still. At .1 little is left of them: (d) shows that hardly anything is that close.
-2. python exp_freedom.py --n-seeds 1        How sure is one network? See the intervals of the first two rows: they get
-   narrower, since they are then of the images alone, and know nothing of what another seed would do.
-3. python exp_freedom.py --redraw           Is there a threshold at which the control copies as much as the target?
+Try this after the first command, whose networks are found again; the answers are in the table, or in the figure. (2 and
+3 overwrite both; the first command, given again, brings them back.)
+1. python exp_freedom.py --redraw           Is there a threshold at which the control copies as much as the target?
    See (d): black meets dark blue only where nearly every image counts as a copy.
+2. python exp_freedom.py --threshold .4     Does C3 hang on where "copy" begins? See the first two rows: both rises are
+   there still. At .1 little is left of them: (d) shows that hardly anything is that close.
+3. python exp_freedom.py --n-seeds 1        How sure is one network? See the intervals of the first two rows: they get
+   narrower, since they are then of the images alone, and know nothing of what another seed would do.
 """
 # /// script
 # requires-python = ">=3.11"

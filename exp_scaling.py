@@ -37,7 +37,8 @@ deep here, its teacher a small classifier, the runs short). *Dial:* E^ext falls 
 
 Networks and their measurements are kept in out/exp_scaling/<preset>/runs/, named by what they depend on: the same
 command goes on after an interrupt, another length or trajectory count costs no more than what is new.
-(Three figures, six sweeps, their data and the Frechet distance make this file longer than the others.)
+It needs model.py, empirical_score.py, sample.py and train.py beside it. (Three figures, six sweeps, their data and the
+Frechet distance make this file longer than the others.)
 
 Try this, after a first run; the answers are in the table that is printed last, and most networks are found again.
 1. python exp_scaling.py --only onset --threshold 0.5     How much does "memorized" depend on what is called a copy? See
@@ -312,7 +313,7 @@ def paths(cfg, job):
     training = [cfg.n_onset if job.data == "onset" else cfg.n_data, cfg.batch, cfg.lr, cfg.warmup, cfg.ema,
                 cfg.contrast, cfg.label_dropout, cfg.seed, cfg.repa_depth if job.lam else 0]
     training = [*map(float, training), cfg.data]             # 1 and 1.0 are the same
-    folder = runs / f"{job.name()}_{digest(job.name(), training)}"
+    folder = runs / f"{Path(job.name()).name}_{digest(job.name(), training)}"        # --data may be a whole path
     return folder, [folder / f"measured_{k}_{digest(measuring)}.npz" for k in job.lengths]
 
 
@@ -785,8 +786,11 @@ def check(cfg):
             raise ValueError(f"--only {cfg.only} is of sets that are made here: it goes without --data")
         C, H, _ = (data := train.load_data(cfg.data))["x"].shape[1:]
         shapes = {k: (H, C, data["meta"]["num_classes"]) for k in ("fig3", "fig7", "unets")}
-        if cfg.only in ("all", "fig7") and cfg.reference and not cfg.model_path:
-            sample.inception()                               # its absence should be known before the training
+        if cfg.only in ("all", "fig7") and not cfg.model_path:           # what is missing should be known before
+            if cfg.reference and not Path(cfg.reference).exists():
+                raise FileNotFoundError(f"there is no reference {cfg.reference}")
+            if cfg.reference: sample.inception()
+            if cfg.vae: sample.autoencoder()
     for path in cfg.model_path:
         if cfg.only not in ("all", "fig3"):
             raise ValueError(f"--only {cfg.only} is of networks that are trained here: it goes without --model-path")

@@ -9,7 +9,7 @@ three ways to tell a model about angles turn the bad samples into good ones, and
 perfectly, by extrapolation alone. The three are P1, diffusion in polar space instead of the plane; P2, kernel ridge
 regression on polar features instead of (x, y); P3, a radial-equivariant network, f(a z) = a f(z), instead of any other.
 
-    python exp_toy2d.py                # 45 seconds on 2 CPU cores; needs empirical_score.py and nothing else
+    python exp_toy2d.py                # a minute on 2 CPU cores; needs empirical_score.py and nothing else
     python exp_toy2d.py --redraw --animate   # P2's samples on their way, as a GIF; after the command above, seconds
 
 What you should see. Half of C4: with P1 and P2 the red samples, between -.2 and .2, are gone. But there are fewer green
@@ -20,7 +20,7 @@ strips at the bottom are the sweep over what the paper leaves open (widths, band
 bad samples come back.
 
 L here is E_t E_{z ~ p_t} |x_theta - x_*|^2 over the variance of the data, so that it compares across spaces: 0 is a
-perfect fit, 1 is what predicting the mean would get. The file is longer than the other experiments since it carries its
+perfect fit, 1 is what predicting the mean would get. The file is longer than 300 lines since it carries its
 own intervals, results file and command line: it works without train.py, sample.py and model.py.
 
 Try this; the answers are in the table that is printed last.

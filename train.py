@@ -1,7 +1,7 @@
 """
 Train a diffusion model by denoising score matching (Eq. 1), the way every experiment of the paper does.
 
-    python train.py                                   # 4,500 real digits, about 4 minutes on 2 CPU cores
+    python train.py                                   # 4,500 real digits, about 6 minutes on 2 CPU cores
     torchrun --nproc_per_node=4 train.py               # the same update on 4 processes (GPUs; on a CPU, gloo)
     python train.py --preset gpu                       # MNIST, on one GPU; first: python data/prepare.py mnist
     python train.py --model UNet-nano --steps 500      # any field of Config, below

@@ -224,7 +224,7 @@ def peers(x):
     return out
 
 
-def fastest(fs, n=5):
+def fastest(fs, n=15):
     """{name: f()} -> {name: (seconds, result)}; the least of n rounds over all of them, so that a machine that slows
     down slows all of them down."""
     out = {name: f() for name, f in fs.items()}

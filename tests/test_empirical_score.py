@@ -424,3 +424,22 @@ def test_several_ranks_agree_with_one(world, split, path, ranks_folder):
                 # sizes have w^2, and miss twice what means do, in fp32; bf16 results may be rounded either way
                 bound = 2**-7 if a.dtype == torch.bfloat16 else 1e-5 if key[-1] == "size" else 1e-6
                 assert a.is_floating_point() and relative(a, b) < bound, key
+
+
+@pytest.mark.parametrize("t", [0.02, 0.3, 0.6, 0.95])
+def test_many_points_are_screened_along_few_directions_first(t):
+    """Points that vary little in most directions, as images do, in an order that is no random one."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1500, 256, generator=g) * torch.arange(1, 257)**-0.7
+    x = x[x[:, 0].argsort()] + 3
+    x[7] = x[3]
+    E = EmpiricalScore(x, chunk=400)
+    assert E._levels[0].V.shape == (256, 32) and E._levels[1].V is None
+    z = (1 - t) * x[:40] + t * torch.randn(40, 256, generator=g)
+    d2 = (z.double()[:, None] - (1 - t) * x.double()).square().sum(2)
+    assert relative(E.posterior_mean(z, t), torch.softmax(-d2 / (2 * t * t), 1) @ x.double()) < 1e-5
+    r = d2.sqrt() / (t * 16)
+    got, i = E.r_star(z, t)
+    assert ((r.gather(1, i[:, None])[:, 0] - 1).abs() <= (r - 1).abs().amin(1) + 1e-9).all()
+    d2 = (z.double()[:, None] - x.double()).square().sum(2)
+    assert torch.allclose(E.nearest(z, 3)[0].double(), d2.sort(1)[0][:, :3])

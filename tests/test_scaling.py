@@ -286,6 +286,12 @@ def test_another_data_set_and_its_fid(tmp_path, monkeypatch, capsys):
     exp_scaling.plot(tmp_path / "out" / "results.json")
     with pytest.raises(ValueError, match="without --data"):
         exp_scaling.check(replace(cfg, only="dial"))
+    assert {p.name for p in tmp_path.iterdir()} == {"set", "reference.npz", "out"}       # nothing beside the data
+    with pytest.raises(FileNotFoundError, match="there is no reference"):
+        exp_scaling.check(replace(cfg, reference="nosuch.npz"))
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ImportError, match="--vae needs the package diffusers"):
+        exp_scaling.check(replace(cfg, vae="vae"))
 
 
 def test_given_weights_are_measured_without_training(tiny, tmp_path, monkeypatch, capsys):

@@ -21,8 +21,8 @@ The drawn targets have the same minimiser as the exact one. At a few hundred ste
 of the three trains longer: then the fractions of copies are within hundredths, and another target moves the network by
 about a tenth of what another seed does (printed, with what each costs). Every finished network leaves its scores in
 out/exp_freedom/<preset>/runs/, and a long training a checkpoint; the same command goes on after an interrupt.
-It needs model.py, empirical_score.py, sample.py and train.py beside it. (With a training loop of its own, it is longer
-than 300 lines.)
+It needs model.py, empirical_score.py, sample.py and train.py beside it. (With a training loop of its own, it is
+longer than 300 lines.)
 
 Try this after the first command, whose networks are found again; the answers are in the table, or in the figure. (2 and
 3 overwrite both; the first command, given again, brings them back.)

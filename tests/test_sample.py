@@ -536,7 +536,7 @@ def test_fid(run, tmp_path, monkeypatch, capsys):
 
 def test_a_bad_reference_is_found_before_sampling(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(ImportError, match="--fid needs the package torch-fidelity"):
+    with pytest.raises(ImportError, match="an FID needs the package torch-fidelity"):
         export(run, tmp_path / "a.npz", fid="reference.npz")
     monkeypatch.setattr(script, "inception", lambda: features)
     for name in ("empty", "broken"):

@@ -383,8 +383,8 @@ class EmpiricalScore:
             yield live, part, index.to(self.device), point, lower
 
     def _search(self, q, alpha, slack, side, level, members, done):
-        """Look at the point of the least lower bound exactly -> that bound (B,), |q - alpha x|^2 (B, 1), the number of
-        points. Where most points of the first chunk are as near as the nearest, within slack, `done` becomes False."""
+        """Look at the point of the least lower bound exactly -> its |q - alpha x|^2 (B, 1), and the number of points.
+        Where most points of the first chunk are as near as the nearest, within slack, `done` becomes False."""
         least, likely = torch.full_like(q[:, 0], torch.inf).float(), torch.zeros_like(q[:, 0], dtype=torch.int64)
         n, d2 = 0, q.new_full((len(q), 1), torch.inf)
         for live, part, index, _, lower in self._bounds(side, level, members, done):
@@ -395,7 +395,7 @@ class EmpiricalScore:
             n += len(index)
         live = done.nonzero()[:, 0]
         d2[live, 0] = self._each(live, likely[live], self._distance(q, alpha))
-        return least, d2, n
+        return d2, n
 
     def _screen(self, q, alpha, members, level, limit, k=1, slack=0.0, measure=None):
         """All points that may be among the k best of a query, or within `slack` of the best: certain to miss none.
@@ -408,7 +408,7 @@ class EmpiricalScore:
         few, most = limit.sum() // 2, (4 * limit).clamp(max=most)
         side, qq = self._side(q, alpha, level), q.square().sum(1)
         done, best = side.fits.clone(), q.new_full((B, k), torch.inf)
-        promise = torch.full_like(qq, torch.inf).float()     # of the points looked at exactly, the least bound
+        promise = torch.full_like(qq, torch.inf).float()     # without a search: of what was looked at, the least bound
         b = i = torch.zeros(0, dtype=torch.int64, device=self.device)
         value = torch.zeros(0, device=self.device)
 
@@ -418,23 +418,23 @@ class EmpiricalScore:
             return (cut + 2.0**-22 * cut.abs()).float()
 
         search, passed = level.V is not None and not measure, 0
-        if search: promise, best, every = self._search(q, alpha, slack, side, level, members, done)      # it is cheap
+        if search: best, every = self._search(q, alpha, slack, side, level, members, done)       # it is cheap
         for live, part, index, point, lower in self._bounds(side, level, members, done):
             order = lower
             if measure:                                      # it wants bounds on the distance itself
                 ends = (a[part, None].float() for a in ((1 - 2**-21) * qq - side.tiny, (1 + 2**-21) * qq + side.tiny))
                 bounds = lower, torch.addmm(lower, side.upper[part], point)
                 lower, order = measure(*(a.add_(end) for a, end in zip(bounds, ends, strict=True)), part)
-            if k == 1:                                       # the likeliest is looked at exactly: the cut sinks farther
+            if not search and k == 1:                        # the likeliest is looked at exactly: the cut sinks farther
                 least = order.amin(1)
                 near = (least < promise[part]).nonzero()[:, 0]
                 promise[part] = torch.minimum(promise[part], least)
                 d2, likely = q.new_full((len(live), 1), torch.inf), order[near].argmin(1)
                 d2[near, 0] = self._each(live[near], index[likely], self._distance(q, alpha))
-                new = measure(d2, d2, part)[1] if measure else d2
-            else:
+                best[part] = torch.minimum(best[part], measure(d2, d2, part)[1] if measure else d2)
+            elif k > 1:
                 new = order.topk(min(k, len(index)), largest=False).values.double()
-            best[part] = torch.cat([best[part], new], 1).topk(k, largest=False).values
+                best[part] = torch.cat([best[part], new], 1).topk(k, largest=False).values
             cut = cutoff()
             hit, keep = lower <= cut[part, None], value <= cut[b]
             count = torch.bincount(b[keep], minlength=B)

@@ -14,8 +14,8 @@ trajectories (red). The dashed line is the control that the paper leaves out: re
 noised afresh. They leave the shells at the same t, and two thirds as far: leaving the shells is what *any* image does
 that is not in the training set. Only what a trajectory is farther out than that is the model's own doing.
 Right, Fig 4: from a noisy training image the model finds its way back to that image until t of about .6, roughly as
-long as the shells of a class do not overlap (C(t), Appendix B.2). It needs
-model.py, empirical_score.py, sample.py and train.py beside it. (The animation makes it longer than 300 lines.)
+long as the shells of a class do not overlap (C(t), Appendix B.2). It needs model.py, empirical_score.py,
+sample.py and train.py beside it. (The animation makes it longer than 300 lines.)
 
 Try this; the answers are in the table that is printed last.
 1. python exp_shells.py --overlap-class 1       Are the shells of all classes apart until the same t? See "the closest

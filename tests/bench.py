@@ -363,7 +363,7 @@ def memory(sizes=(300_000, 1_000_000), D=784, B=1024):
     from empirical_score import EmpiricalScore
     resident = lambda: int(next(li for li in open("/proc/self/status") if li.startswith("RssAnon")).split()[1]) / 1024
     found = []
-    for N in sizes:                                          # the first keeps a copy in bf16, the second is too large
+    for N in sizes:                                          # in bf16 the first fits into the cache, not the second
         with tempfile.TemporaryDirectory() as folder:
             x = np.lib.format.open_memmap(f"{folder}/x.npy", "w+", np.float32, (N, D))
             rng = np.random.default_rng(0)

@@ -501,8 +501,9 @@ class EmpiricalScore:
         n, alpha, var = len(self.shard) if members is None else len(members), 1 - t, t**2
         q, rest = z - alpha[:, None] * self.centre, torch.arange(len(z), device=self.device)     # (B, D), (B,)
         # A dense fp32 product misses an exponent by about this much: it is the largest error seen, not a bound.
+        small = len(z) * n * self.D <= SMALL                 # then all are taken in float64, at once
+        tolerance = 0 if small else tolerance
         fine = alpha / var * self.radius * (q.norm(dim=1) + alpha * self.radius) * 2.0**-23 < tolerance
-        small = len(z) * n * self.D <= SMALL
         for level in self._levels if n and not small else ():
             ask = rest if level.V is not None or level.dtype == torch.bfloat16 else rest[~fine[rest]]
             if len(ask):
@@ -512,7 +513,6 @@ class EmpiricalScore:
                 if done.any(): yield ask[done], index, None, e, struck
                 rest = rest[~torch.isin(rest, ask[done])]
         for dtype, ask in ((torch.float32, rest[fine[rest]]), (torch.float64, rest[~fine[rest]])):
-            dtype = torch.float64 if small else dtype
             query, bias = ((alpha / var)[ask] * q[ask].T).to(dtype), (-alpha**2 / (2 * var))[ask].to(dtype)
             for index, at, rows in self._chunks(members, dtype) if n and len(ask) else ():
                 e = torch.addmm(self.sq[at].to(dtype)[:, None] * bias, rows, query).T         # (b, n)
@@ -551,7 +551,7 @@ class EmpiricalScore:
             new = Posterior(m, w.sum(1, dtype=torch.float64), w.square().sum(1, dtype=torch.float64), weighted, dropped)
             p.put(b, [Posterior(*(a[b] for a in p)), new])
         before = torch.zeros_like(p.sum)
-        for b in (slice(i, i + self.block) for i in range(0, len(z), self.block)):
+        for b in (slice(i, i + self.block) for i in range(0, len(z) * (self.world > 1), self.block)):
             ranks = [Posterior(*r) for r in zip(*(self._gather(a[b]) for a in p), strict=True)]
             p.put(b, ranks)
             before[b] = sum(r.sum * torch.exp(r.max - p.max[b]) for r in ranks[:self.rank])

@@ -9,12 +9,12 @@ collapsed on that same image. Where does the learned gap come from (Example 3.1)
     python exp_cfg_paradox.py           # trains the default model if need be (6 minutes), then a minute, on 2 CPU cores
 
 What you should see. The paper compares the empirical gap on noisy training points (blue, solid: zero until t of about
-.6) with the learned gap along sampling trajectories (red, dashed: large at every t), and concludes that the gap is made
-where the network extrapolates. These are two changes at once. The full square {empirical, learned} x {supervision,
-extrapolation} tells them apart: the *learned* gap is large on the training points too (blue, dashed). So this network,
-a small one, does not match the empirical score inside of the shells to the precision that the argument needs: with it,
-the paradox is there without any extrapolation. The second panel shows why the empirical gap vanishes: one training
-point has all the weight of the softmax, with the label or without it.
+.6) with the learned gap along sampling trajectories (orange-red, dashed: large at every t), and concludes that the gap
+is made where the network extrapolates. These are two changes at once. The full square {empirical, learned} x
+{supervision, extrapolation} tells them apart: the *learned* gap is large on the training points too (blue, dashed). So
+this network, a small one, does not match the empirical score inside of the shells to the precision that the argument
+needs: with it, the paradox is there without any extrapolation. The second panel shows why the empirical gap vanishes:
+one training point has all the weight of the softmax, with the label or without it.
 
 Try this; the answers are in the table that is printed last, or in the figure.
 1. python exp_cfg_paradox.py --w 4          Does guidance lead to where there is more to guide? See the learned gap on
@@ -23,7 +23,7 @@ Try this; the answers are in the table that is printed last, or in the figure.
    that make the empirical gap vanish? See the first row, which holds for images that nobody trained on, too: at small
    t the softmax collapses on one image wherever it is asked.
 3. python exp_cfg_paradox.py --redraw       As t grows, where does a second image get a say first, on training points or
-   on trajectories? See (b): red leaves 1 at a smaller t than blue.
+   on trajectories? See (b): orange-red leaves 1 at a smaller t than blue.
 """
 # /// script
 # requires-python = ">=3.11"
@@ -93,7 +93,7 @@ def learned_gap(model, z, t, y):
 # Measuring
 
 def work(cfg):
-    """What --dry-run is to foretell: dopri5 takes about 150 evaluations an image."""
+    """What --dry-run is to foretell. dopri5 took 74 evaluations an image here; twice that is assumed."""
     data = train.load_data(cfg.train.data)
     todo = None if cfg.model_path else train.training_of(dataclasses.replace(cfg.train, device=cfg.device))
     args = dict(name=cfg.train.model, input_size=data["x"].shape[2], in_channels=data["x"].shape[1],

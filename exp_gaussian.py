@@ -12,11 +12,11 @@ Noisy points z_t = (1 - t) x + t eps of such data are N(0, ((1 - t)^2 + t^2) I),
 s_gt(z, t) = -z / ((1 - t)^2 + t^2), and a network can be held against both scores, s_* and s_gt, in both regions.
 
 What you should see. On training points (blue) the error to s_* (solid) falls below that to s_gt (dashed), by (b) for t
-above .1; on fresh points (red) it stays above, but only for t below .4, where a noisy point still tells from which
-training point it came. s_gt is approached in the first hundreds of iterations only, then left on fresh points too; and
-the error to s_* there, which the paper does not show, does not grow: it falls, and stops far from 0. With 10,000 points
-nothing is left to select. (With its own intervals, results file and command line, this file is longer than 300 lines,
-and works without train.py.)
+above .1; on fresh points (orange-red) it stays above, but only for t below .4, where a noisy point still tells from
+which training point it came. s_gt is approached in the first hundreds of iterations only, then left on fresh points
+too; and the error to s_* there, which the paper does not show, does not grow: it falls, and stops far from 0.
+With 10,000 points nothing is left to select. (With its own intervals, results file and command line, this file is
+longer than 300 lines, and works without train.py.)
 
 Try this; the answers are in the first two rows of the table that is printed last, or in the figure.
 1. python exp_gaussian.py --iterations 400      Which score comes first on training points? The first row says s_gt: it

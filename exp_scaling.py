@@ -17,7 +17,7 @@ Fig. 6: REPA changes the learned score more along trajectories than on training 
 Everything is trained here, by train.py, on four kinds of images: random 1/f fields (16 x 16; the true posterior mean is
 a Wiener filter, the limit of both errors), digits, mixtures of the two (the *dial*), and crops of photographs of brick,
 grass and gravel (the *onset* of memorization). The effect is about 1% of the levels: all networks get the same points,
-noise and starting noise, and intervals (95%) are of paired differences, over 1,024 points or trajectories. They do not
+noise and starting noise, and intervals (95%) are of paired differences, over 768 points or trajectories. They do not
 cover the seed of the training: one network of each kind is trained.
 
 Where the paper leaves it open: Fig. 3 is taken to be x-space, and Fig. 7 v-space, |x_theta - x_*|^2 / t^2 (t_min .031,
@@ -45,7 +45,7 @@ Try this, after a first run; the answers are in the table that is printed last, 
    "memorized fraction": several times as many of the samples are copies.
 2. python exp_scaling.py --only fig3 --n-times 8    What depends on the grid of t? Not "v-space over x-space": E^sup has
    a finite limit in v-space as t falls to 0. But see "why": twice the step, and the solver's error is in E^ext.
-3. python exp_scaling.py --only dial --amounts 0 1 --dial.lengths 400    Is the dial a matter of the moment? See "digits
+3. python exp_scaling.py --only dial --amounts 0 1 --dial.lengths 300    Is the dial a matter of the moment? See "digits
    alone" and "fields alone" for networks half as old: do both slopes keep their sign?
 """
 # /// script
@@ -89,11 +89,11 @@ class Config:
     only: Literal["all", "fig3", "fig6", "fig7", "dial", "onset"] = "all"  # what to train for
     model_path: tuple[str, ...] = ()  # official SiT weights, or runs: Figure 3 of these, and nothing is trained
     fig3: Ladder = field(default_factory=lambda: Ladder(
-        ("SiT-pico/4", "SiT-nano/4", "SiT-micro/4", "SiT-tiny/4"), (400, 800, 1600)))
-    plateau: Ladder = field(default_factory=lambda: Ladder(("SiT-pico/4", "SiT-nano/4"), (400, 800, 1600)))
-    fig7: Ladder = field(default_factory=lambda: Ladder(("SiT-nano/2", "SiT-micro/2"), (400, 800)))
-    unets: Ladder = field(default_factory=lambda: Ladder(("UNet-pico", "UNet-nano"), (200, 400)))
-    dial: Ladder = field(default_factory=lambda: Ladder(("SiT-pico/4", "SiT-nano/4", "SiT-micro/4"), (800,)))
+        ("SiT-pico/4", "SiT-nano/4", "SiT-micro/4", "SiT-tiny/4"), (300, 600, 1200)))
+    plateau: Ladder = field(default_factory=lambda: Ladder(("SiT-pico/4", "SiT-nano/4"), (300, 600, 1200)))
+    fig7: Ladder = field(default_factory=lambda: Ladder(("SiT-nano/2", "SiT-micro/2"), (300, 600)))
+    unets: Ladder = field(default_factory=lambda: Ladder(("UNet-pico", "UNet-nano"), (150, 300)))
+    dial: Ladder = field(default_factory=lambda: Ladder(("SiT-pico/4", "SiT-nano/4", "SiT-micro/4"), (600,)))
     onset: Ladder = field(default_factory=lambda: Ladder(("SiT-nano/4", "SiT-micro/4"), (250, 500, 1000, 2000)))
     amounts: tuple[float, ...] = (0, 0.5, 1)  # of texture in the dial: 0 is digits alone, 1 fields alone
     lambdas: tuple[float, ...] = (0, 0.25, 0.5, 1)  # of REPA; the first must be 0
@@ -102,14 +102,14 @@ class Config:
     contrast: float = 1  # standard deviation of the pixels of every set made here; 1 as in latents
     n_data: int = 20_000  # training images of each set
     n_onset: int = 1_000  # training images of the onset's: fewer, so that memorization comes early
-    n_trajectories: int = 1024  # and as many noised training images; Figure 6 takes twice as many
+    n_trajectories: int = 768  # and as many noised training images; Figure 6 takes twice as many
     n_times: int = 16  # times t = (k + 1/2)/n_times, which are also the steps of Heun's method
     batch: int = 128  # images a step
     accum: int = 1  # gradient accumulation, where they do not fit into memory at once
     lr: float = 1e-3  # of AdamW, constant after the warmup
     warmup: int = 50  # steps over which the learning rate rises
     ema: float = 0.999  # decay of the averaged weights, reached gradually
-    label_dropout: float = 0.1  # fraction of labels replaced by the null label
+    label_dropout: float = 0.1  # fraction of labels replaced by the null label, that of no class
     n: int = 50  # neighbours in calibrated l2
     threshold: float = 0.25  # of calibrated l2, below which a sample is a copy
     reference: str = ""  # with --data: images, or ADM's statistics, for the FID of Figure 7

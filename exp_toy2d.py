@@ -12,12 +12,12 @@ regression on polar features instead of (x, y); P3, a radial-equivariant network
     python exp_toy2d.py                # a minute on 2 CPU cores; needs empirical_score.py and nothing else
     python exp_toy2d.py --redraw --animate   # P2's samples on their way, as a GIF; after the command above, seconds
 
-What you should see. Half of C4: with P1 and P2 the red samples, between -.2 and .2, are gone. But there are fewer green
-ones too: what was bad is now memorized. P2's loss is also lower; with its ridge raised until the loss equals the
-baseline's ("equal L", what C4 is about) there are fewer bad and slightly more good samples. P3 makes many good ones,
-because it must: it cannot fit the four points, and its loss is about the least that any such network can have. The
-strips at the bottom are the sweep over what the paper leaves open (widths, bandwidths, ridges); with wide kernels the
-bad samples come back.
+What you should see. Half of C4: with P1 and P2 the orange-red samples, between -.2 and .2, are gone. But there are
+fewer green ones too: what was bad is now memorized. P2's loss is also lower; with its ridge raised until the loss
+equals the baseline's ("equal L", what C4 is about) there are fewer bad and slightly more good samples. P3 makes many
+good ones, because it must: it cannot fit the four points, and its loss is about the least that any such network can
+have. The strips at the bottom are the sweep over what the paper leaves open (widths, bandwidths, ridges); with wide
+kernels the bad samples come back.
 
 L here is E_t E_{z ~ p_t} |x_theta - x_*|^2 over the variance of the data, so that it compares across spaces: 0 is a
 perfect fit, 1 is what predicting the mean would get. The file is longer than 300 lines since it carries its

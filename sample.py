@@ -28,6 +28,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 import zipfile
 from dataclasses import dataclass, is_dataclass
 from datetime import timedelta
@@ -56,7 +57,9 @@ def velocity(model, z, t, y, w=1.0):
         both = torch.cat([y, torch.full_like(y, model.num_classes)])
         v_c, v_u = velocity(model, torch.cat([z, z]), t, both).chunk(2)
         return v_c + (w - 1) * (v_c - v_u)
-    out = model(z, t, y)
+    at_once = max(1, 2**16 // z.shape[1:].numel() if z.device.type == "cpu" and not np.ndim(t) else len(z))
+    labels = [None] * len(z) if y is None else y.split(at_once)          # on a CPU, activations stay in its caches so
+    out = torch.cat([model(zb, t, yb) for zb, yb in zip(z.split(at_once), labels, strict=False)])
     return out if model.prediction == "v" else (z - out) / t
 
 
@@ -286,16 +289,21 @@ def parse(default, description, argv=None):
         for name, v in vars(cfg).items():
             yield from flags(v, f"{within}{name}.") if is_dataclass(v) else [(within + name).replace("_", "-")]
 
+    known = [*flags(default)]                                # by full name, or the last part: --data, for --train.data
+    known = {f"--{flag.rpartition('.')[2]}": flag for flag in reversed(known) if "." in flag} | {f: f for f in known}
+
     def refuse(event):
         if tokens := getattr(event, "tokens", None) or getattr(event, "unrecognized_tokens", None):
-            near = difflib.get_close_matches(flag := tokens[0].partition("=")[0], [*flags(default)], 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            near = difflib.get_close_matches(flag := tokens[0].partition("=")[0], known, 1)
+            hint = f"; did you mean {known[near[0]]}?" if near else ""
             raise ValueError(f"unrecognized option {flag}{hint} (--help lists all)")
         if missing := getattr(event, "missing_arguments", None):
             raise ValueError(f"{missing[0].arg.display_name()} is required (--help says what it is)")
         if argument := getattr(event, "argument", None):
             why = getattr(event, "message", "") or (f"{event.value!r} is none of {', '.join(event.choices)}" if
                                                     hasattr(event, "choices") else "its value is missing")
+            if (given := re.search(r"'.*'", why)) and type(event).__name__ == "InstantiationFailure":
+                why = f"{given[0]} is not of the form {argument.lowered.metavar}"
             raise ValueError(f"{argument.display_name()}: {why}")
 
     argv = sys.argv[1:] if argv is None else argv
@@ -305,7 +313,8 @@ def parse(default, description, argv=None):
     # a hook that is not public: where there is none, tyro draws its box
     hook = getattr(getattr(tyro, "_errors", None), "on_parse_error", contextlib.nullcontext)
     with hook(refuse):
-        return tyro.cli(type(default), default=default, description=description, args=argv)
+        return tyro.cli(type(default), default=default, args=argv,
+                        description=f"{description or ''}\n\n--debug, with all others: show where an error came from.")
 
 
 FULL = "out of memory|allocate memory|size calculation overflowed"       # torch's words, in errors that have no class
@@ -361,6 +370,8 @@ def cli(main, presets):
     except KeyboardInterrupt as e:
         sys.exit(": ".join(["interrupted", *map(str, e.args)]))
     except Exception as e:
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(2)                                    # torchrun ends all with the first: a fault is told once
         if debug or not (text := one_line(e)): raise
         sys.exit(f"error: {text}")
 

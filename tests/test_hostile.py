@@ -392,6 +392,9 @@ CASES = {
     "a target that does not exist": ("exp_freedom.py --target=guess", None, ["unknown target 'guess'"]),
     "a FID reference without an .npz": (SAMPLE + " --fid={f}/a.npz", None, ["--out NAME.npz"]),
     "ratios that descend": ("exp_freedom.py --ratios 4 1", None, ["ratios", "ascending"]),
+    "ratios with a comma": ("exp_freedom.py --ratios 1,2", None, ["--ratios", "'1,2'", "FLOAT"]),
+    "train.py's flag": ("exp_shells.py --data digits", None, ["--data", "did you mean --train.data?"]),
+    "a flag of several": ("exp_freedom.py --steps 3", None, ["--steps", "did you mean --transformer.steps?"]),
     "a batch that does not divide": (TRAIN + " --accum=3", None, ["batch 4", "accum = 1 x 3"]),
     # the command line
     **{f"{c}": (f"{script} {flag}", None, [*words]) for script in SCRIPTS for c, flag, words in typos(script)},

@@ -130,6 +130,11 @@ def test_two_ranks_give_the_update_of_one(data, tmp_path):
     assert np.allclose(*log, rtol=1e-4)                      # the logged loss is that of the global batch
 
 
+def test_several_processes_refuse_in_one_line(data, tmp_path):
+    done = torchrun(2, config(data, tmp_path / "run", steps=-4))
+    assert done.returncode == 1 and done.stderr.count("error: steps must be at least 1, not -4") == 1, done.stderr
+
+
 def with_features(folder, out, dim=5):
     """The toy data with a teacher's features of its 4 tokens beside them."""
     data = train.load_data(folder)

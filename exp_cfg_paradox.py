@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 import train
 from empirical_score import EmpiricalScore
-from sample import check_fit, cli, load_run, noise, pick_device, replacing, sample, velocity
+from sample import NFE, check_fit, cli, load_run, noise, pick_device, replacing, sample, velocity
 from train import Config as Training
 
 
@@ -52,7 +52,7 @@ class Config:
     train: Training = field(default_factory=Training)  # the model: trained by train.py, or found in out/
     model_path: str = ""  # official SiT weights or a run's folder: measure it, and train nothing
     n: int = 200  # points, and trajectories, at each time
-    n_times: int = 100  # times t = 1/n, 2/n .. 1
+    n_times: int = 50  # times t = 1/n, 2/n .. 1
     w: float = 1.0  # guidance of the trajectories; 1 is none, 4 is usual
     batch: int = 200  # images per ODE solve; dopri5 shares its steps among them
     seed: int = 0  # of the points, the noise and the trajectories
@@ -64,8 +64,8 @@ class Config:
 
 PRESETS = {
     "laptop": Config(),
-    "gpu": Config("gpu", train.PRESETS["gpu"]),
-    "paper": Config("paper", train.PRESETS["paper"]),
+    "gpu": Config("gpu", train.PRESETS["gpu"], n_times=100),
+    "paper": Config("paper", train.PRESETS["paper"], n_times=100),
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def learned_gap(model, z, t, y):
 # Measuring
 
 def work(cfg):
-    """What --dry-run is to foretell. dopri5 took 74 evaluations an image here; twice that is assumed."""
+    """What --dry-run is to foretell."""
     data = train.load_data(cfg.train.data)
     todo = None if cfg.model_path else train.training_of(dataclasses.replace(cfg.train, device=cfg.device))
     args = dict(name=cfg.train.model, input_size=data["x"].shape[2], in_channels=data["x"].shape[1],
@@ -101,7 +101,7 @@ def work(cfg):
     if cfg.model_path:
         check_fit(load_run(cfg.model_path)[0], cfg.model_path, data["x"].shape[1:], args["num_classes"], cfg.train.data)
     return dict(data=data, nets=[todo] if todo else [], queries=4 * cfg.n * cfg.n_times,
-                images=[(args, cfg.n * (150 + 4 * cfg.n_times))])
+                images=[(args, cfg.n * (NFE + 4 * cfg.n_times))])
 
 
 def measure(cfg):

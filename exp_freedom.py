@@ -75,7 +75,7 @@ class Config:
     # the first network of Fig. 5c, trained on every region
     transformer: Net = field(default_factory=lambda: Net("SiT-micro/4", 500, 64, 4e-3))
     # the second: is what the first does a matter of transformers?
-    unet: Net = field(default_factory=lambda: Net("UNet-nano", 150, 64, 4e-3))
+    unet: Net = field(default_factory=lambda: Net("UNet-pico", 200, 64, 8e-3))
     # the network that compares the targets, at the largest ratio: longer, since drawn targets make a noisier gradient
     compare: Net = field(default_factory=lambda: Net("SiT-micro/4", 1800, 64, 4e-3))
     target: str = "exact"  # exact: x_*; sampled: an image drawn from the posterior; faiss: drawn among k neighbours

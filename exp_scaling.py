@@ -46,7 +46,7 @@ Try this, after a first run; the answers are in the table that is printed last, 
    "memorized fraction": several times as many of the samples are copies.
 2. python exp_scaling.py --only fig3 --n-times 8    What depends on the grid of t? Not "v-space over x-space": E^sup has
    a finite limit in v-space as t falls to 0. But see "why": twice the step, and the solver's error is in E^ext.
-3. python exp_scaling.py --only dial --amounts 0 1 --dial.lengths 300    Is the dial a matter of the moment? See "digits
+3. python exp_scaling.py --only dial --amounts 0 1 --dial.lengths 250    Is the dial a matter of the moment? See "digits
    alone" and "fields alone" for networks half as old: do both slopes keep their sign?
 """
 # /// script
@@ -90,11 +90,12 @@ class Config:
     only: Literal["all", "fig3", "fig6", "fig7", "dial", "onset"] = "all"  # what to train for
     model_path: tuple[str, ...] = ()  # official SiT weights, or runs: Figure 3 of these, and nothing is trained
     fig3: Ladder = field(default_factory=lambda: Ladder(
-        ("SiT-pico/4", "SiT-nano/4", "SiT-micro/4", "SiT-tiny/4"), (300, 600, 1200)))
-    plateau: Ladder = field(default_factory=lambda: Ladder(("SiT-pico/4", "SiT-nano/4"), (300, 600, 1200)))
+        ("SiT-pico/4", "SiT-nano/4", "SiT-micro/4", "SiT-tiny/4"), (250, 500, 1000)))
+    plateau: Ladder = field(default_factory=lambda: Ladder(("SiT-pico/4", "SiT-nano/4"), (250, 500)))
+    plateau_seeds: int = 3  # networks of each kind there: what size changes is no more than what a seed does
     fig7: Ladder = field(default_factory=lambda: Ladder(("SiT-nano/2", "SiT-micro/2"), (300, 600)))
-    unets: Ladder = field(default_factory=lambda: Ladder(("UNet-pico", "UNet-nano"), (150, 300)))
-    dial: Ladder = field(default_factory=lambda: Ladder(("SiT-pico/4", "SiT-nano/4", "SiT-micro/4"), (600,)))
+    unets: Ladder = field(default_factory=lambda: Ladder(("UNet-pico", "UNet-nano"), (100, 200)))
+    dial: Ladder = field(default_factory=lambda: Ladder(("SiT-pico/4", "SiT-nano/4", "SiT-micro/4"), (500,)))
     onset: Ladder = field(default_factory=lambda: Ladder(("SiT-nano/4", "SiT-micro/4"), (250, 500, 1000, 2000)))
     amounts: tuple[float, ...] = (0, 0.5, 1)  # of texture in the dial: 0 is digits alone, 1 fields alone
     lambdas: tuple[float, ...] = (0, 0.25, 0.5, 1)  # of REPA; the first must be 0
@@ -371,7 +372,8 @@ def probe(folder, n, n_times, seed, device):
                            few=few, seconds=time.time() - started)
 
 
-PIECE = 256                                                  # images at once: activations stay in a CPU's caches
+PIECE = 256                                                  # images at once: activations stay in a CPU's caches, and
+                                                             # of the large networks fit beside a GPU's data
 
 @torch.no_grad()
 def data_prediction(model, z, t, y):                         # x_theta = z - t v_theta, (B, C, H, W), in pieces
@@ -462,7 +464,8 @@ def jobs(cfg, part):
         if not cfg.data:                                     # of which the true density is known
             out.append(Job("dial1", "Wiener", (0,)))
         if not cfg.data and not cfg.model_path:
-            out += [*every("plateau", cfg.plateau), Job("plateau", "Wiener", (0,))]
+            out += [job._replace(seed=s) for s in range(cfg.plateau_seeds) for job in every("plateau", cfg.plateau)]
+            out.append(Job("plateau", "Wiener", (0,)))
     return [job._replace(data=cfg.data or job.data) for job in out]
 
 
@@ -521,10 +524,10 @@ def slopes(compute, E):
     return out
 
 
-def ladder(cfg, data, models, lengths):
+def ladder(cfg, data, models, lengths, seed=0):
     """All that is said about one ladder: levels, paired differences and slopes, in x- and v-space, with labels and
     without ("_free"), and along t."""
-    runs = [[np.load(p) for p in paths(cfg, Job(data, m, lengths))[1]] for m in models]
+    runs = [[np.load(p) for p in paths(cfg, Job(data, m, lengths, seed=seed))[1]] for m in models]
     t = times(cfg)
     per_step = np.array([step_flops(cfg, data, m) for m in models], dtype=float)                 # (S, 2)
     compute = per_step[:, :1] * np.array(lengths)                                                # (S, L)
@@ -544,6 +547,20 @@ def ladder(cfg, data, models, lengths):
     ratio = lambda v: (v / t**2).mean() / v.mean()
     out["v_over_x"] = [ratio(sup), *train.bootstrap(sup, ratio)]
     return out
+
+
+def over_seeds(each):
+    """What ladders of several seeds say of one error, alike -> the same of all: values (..., 3) become their mean over
+    the seeds, with Student's t interval, but none narrower than that of a seed's trajectories, which are the same for
+    all: three seeds can agree by chance."""
+    if isinstance(each[0], dict):
+        return {k: np.mean([e[k] for e in each], 0) if k == "mean" else over_seeds([e[k] for e in each])
+                for k in each[0]}
+    v = np.array(each)                                       # (seeds, ..., 3)
+    mean, half = v[..., 0].mean(0), (v[..., 2] - v[..., 1]).mean(0) / 2
+    if len(v) > 1:
+        half = np.maximum(half, stdtrit(len(v) - 1, 0.975) * v[..., 0].std(0, ddof=1) / len(v)**0.5)
+    return np.stack([mean, mean - half, mean + half], -1)
 
 
 def row(text, paper, value, **bounds):                       # value (3,): what came out, and its 95% interval
@@ -593,7 +610,9 @@ def part_fig3(cfg):
         claims += given_claims(cfg, a, np.load(paths(cfg, Job(data, models[-1], (1,)))[1][0]), given(models[-1]))
     if cfg.data or cfg.model_path:
         return a, claims
-    a["plateau"] = p = with_limit(cfg, ladder(cfg, "plateau", cfg.plateau.models, cfg.plateau.lengths), "plateau")
+    seeds = [ladder(cfg, "plateau", cfg.plateau.models, cfg.plateau.lengths, s) for s in range(cfg.plateau_seeds)]
+    p = seeds[0] | {key: over_seeds([one[key] for one in seeds]) for key in seeds[0] if key[:4] in ("sup_", "ext_")}
+    a["plateau"] = p = with_limit(cfg, p, "plateau")
     return a, [*claims,
                falls("Fig 3 plateau, half the contrast: supervision error over size", p["sup_x"]["slope"]["size"]),
                grows("Fig 3 plateau, half the contrast: extrapolation error over size", p["ext_x"]["slope"]["size"]),
@@ -774,7 +793,7 @@ def part_fig7(cfg, resamples=100):
 def check(cfg):
     """What can be wrong, before anything is trained or written."""
     for name in ("n_data", "n_onset", "n_trajectories", "n_times", "batch", "accum", "workers", "n", "repa_depth",
-                 "n_fid"):
+                 "n_fid", "plateau_seeds"):
         if getattr(cfg, name) < (least := 2 if name in ("n_trajectories", "n_data", "n_onset", "n_fid") else 1):
             raise ValueError(f"{name} must be at least {least}, not {getattr(cfg, name)}")
     torch.empty(cfg.n_times, cfg.n_trajectories, 16, 16)     # too many fail now, not after the training
@@ -840,7 +859,8 @@ def work(cfg):
         data, args = train.load_data(dataset(cfg, job.data)), model_args(cfg, job.data, job.model)
         if not cfg.model_path:
             nets.append((args, cfg.batch // cfg.accum, cfg.batch, job.lengths[-1], 8 + len(job.lengths)))
-        each = cfg.n_trajectories * cfg.n_times * 3.5 + (150 * cfg.n_fid if cfg.data and not cfg.model_path else 0)
+        fid = sample.NFE * cfg.n_fid if cfg.data and not cfg.model_path else 0
+        each = cfg.n_trajectories * cfg.n_times * 3.5 + fid
         images.append((args, int(each) * len(job.lengths)))
     count = sum(len(job.lengths) for job in todo)
     world = max(int(os.environ.get("WORLD_SIZE", 1)), cfg.workers)
@@ -1018,7 +1038,7 @@ def draw_dial(axes, a):
     room_above(ax, 0.4)
     paper_says(ax, f"{SYMBOL['ext']} above 0", True)
     ax.set(xlabel="a of (1 - a) digit + a field", ylabel="slope over size, per decade", title="(d) Dial: which data?")
-    ax.legend(loc="lower left")
+    ax.legend(loc="upper left")
 
 
 def draw_onset(axes, a):
@@ -1067,8 +1087,9 @@ def caption(results):
     if c := starting("Fig 3 plateau"):
         out["results_when"].append("Plateau (fields of half the contrast, hardly learned): "
                                    f"{both('from small to large', *c[:2])}.")
-        if by_length := [f"it {go(k)} {' '.join(k['claim'].split(':')[0].split()[3:])}" for k in c[2:]]:
-            out["results_when"].append(f"One length at a time, along trajectories: {', '.join(by_length)}.")
+        lengths = results["arrays"]["fig3"]["plateau"]["lengths"]
+        by_length = [f"it {go(k)} after {n:,} steps" for k, n in zip(c[2:], lengths, strict=True)]
+        out["results_when"].append(f"One length at a time, along trajectories: {', '.join(by_length)}.")
     if c := starting("dial"):
         which = [go(k) for k in c]
         out["results_when"].append(f"Dial: along trajectories the error falls with size in {which.count('falls')} of "

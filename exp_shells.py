@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 import train
 from empirical_score import EmpiricalScore
-from sample import check_fit, cli, load_run, noise, pick_device, replacing, sample, to_uint8
+from sample import NFE, check_fit, cli, load_run, noise, pick_device, replacing, sample, to_uint8
 from train import Config as Training
 
 SHOWN = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0)                       # the times of Fig 4 left
@@ -53,11 +53,11 @@ class Config:
     preset: Literal["laptop", "gpu", "paper"] = "laptop"  # where the defaults of all other fields come from
     train: Training = field(default_factory=Training)  # the model: trained by train.py, or found in out/
     model_path: str = ""  # official SiT weights or a run's folder: measure it, and train nothing
-    n_points: int = 1000  # training points, and at most as many held-out ones, behind the medians of r_*
+    n_points: int = 500  # training points, and at most as many held-out ones, behind the medians of r_*
     n_trajectories: int = 200  # sampling trajectories
     n_lines: int = 100  # how many of each are drawn
-    n_times: int = 100  # times t = 1/n_times, 2/n_times .. 1
-    n_images: int = 200  # training images that are noised and denoised again
+    n_times: int = 50  # times t = 1/n_times, 2/n_times .. 1
+    n_images: int = 100  # training images that are noised and denoised again
     memo_times: int = 21  # at so many times, from 0 to 1
     image: int = 0  # which of them is shown
     overlap_class: int = 3  # the class whose shells are compared pair by pair
@@ -73,8 +73,9 @@ class Config:
 
 PRESETS = {
     "laptop": Config(),
-    "gpu": Config("gpu", train.PRESETS["gpu"]),
-    "paper": Config("paper", train.PRESETS["paper"], n_points=100, n_trajectories=100, overlap_class=387),
+    "gpu": Config("gpu", train.PRESETS["gpu"], n_points=1000, n_times=100, n_images=200),
+    "paper": Config("paper", train.PRESETS["paper"], n_points=100, n_trajectories=100, n_times=100, n_images=200,
+                    overlap_class=387),
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -117,16 +118,16 @@ def memorized(E, out, x, i, flips):
 # Measuring
 
 def work(cfg):
-    """What --dry-run is to foretell. dopri5 took 74 evaluations an image here; twice that is assumed."""
+    """What --dry-run is to foretell."""
     data = train.load_data(cfg.train.data)
-    todo, n = None if cfg.model_path else train.training_of(dataclasses.replace(cfg.train, device=cfg.device)), 150
+    todo = None if cfg.model_path else train.training_of(dataclasses.replace(cfg.train, device=cfg.device))
     args = dict(name=cfg.train.model, input_size=data["x"].shape[2], in_channels=data["x"].shape[1],
                 num_classes=data["meta"]["num_classes"])
     if cfg.model_path:
         check_fit(load_run(cfg.model_path)[0], cfg.model_path, data["x"].shape[1:], args["num_classes"], cfg.train.data)
     points = (2 * cfg.n_points + cfg.n_trajectories) * cfg.n_times + cfg.n_images * cfg.memo_times
     return dict(data=data, nets=[todo] if todo else [], queries=points,
-                images=[(args, n * (cfg.n_trajectories + cfg.n_images * (cfg.memo_times - 1)))])
+                images=[(args, NFE * (cfg.n_trajectories + cfg.n_images * (cfg.memo_times - 1)))])
 
 
 def measure(cfg):

@@ -310,7 +310,7 @@ class UNet(Denoiser):
 
 SIT_SIZES = {  # depth, width, heads
     "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16),           # the paper's
-    "pico": (1, 24, 2), "nano": (2, 32, 2), "micro": (3, 64, 4), "tiny": (3, 96, 6),            # for a laptop
+    "pico": (1, 24, 2), "nano": (2, 32, 2), "micro": (3, 64, 4), "tiny": (3, 96, 3),            # for a laptop
 }
 UNET_SIZES = {  # channels; the small ones cannot be split in 32 groups, and attend only where the image is small
     "XS": dict(channels=64), "S": dict(channels=128), "B": dict(channels=192), "L": dict(channels=320),

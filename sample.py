@@ -49,6 +49,7 @@ from model import build_model, check_weights, load_sit_checkpoint, read_weights
 # The ODE
 
 T_MIN = 1e-3                                                 # where x-prediction stops dividing by t
+NFE = 150                                                    # what --dry-run assumes of dopri5: twice the 74 seen here
 
 def velocity(model, z, t, y, w=1.0):
     """v_theta(z, t) with guidance: v_c + (w - 1)(v_c - v_u), on all channels; w = 1 is none. The score's guidance
@@ -289,10 +290,9 @@ def parse(default, description, argv=None):
         for name, v in vars(cfg).items():
             yield from flags(v, f"{within}{name}.") if is_dataclass(v) else [(within + name).replace("_", "-")]
 
-    known = [*flags(default)]                                # by full name, or the last part: --data, for --train.data
-    known = {f"--{flag.rpartition('.')[2]}": flag for flag in reversed(known) if "." in flag} | {f: f for f in known}
-
     def refuse(event):
+        full = {flag: flag for flag in flags(default)}       # or by the last part: --data, for --train.data
+        known = {f"--{flag.rpartition('.')[2]}": flag for flag in reversed(full) if "." in flag} | full
         if tokens := getattr(event, "tokens", None) or getattr(event, "unrecognized_tokens", None):
             near = difflib.get_close_matches(flag := tokens[0].partition("=")[0], known, 1)
             hint = f"; did you mean {known[near[0]]}?" if near else ""

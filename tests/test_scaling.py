@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
 from test_model import official_state
 
@@ -195,11 +196,21 @@ def test_an_interrupted_training_goes_on(tmp_path):
     assert all(torch.equal(one_leg[k], again[k]) for k in one_leg)
 
 
+def test_over_seeds_is_students_interval_and_never_narrower_than_a_seeds():
+    """scipy's own t interval where the seeds differ; that of the trajectories where they happen to agree."""
+    values = np.array([[[1.0, 0.9, 1.1], [5, 4, 6]], [[2, 1.9, 2.1], [5, 4, 6]], [[4, 3.9, 4.1], [5, 3, 7]]])
+    got = exp_scaling.over_seeds([dict(slope=dict(size=v), mean=v[:, 0]) for v in values])
+    low, high = scipy.stats.t.interval(0.95, 2, np.mean([1, 2, 4]), scipy.stats.sem([1, 2, 4]))
+    assert np.allclose(got["slope"]["size"], [[7 / 3, low, high], [5, 5 - 4 / 3, 5 + 4 / 3]])
+    assert np.allclose(got["mean"], [7 / 3, 5])
+    assert np.allclose(exp_scaling.over_seeds([values[0]]), values[0])
+
+
 # ---- the script ------------------------------------------------------------------------------------------------------
 
 TINY = ["--n-trajectories=48", "--n-times=4", "--n-data=300", "--n-onset=120", "--batch=16", "--workers=1",
         "--fig3.models", "SiT-nano/4", "SiT-micro/4", "--fig3.lengths", "2", "4",
-        "--plateau.models", "SiT-pico/4", "SiT-nano/4", "--plateau.lengths", "2", "4",
+        "--plateau.models", "SiT-pico/4", "SiT-nano/4", "--plateau.lengths", "2", "4", "--plateau-seeds=2",
         "--fig7.models", "SiT-nano/2", "--fig7.lengths", "2", "4", "6", "--lambdas", "0", "1",
         "--unets.models", "UNet-pico", "--unets.lengths", "1", "2", "3",
         "--dial.models", "SiT-nano/4", "SiT-micro/4", "--dial.lengths", "2", "--amounts", "0", "1",
@@ -359,11 +370,14 @@ def test_a_figure_is_drawn_from_its_json_alone(tiny, tmp_path):
 def test_a_captions_words_are_its_claims():
     """Each claim turned round turns its words round."""
     names = ["Fig 3 supervision error: < 0", "Fig 3 extrapolation error: > 0", "Fig 6 change", "Fig 6 control",
-             "Fig 7b REPA", "Fig 7c U-Net", "Fig 3 plateau, sup", "Fig 3 plateau, ext", "dial", *["onset"] * 3]
+             "Fig 7b REPA", "Fig 7c U-Net", "Fig 3 plateau, sup", "Fig 3 plateau, ext", "Fig 3 plateau after 5 steps",
+             "dial", *["onset"] * 3]
+    arrays = dict(fig3=dict(plateau=dict(lengths=[5])))
     def says(low, high, verdict):
         claims = [dict(claim=n, ours=(low + high) / 2, ci95=[low, high], verdict=verdict) for n in names]
-        return "\n".join(exp_scaling.caption(dict(claims=claims, arrays={}, config=dict(n_onset=9))).values())
+        return "\n".join(exp_scaling.caption(dict(claims=claims, arrays=arrays, config=dict(n_onset=9))).values())
     up, down, open_ = says(1, 2, "holds"), says(-2, -1, "contradicted"), says(-1, 1, "not resolved")
+    assert "it rises after 5 steps." in up and "it falls after 5 steps." in down
     assert "rises on" in up and "falls" not in up.replace("(paper: falls, rises)", "").replace("falls with size", "")
     assert "falls on" in down and "less than another seed" in down and "more than another seed" in up
     assert "does not change for sure" in open_ and "not told apart" in open_ and "in 0 of 1 mixtures" in open_

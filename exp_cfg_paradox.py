@@ -2,9 +2,9 @@
 Figure 2: the paradox of classifier-free guidance, with the two curves that the paper leaves out.
 
 Guidance adds (w - 1)(s_theta^c - s_theta^0), the gap between conditional and unconditional score, at every step of
-sampling. It works because that gap is large. Yet both networks were trained towards *empirical* scores, and those
-hardly differ where training looks: next to a training image, the conditional and the unconditional softmax have
-collapsed on that same image. Where does the learned gap come from (Example 3.1)?
+sampling (s^0: without a label). It works because that gap is large. Yet the network was trained towards two *empirical*
+scores, with labels and without, and those hardly differ where training looks: next to a training image, the conditional
+and the unconditional softmax have collapsed on that same image. Where does the learned gap come from (Example 3.1)?
 
     python exp_cfg_paradox.py           # trains the default model if need be (6 minutes), then a minute, on 2 CPU cores
 
@@ -52,7 +52,7 @@ class Config:
     train: Training = field(default_factory=Training)  # the model: trained by train.py, or found in out/
     model_path: str = ""  # official SiT weights or a run's folder: measure it, and train nothing
     n: int = 200  # points, and trajectories, at each time
-    n_times: int = 50  # times t = 1/n, 2/n .. 1
+    n_times: int = 50  # times t = 1/n_times, 2/n_times .. 1
     w: float = 1.0  # guidance of the trajectories; 1 is none, 4 is usual
     batch: int = 200  # images per ODE solve; dopri5 shares its steps among them
     seed: int = 0  # of the points, the noise and the trajectories

@@ -9,7 +9,7 @@ empirical score is equivalent; D_region defines where the network is asked for i
 A larger D_region leaves the target as it is, and says more about it: between the images of D_score, where the network
 was free to make something up, it is now told what the empirical score does there, which is to collapse on D_score.
 
-    python exp_freedom.py                        # trains 54 small networks; about 13 minutes on 2 CPU cores
+    python exp_freedom.py                        # trains 54 small networks; about 12 minutes on 2 CPU cores
     python exp_freedom.py --target sampled       # the paper's target, an image drawn from the posterior (also: faiss)
 
 What you should see. At |D_region| = |D_score| few generated images are copies from D_score (a): much closer to one of
@@ -19,7 +19,7 @@ the same D_region ("plain DSM": the target is the image x itself; black). It doe
 images that makes a network memorize.
 The drawn targets have the same minimiser as the exact one. At a few hundred steps they lag behind it, so the comparison
 of the three trains longer: then the fractions of copies are within hundredths, and another target moves the network by
-about a tenth of what another seed does (printed, with what each costs). Every finished network leaves its scores in
+a small part of what another seed does (printed, with what each costs). Every finished network leaves its scores in
 out/exp_freedom/<preset>/runs/, and a long training a checkpoint; the same command goes on after an interrupt.
 It needs model.py, empirical_score.py, sample.py and train.py beside it. (With a training loop of its own, it is
 longer than 300 lines.)

@@ -11,19 +11,19 @@ alpha_t x: on a thin shell (Prop. 3.2). Equation (4) asks how far any z is from 
 
 What you should see. Left, Fig 1b: r_* stays at 1 for training points (blue) and climbs to 3 and more along sampling
 trajectories (orange-red). The dashed line is the control that the paper leaves out: real images that no model was
-trained on, noised afresh. They leave the shells at the same t, and two thirds as far: leaving the shells is what *any*
-image does that is not in the training set. Only what a trajectory is farther out is the model's own doing.
+trained on, noised afresh. They leave the shells at the same t, and at t = .3 are two thirds as far: leaving the shells
+is what *any* image does that is not in the training set. Only what a trajectory is farther out is the model's own.
 Right, Fig 4: from a noisy training image the model finds its way back to that image until t of about .6, roughly as
 long as the shells of a class do not overlap (C(t), Appendix B.2). It needs model.py, empirical_score.py,
 sample.py and train.py beside it. (The animation makes it longer than 300 lines.)
 
 Try this; the answers are in the table that is printed last.
 1. python exp_shells.py --overlap-class 1       Are the shells of all classes apart until the same t? See "the closest
-   shells of a class": the ones, which look most alike, touch much earlier than the threes.
+   shells of a class": the ones, which look most alike, touch at a much smaller t than the threes.
 2. In measure, give EmpiricalScore data["x_heldout"] and data["y_heldout"], and nothing else. Of which does r_* speak,
    the network or the data set? The same network, but "C1" and "control: new real images" change their verdicts.
 3. python exp_shells.py --train.data digits --train.steps 500      A shell is thin only in many dimensions; here there
-   are 64. See the blue band in (a), and the verdicts of the same two rows: real images are now within a shell's width.
+   are 64. See the blue band in (a), and the control's row: real images are now within a shell's width.
 """
 # /// script
 # requires-python = ">=3.11"
@@ -59,7 +59,7 @@ class Config:
     n_times: int = 50  # times t = 1/n_times, 2/n_times .. 1
     n_images: int = 100  # training images that are noised and denoised again
     memo_times: int = 21  # at so many times, from 0 to 1
-    image: int = 0  # which of them is shown
+    image: int = 0  # which of the n_images is shown
     overlap_class: int = 3  # the class whose shells are compared pair by pair
     delta: float = 0.01  # a noisy training point lies in the shell with probability 1 - delta
     batch: int = 200  # images per ODE solve; dopri5 shares its steps among them

@@ -391,7 +391,7 @@ def measure(cfg):
                         (best, best), high=1e-3))
     mix = [np.stack([models[PAIRS[p][1], main[p]][k] for k in KINDS]) for p in PAIRS]          # of (4, K)
     apart = np.max([np.abs(a - b).sum(0) / 2 for a in mix for b in mix], axis=0)
-    claims.append(claim("R2 the three PATs' samples are alike: total variation of the kinds < .1", "0", apart.mean(),
+    claims.append(claim("P1-P3 the three PATs' samples are alike: total variation of the kinds < .1", "0", apart.mean(),
                         interval(apart), high=0.1))
     arrays = json.loads(json.dumps(dict(models=shown, sweep=sweep, best_homogeneous=best, t=SHOWN),
                                    default=lambda a: a.tolist()), parse_float=lambda v: float(f"{float(v):.4g}"))

@@ -308,7 +308,8 @@ class UNet(Denoiser):
 # ----------------------------------------------------------------------------------------------------------------------
 # Sizes
 
-SIT_SIZES = {  # depth, width, heads
+SIT_SIZES = {  # depth, width, heads: never change the heads of a name that weights were saved under, since no weight's
+               # shape tells them
     "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16),           # the paper's
     "pico": (1, 24, 2), "nano": (2, 32, 2), "micro": (3, 64, 4), "tiny": (3, 96, 3),            # for a laptop
 }

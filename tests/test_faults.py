@@ -149,7 +149,7 @@ def test_a_sweep_killed_at_any_moment_and_started_again_ends_the_same(tmp_path):
     assert child.exitcode == 0 and kills >= SWEEP_KILLS, "it was too quick to be killed so often"
     names = [sorted(p.relative_to(out) for what in ("ema_*.pt", "measured_*.npz") for p in out.rglob(what))
              for out in (whole, killed)]
-    assert names[0] == names[1] and len(names[0]) == 18
+    assert names[0] == names[1] and len(names[0]) == 26      # 12 checkpoints, each measured, and two true densities
     for name in names[0]:
         if name.suffix == ".pt":
             assert_same(*(torch.load(out / name, weights_only=True)["ema"] for out in (whole, killed)))

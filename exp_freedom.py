@@ -30,8 +30,8 @@ Try this after the first command, whose networks are found again; the answers ar
    See (d): black meets dark blue only where nearly every image counts as a copy.
 2. python exp_freedom.py --threshold .4     Does C3 hang on where "copy" begins? See the first two rows: both rises are
    there still. At .1 little is left of them: (d) shows that hardly anything is that close.
-3. python exp_freedom.py --n-seeds 1        How sure is one network? See the interval of the first row: it gets narrower,
-   since it is then of the images alone, and knows nothing of what another seed would do.
+3. python exp_freedom.py --n-seeds 1        How sure is one network? See the interval of the first row: it gets
+   narrower, since it is then of the images alone, and knows nothing of what another seed would do.
 """
 # /// script
 # requires-python = ">=3.11"

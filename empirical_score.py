@@ -551,8 +551,8 @@ class EmpiricalScore:
             new = Posterior(m, w.sum(1, dtype=torch.float64), w.square().sum(1, dtype=torch.float64), weighted, dropped)
             p.put(b, [Posterior(*(a[b] for a in p)), new])
         before = torch.zeros_like(p.sum)
-        blocks = [slice(i, i + self.block) for i in range(0, len(z), self.block)]
-        for b in blocks if self.world > 1 else []:           # one process has nothing to merge
+        for i in range(0, len(z), self.block) if self.world > 1 else ():         # one process has nothing to merge
+            b = slice(i, i + self.block)
             ranks = [Posterior(*r) for r in zip(*(self._gather(a[b]) for a in p), strict=True)]
             p.put(b, ranks)
             before[b] = sum(r.sum * torch.exp(r.max - p.max[b]) for r in ranks[:self.rank])

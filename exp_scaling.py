@@ -16,10 +16,10 @@ Fig. 6: REPA changes the learned score more along trajectories than on training 
 
 Everything is trained here, by train.py, on four kinds of images: random 1/f fields (16 x 16; the true posterior mean is
 a Wiener filter, the limit of both errors), digits, mixtures of the two (the *dial*), and crops of photographs of brick,
-grass and gravel (the *onset* of memorization). In the paper E^sup changes by 2.7%, E^ext by half a percent:
-to see as little, all networks get the same points, noise and starting noise, and intervals (95%) are of paired
-differences, over 768 points or trajectories. They cover the seed of the training on the plateau alone (below):
-elsewhere, but for Figure 6's control, one network of each kind is trained.
+grass and gravel (the *onset* of memorization). In the paper E^sup changes by 2.7%, E^ext by half a percent: to see as
+little, all networks get the same points, noise and starting noise, and intervals (95%) are of paired differences, over
+768 points or trajectories. They cover the seed of the training on the plateau alone (below): elsewhere, but for Figure
+6's control, one network of each kind is trained.
 
 Where the paper leaves it open: Fig. 3 is taken to be x-space, and Fig. 7 v-space, |x_theta - x_*|^2 / t^2 (t_min .031,
 half a step of the grid), as the ratio of their published levels, 3.8, suggests; the script measures that ratio. E^ext
@@ -618,10 +618,10 @@ def part_fig3(cfg):
         claims += given_claims(cfg, a, np.load(paths(cfg, Job(data, models[-1], (1,)))[1][0]), given(models[-1]))
     if cfg.data or cfg.model_path:
         return a, claims
-    # over the seeds are the errors; copies, and the limit's room above a network, are of the first
+    # the errors are over the seeds; copies, and the limit's room above a network, are of the first
     seeds = [ladder(cfg, "plateau", cfg.plateau.models, cfg.plateau.lengths, s) for s in range(cfg.plateau_seeds)]
-    p = seeds[0] | {key: over_seeds([one[key] for one in seeds]) for key in seeds[0] if key[:4] in ("sup_", "ext_")}
-    a["plateau"] = p = with_limit(cfg, p, "plateau")
+    errors = {key: over_seeds([one[key] for one in seeds]) for key in seeds[0] if key[:4] in ("sup_", "ext_")}
+    a["plateau"] = p = with_limit(cfg, seeds[0] | errors, "plateau")
     return a, [*claims,
                falls("Fig 3 plateau, half the contrast: supervision error over size", p["sup_x"]["slope"]["size"]),
                grows("Fig 3 plateau, half the contrast: extrapolation error over size", p["ext_x"]["slope"]["size"]),

@@ -41,8 +41,9 @@ import torch.distributed as dist
 
 SMALL = 2**24   # queries x points x dimensions below which one float64 product is quicker than anything cleverer
 SURVIVORS = 2**21   # pairs of query and point that may be looked at one by one, so that they fit into memory
+FEW = {torch.float32: 16, torch.bfloat16: 256}   # directions: of fewer, the product is quicker than reading its result
 LOSS = 5e-5     # of an exponent, in fp32; x_* then errs by a fifth of it at most, as measured
-CACHE = 2**29   # bytes that a low-precision copy of the data may take; twice that on a GPU. Beyond: made anew each time
+CACHE = 2**29   # bytes that copies of the data may take; twice that on a GPU. Beyond: made anew each time
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One prediction from another. All go by way of x, the data prediction, which is finite for every t; t is () or (B,).
@@ -176,7 +177,7 @@ class EmpiricalScore:
         self.block = max(1, 2**(26 if gpu else 20) // self.chunk)                                # queries at once
         sample = self.x[:1] if torch.is_tensor(x) else torch.from_numpy(np.array(self.x[:1]))
         self.work = torch.float64 if sample.dtype in (torch.float64, torch.int32, torch.int64) else torch.float32
-        self.low, self.cache = low_precision(self.device), None
+        self.low, self.copies = low_precision(self.device), {}                                   # {dtype: (n, D)}
         most, size = CACHE * (2 if gpu else 1), self.D * self.low.itemsize
 
         # Each rank has queries `turn` and points `shard`. All must choose alike, or they would wait for ever.
@@ -195,23 +196,29 @@ class EmpiricalScore:
         total = self._gather(total).sum(0) / self.N                                              # (D + 1,)
         need(total.isfinite().all(), "the data hold nan or inf, or their squares overflow")
         if whole: self.shard = range(self.N)                 # the sums were divided all the same
-        # Nearly centred, in low precision, and here: x itself can be the low-precision copy.
-        as_it_is = self.at_hand and x.dtype == self.low and 2 * total[:-1].square().sum() < total[-1]
-        if not as_it_is:
+        # Copies of the centred points, where they are small: in low precision, and in fp32. Nearly centred, in low
+        # precision, and here: x itself can be the former.
+        made, left = {}, most
+        if self.at_hand and x.dtype == self.low and 2 * total[:-1].square().sum() < total[-1]:
+            self.copies[self.low] = self.x[self.shard.start:self.shard.stop]
+        else:
             self.centre = total[:-1].to(self.work).double()  # a number of the precision that x - centre is taken in
-            if len(self.shard) * size * 9 // 8 <= most:          # an eighth more: see _levels
-                self.cache = torch.empty(len(self.shard), self.D, dtype=self.low, device=self.device)
+        for dtype in dict.fromkeys((self.low, torch.float32)):                         # they can be the same
+            size = len(self.shard) * self.D * dtype.itemsize * 9 // 8                  # an eighth more: see _levels
+            if dtype not in self.copies and size <= left:
+                left -= size
+                made[dtype] = torch.empty(len(self.shard), self.D, dtype=dtype, device=self.device)
 
         # Of every point, about the centre: |x|^2; and of all, the largest |low(x) - x| / |x|, rounded up
         self.sq, self.kappa = torch.empty(len(self.shard), dtype=torch.float64, device=self.device), 0.0
         for _, i, rows in self._chunks():
             low = rows.to(self.work).to(self.low)
-            if self.cache is not None: self.cache[i] = low
+            for dtype, copy in made.items(): copy[i] = low if dtype == self.low else rows.to(dtype)
             self.sq[i] = rows.square().sum(1)
             err = (rows - low.double()).norm(dim=1) / self.sq[i].sqrt().clamp(min=1e-150)
             self.kappa = max(self.kappa, err.max().item() + 2**-22)
-        self.room = (3 if gpu else 1) * CACHE - (0 if self.cache is None else self.cache.nbytes)
-        if as_it_is: self.cache = self.x[self.shard.start:self.shard.stop]
+        self.room = (3 if gpu else 1) * CACHE - sum(copy.nbytes for copy in made.values())
+        self.copies |= made
         self.radius = self._gather(self.sq.amax(0, keepdim=True) if len(self.sq) else self.sq.new_zeros(1)).max().sqrt()
         self.members, self._closest = None, {}
         if y is not None:
@@ -236,10 +243,11 @@ class EmpiricalScore:
 
     def _rows(self, index, dtype=torch.float64, read=None):
         """Points at `index` -> (n, D), centred."""
-        if dtype == self.low and self.cache is not None: return take(self.cache, self._at(index))
+        if dtype in self.copies: return take(self.copies[dtype], self._at(index))
         rows = (self._read(index) if read is None else read).to(self.device, non_blocking=True)
         work = torch.float64 if dtype == torch.float64 else self.work
-        return (rows.to(work) - self.centre.to(work)).to(dtype)
+        centre, own = self.centre.to(work), rows.dtype != work or torch.is_tensor(index)         # own: a copy already
+        return (rows.to(work).sub_(centre) if own else rows - centre).to(dtype)
 
     def _chunks(self, members=None, dtype=torch.float64, c=None):
         """Yield (indices (n,), their places in the shard, centred points (n, D)) over this rank's shard, or its points
@@ -251,7 +259,7 @@ class EmpiricalScore:
             where = [members[w] for w in where]
             where = [slice(int(w[0]), int(w[-1]) + 1) if w[-1] - w[0] == len(w) - 1 else w for w in where]
         names = lambda w: (torch.arange(w.start, w.stop) if isinstance(w, slice) else w, self._at(w))
-        c = self.cache if c is None and dtype == self.low else c
+        c = self.copies.get(dtype) if c is None else c
         if self.at_hand or len(where) < 2 or c is not None:
             yield from ((*names(w), self._rows(w, dtype) if c is None else take(c, self._at(w))) for w in where)
             return
@@ -315,7 +323,7 @@ class EmpiricalScore:
         """The first passes to try, cheapest first: along an eighth of the directions, then along all of them."""
         n = len(self.shard)
         k = min(self.D // 8, n // 32, 512, 2**24 // self.D, self.room // max(1, n * self.low.itemsize))
-        levels = [self._principal(k)] if k >= 16 else []
+        levels = [self._principal(k)] if k >= FEW[self.low] else []
         return levels + [Level(self.low, self.kappa)] + [Level(torch.float32, 2.0**-22)] * (self.low != torch.float32)
 
     def _principal(self, k):
@@ -382,20 +390,21 @@ class EmpiricalScore:
             else: lower.sub_(side.low[part] @ rows.T)
             yield live, part, index.to(self.device), point, lower
 
-    def _search(self, q, alpha, slack, side, level, members, done):
-        """Look at the point of the least lower bound exactly -> its |q - alpha x|^2 (B, 1), and the number of points.
-        Where most points of the first chunk are as near as the nearest, within slack, `done` becomes False."""
+    def _search(self, q, alpha, slack, share, side, level, members, done):
+        """Look at the point of the least lower bound exactly -> its |q - alpha x|^2 (B, 1). `done` becomes False where
+        much more than `share` (B,) of the first chunk is as near as the nearest, within slack."""
         least, likely = torch.full_like(q[:, 0], torch.inf).float(), torch.zeros_like(q[:, 0], dtype=torch.int64)
-        n, d2 = 0, q.new_full((len(q), 1), torch.inf)
+        seen, d2 = 0, q.new_full((len(q), 1), torch.inf)
         for live, part, index, _, lower in self._bounds(side, level, members, done):
             here = lower.amin(1)
             better = (here < least[part]).nonzero()[:, 0]
             likely[live[better]], least[part] = index[lower[better].argmin(1)], here.minimum(least[part])
-            if n == 0: done[live] = (lower <= (here + slack[part]).float()[:, None]).sum(1) <= 64 + len(index) // 2
-            n += len(index)
+            seen += len(index)
+            if len(index) == seen:                           # the first chunk
+                done[live] = (lower <= (here + slack[part]).float()[:, None]).sum(1) <= 32 + 8 * share * seen
         live = done.nonzero()[:, 0]
         d2[live, 0] = self._each(live, likely[live], self._distance(q, alpha))
-        return d2, n
+        return d2
 
     def _screen(self, q, alpha, members, level, limit, k=1, slack=0.0, measure=None):
         """All points that may be among the k best of a query, or within `slack` of the best: certain to miss none.
@@ -417,8 +426,18 @@ class EmpiricalScore:
             cut = cut if measure else cut - qq + 2.0**-40 * (cut + qq) + side.tiny
             return (cut + 2.0**-22 * cut.abs()).float()
 
-        search, passed = level.V is not None and not measure, 0
-        if search: best, every = self._search(q, alpha, slack, side, level, members, done)       # it is cheap
+        count, passed = torch.zeros(B, dtype=torch.int64, device=self.device), 0
+
+        def crowded(share):                                  # (B,): queries that are given up
+            return (count > (share * limit).clamp(min=32)) & ((count > most) | (count.sum() > share * few))
+
+        def prune():
+            keep = (value <= cutoff()[b]).logical_and_(done[b]).nonzero()[:, 0]
+            return take(b, keep), take(i, keep), take(value, keep)
+
+        search = level.V is not None and not measure
+        every = len(self.shard) if members is None else len(members)
+        if search: best = self._search(q, alpha, slack, limit / every, side, level, members, done)   # it is cheap
         for live, part, index, point, lower in self._bounds(side, level, members, done):
             order = lower
             if measure:                                      # it wants bounds on the distance itself
@@ -435,19 +454,22 @@ class EmpiricalScore:
             elif k > 1:
                 new = order.topk(min(k, len(index)), largest=False).values.double()
                 best[part] = torch.cat([best[part], new], 1).topk(k, largest=False).values
-            cut = cutoff()
-            hit, keep = lower <= cut[part, None], value <= cut[b]
-            count = torch.bincount(b[keep], minlength=B)
-            count[part] += hit.sum(1)
-            passed += len(index)
-            share = min(1, 8 * passed / every) if search else 1              # the others are given up:
-            done &= (count <= (share * limit).clamp(min=32)) | (count <= most) & (count.sum() <= share * few)
-            if not done[part].all(): hit[~done[part]] = False
-            (row, column), keep = hit.nonzero(as_tuple=True), keep & done[b]
-            b, i = torch.cat([b[keep], live[row]]), torch.cat([i[keep], index[column]])
-            value = torch.cat([value[keep], lower[row, column]])
-        keep = value <= cutoff()[b]
-        b, i, value = b[keep], i[keep], value[keep]
+            hit = lower <= cutoff()[part, None]
+            here, passed = hit.sum(1), passed + len(index)
+            count[part] += here
+            share = min(1, 8 * passed / every) if search else 1
+            if crowded(share).any():                         # still so, without those that the cut has passed by?
+                b, i, value = prune()
+                count = torch.bincount(b, minlength=B)
+                count[part] += here
+                done &= ~crowded(share)
+                count[~done] = 0
+            some = (done[part] & (here > 0)).nonzero()[:, 0]                                     # few, as a rule
+            row, column = hit[some].nonzero(as_tuple=True)
+            row = some[row]
+            b, i = torch.cat([b, live[row]]), torch.cat([i, index[column]])
+            value = torch.cat([value, lower[row, column]])
+        b, i, value = prune()
         if level is not self._levels[-1] and not measure:    # the same for these pairs, in fp32 along all directions
             level = self._levels[-1]
             side, point = self._side(q, alpha, level), self._columns(self._at(i), level)
@@ -489,7 +511,8 @@ class EmpiricalScore:
         x_0 = self._rows(index.gather(1, lower.argmin(1, keepdim=True))[:, 0])                   # (B, D)
         half, rate = alpha[:, None] / 2, alpha / var
         middle = q - half * x_0
-        relative = self._each(b, i, lambda b, x: (x - take(x_0, b)).mul_(take(middle, b) - half[b] * x).sum(1))
+        relative = self._each(b, i, lambda b, x: take(middle, b).addcmul_(half[b], x, value=-1)
+                                                                .mul_(x.sub_(take(x_0, b))).sum(1))
         (e,), _ = self._table(b, len(q), (rate[b] * (relative + (x_0 * middle).sum(1)[b]), -torch.inf))
         struck = (n - count).double().log() + e.amax(1) - math.log(self.N / self.tau)
         return done, index[done], e[done], struck[done]
@@ -507,8 +530,9 @@ class EmpiricalScore:
         for level in self._levels if n and not small else ():
             ask = rest if level.V is not None or level.dtype == torch.bfloat16 else rest[~fine[rest]]
             if len(ask):
-                # about where a dense stream, or all directions, would be quicker
-                limit = torch.where(fine[ask], n // 64, n // 32) if level.V is None else torch.full_like(ask, n // 32)
+                # about where a dense stream (fp32, float64), or all directions (fp32, bf16) would be quicker
+                few = n // (64 if level.dtype == torch.float32 else 512)
+                limit = torch.where(fine[ask], n // 256, n // 96) if level.V is None else torch.full_like(ask, few)
                 done, index, e, struck = self._survivors(q[ask], alpha[ask], var[ask], members, level, limit)
                 if done.any(): yield ask[done], index, None, e, struck
                 rest = rest[~torch.isin(rest, ask[done])]
@@ -536,20 +560,24 @@ class EmpiricalScore:
         p = Posterior(*(torch.zeros(len(z), *c, dtype=torch.float64, device=self.device) for c in columns))
         p.max.fill_(-torch.inf)
         for b, index, rows, e, struck in self._stream(z, t, y):
-            m = e.amax(1)                                    # -inf, where none of these points is of the query's class
+            m = torch.maximum(e.amax(1), p.max[b].to(e.dtype))   # -inf, where no point was of the query's class yet
             top = m.where(m > -torch.inf, 0)
             w = e.sub_(top[:, None]).exp_()                                                      # (b, n)
-            m, dropped = m.double(), torch.exp(struck - top.double())
+            top = top.double()
+            scale, dropped = torch.exp(p.max[b] - top), torch.exp(struck - top)   # of what there is to the new maximum
             if rows is not None:
-                weighted = (w @ rows).double()
+                weighted = w @ rows
             else:                                            # survivors: most weigh nothing, once that is known exactly
                 light = w < self.tau / self.N
                 dropped, w = dropped + light.sum(1) * self.tau / self.N, w.masked_fill_(light, 0)
                 weighted, (r, c) = p.weighted.new_zeros(len(b), self.D), w.nonzero(as_tuple=True)
                 for rr, cc in zip(r.split(self.piece), c.split(self.piece), strict=True):
                     weighted.index_add_(0, rr, w[rr, cc][:, None] * self._rows(index[rr, cc]))
-            new = Posterior(m, w.sum(1, dtype=torch.float64), w.square().sum(1, dtype=torch.float64), weighted, dropped)
-            p.put(b, [Posterior(*(a[b] for a in p)), new])
+            p.max[b] = m.double()
+            p.sum[b] = p.sum[b] * scale + w.sum(1)
+            p.sum_sq[b] = p.sum_sq[b] * scale**2 + w.square().sum(1)
+            p.weighted[b] = p.weighted[b].mul_(scale[:, None]).add_(weighted)
+            p.dropped[b] = p.dropped[b] * scale + dropped
         before = torch.zeros_like(p.sum)
         for i in range(0, len(z), self.block) if self.world > 1 else ():         # one process has nothing to merge
             b = slice(i, i + self.block)

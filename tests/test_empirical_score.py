@@ -128,7 +128,8 @@ def test_all_classes_at_once_is_class_by_class(monkeypatch):
             assert (len(groups) == 1) == (small > 0)
             answers.append((*E.mean_and_size(z, 0.6, y[:30]), E.sample_posterior(z, 0.6, y[:30], g()), E.dropped))
         for once, each in zip(*answers, strict=True):
-            assert (once.double() - each.double()).abs().max() < 1e-5, chunk
+            once, each = once.double(), each.double()                       # sizes are numbers from 1 to 60
+            assert (once - each).abs().max() < 1e-5 * each.abs().max().clamp(min=1), chunk
         assert torch.equal(answers[0][2], answers[1][2])
 
 
@@ -427,8 +428,9 @@ def test_several_ranks_agree_with_one(world, split, path, ranks_folder):
 
 
 @pytest.mark.parametrize("t", [0.02, 0.3, 0.6, 0.95])
-def test_many_points_are_screened_along_few_directions_first(t):
+def test_many_points_are_screened_along_few_directions_first(t, monkeypatch):
     """Points that vary little in most directions, as images do, in an order that is no random one."""
+    monkeypatch.setattr(es, "FEW", dict.fromkeys(es.FEW, 16))
     g = torch.Generator().manual_seed(0)
     x = torch.randn(1500, 256, generator=g) * torch.arange(1, 257)**-0.7
     x = x[x[:, 0].argsort()] + 3

@@ -23,12 +23,13 @@ the B x N matrix. These three merge over chunks, and over the processes among wh
 *The certificate.* Unlike attention, these exponents reach 1e7 (t = .001), where no fast product is precise enough; but
 then nearly all weights are zero, and it takes no precision to *prove* it. So there are two passes. The first bounds
 every |z - alpha x_i|^2 from below and strikes all points that even at best weigh less than tau/N of the heaviest. Its
-product is in bf16, where that is fast, and along an eighth of the directions only, those in which the points vary most:
-what rounding and the other directions can change is bounded, not estimated. Where too many are left, it is done along
-all directions. The second pass takes the few that survive in float64. What was struck weighs less than tau = 1e-7 of
-the total; `E.dropped` has the bound that was reached. Queries whose weights are spread (t near 1) keep too many points:
-they get a dense stream, in fp32 where that loses less than 1e-5, else in float64. The choice is made for each query by
-what survives, not by t. (Screening, streaming and several processes make this longer than its budget of 350 lines.)
+product is in bf16, where that is fast, or along an eighth of the directions, those in which the points vary most (both,
+where there are thousands): what rounding and the other directions can change is bounded, not estimated. Where too many
+are left, it is done along all directions. The second pass takes the few that survive in float64. What was struck weighs
+less than tau = 1e-7 of the total; `E.dropped` has the bound that was reached. Queries whose weights are spread (t near
+1) keep too many points: they get a dense stream, in fp32 where that loses less than 1e-5, else in float64. The choice
+is made for each query by what survives, not by t. (Screening, streaming and several processes make this longer than its
+budget of 350 lines.)
 """
 import functools
 import math
@@ -40,10 +41,10 @@ import torch
 import torch.distributed as dist
 
 SMALL = 2**24   # queries x points x dimensions below which one float64 product is quicker than anything cleverer
-SURVIVORS = 2**21   # pairs of query and point that may be looked at one by one, so that they fit into memory
-FEW = {torch.float32: 16, torch.bfloat16: 256}   # directions: of fewer, the product is quicker than reading its result
+SURVIVORS = 2**20   # pairs of query and point that may be looked at one by one, so that they fit into memory
+FEW = {torch.float32: 16, torch.bfloat16: 256}   # an eighth of D: of less, a product is quicker than reading its result
 LOSS = 5e-5     # of an exponent, in fp32; x_* then errs by a fifth of it at most, as measured
-CACHE = 2**29   # bytes that copies of the data may take; twice that on a GPU. Beyond: made anew each time
+CACHE = 3 * 2**27   # bytes that copies of the data may take; thrice that on a GPU. Beyond: made anew each time
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One prediction from another. All go by way of x, the data prediction, which is finite for every t; t is () or (B,).
@@ -147,10 +148,11 @@ def exactly(method):
 class EmpiricalScore:
     """The empirical score of the points x (N, *shape) with labels y (N,), and all that is known once one has it.
 
-    x        a tensor, an array or a memory map, of any floating or integer type; read in chunks, never copied whole.
+    x        a tensor, an array or a memory map, of any floating or integer type; read in chunks; copied whole only
+             where it is small, as a low-precision and a centred fp32 copy of at most CACHE bytes.
              Fastest: bf16, where the hardware has it. Points of a class are read faster where they lie together.
     device   where the arithmetic is done (default: where x is). MPS has no float64: there it is done on the CPU.
-    chunk    data points per step. The extra memory is a few matrices of queries x chunk, whatever N is.
+    chunk    data points per step. The other memory is a few matrices of queries x chunk, whatever N is.
     process_group   divide the work over its ranks. Every rank passes all of x and the *same* queries, and gets the same
              result. What is divided is chosen by memory: the queries, where every rank can have all points at hand (a
              CPU; a GPU on which x lies, or that can keep a low-precision copy of x), else the points.
@@ -178,7 +180,7 @@ class EmpiricalScore:
         sample = self.x[:1] if torch.is_tensor(x) else torch.from_numpy(np.array(self.x[:1]))
         self.work = torch.float64 if sample.dtype in (torch.float64, torch.int32, torch.int64) else torch.float32
         self.low, self.copies = low_precision(self.device), {}                                   # {dtype: (n, D)}
-        most, size = CACHE * (2 if gpu else 1), self.D * self.low.itemsize
+        most, size = CACHE * (3 if gpu else 1), self.D * self.low.itemsize
 
         # Each rank has queries `turn` and points `shard`. All must choose alike, or they would wait for ever.
         self.group = group = process_group
@@ -205,7 +207,8 @@ class EmpiricalScore:
             self.centre = total[:-1].to(self.work).double()  # a number of the precision that x - centre is taken in
         for dtype in dict.fromkeys((self.low, torch.float32)):                         # they can be the same
             size = len(self.shard) * self.D * dtype.itemsize * 9 // 8                  # an eighth more: see _levels
-            if dtype not in self.copies and size <= left:
+            handy = dtype in self.copies or gpu and self.at_hand and dtype != self.low # no copy is worth its memory
+            if not handy and size <= left:
                 left -= size
                 made[dtype] = torch.empty(len(self.shard), self.D, dtype=dtype, device=self.device)
 
@@ -217,7 +220,7 @@ class EmpiricalScore:
             self.sq[i] = rows.square().sum(1)
             err = (rows - low.double()).norm(dim=1) / self.sq[i].sqrt().clamp(min=1e-150)
             self.kappa = max(self.kappa, err.max().item() + 2**-22)
-        self.room = (3 if gpu else 1) * CACHE - sum(copy.nbytes for copy in made.values())
+        self.room = (4 if gpu else 1) * CACHE - sum(copy.nbytes for copy in made.values())
         self.copies |= made
         self.radius = self._gather(self.sq.amax(0, keepdim=True) if len(self.sq) else self.sq.new_zeros(1)).max().sqrt()
         self.members, self._closest = None, {}
@@ -237,7 +240,7 @@ class EmpiricalScore:
         return rows.pin_memory() if rows.device.type == "cpu" and self.device.type == "cuda" else rows
 
     def _at(self, index):
-        """Points at `index`, a slice or (n,) indices -> where they are in this rank's shard: in cache, sq and stats."""
+        """Points at `index`, a slice or (n,) indices -> where they are in this rank's shard: in copies, sq, c."""
         i = self.shard.start
         return slice(index.start - i, index.stop - i) if isinstance(index, slice) else (index - i).to(self.device)
 
@@ -320,10 +323,11 @@ class EmpiricalScore:
 
     @functools.cached_property
     def _levels(self):
-        """The first passes to try, cheapest first: along an eighth of the directions, then along all of them."""
+        """The first passes to try, cheapest first: along an eighth of the directions, where that saves time, then along
+        all of them."""
         n = len(self.shard)
         k = min(self.D // 8, n // 32, 512, 2**24 // self.D, self.room // max(1, n * self.low.itemsize))
-        levels = [self._principal(k)] if k >= FEW[self.low] else []
+        levels = [self._principal(k)] if k >= 16 and self.D // 8 >= FEW[self.low] else []
         return levels + [Level(self.low, self.kappa)] + [Level(torch.float32, 2.0**-22)] * (self.low != torch.float32)
 
     def _principal(self, k):
@@ -401,7 +405,7 @@ class EmpiricalScore:
             likely[live[better]], least[part] = index[lower[better].argmin(1)], here.minimum(least[part])
             seen += len(index)
             if len(index) == seen:                           # the first chunk
-                done[live] = (lower <= (here + slack[part]).float()[:, None]).sum(1) <= 32 + 8 * share * seen
+                done[live] = (lower <= (here + slack[part]).float()[:, None]).sum(1) <= 32 + 8 * share[part] * seen
         live = done.nonzero()[:, 0]
         d2[live, 0] = self._each(live, likely[live], self._distance(q, alpha))
         return d2
@@ -463,7 +467,7 @@ class EmpiricalScore:
                 count = torch.bincount(b, minlength=B)
                 count[part] += here
                 done &= ~crowded(share)
-                count[~done] = 0
+                (b, i, value), count[~done] = prune(), 0
             some = (done[part] & (here > 0)).nonzero()[:, 0]                                     # few, as a rule
             row, column = hit[some].nonzero(as_tuple=True)
             row = some[row]
@@ -563,8 +567,8 @@ class EmpiricalScore:
             m = torch.maximum(e.amax(1), p.max[b].to(e.dtype))   # -inf, where no point was of the query's class yet
             top = m.where(m > -torch.inf, 0)
             w = e.sub_(top[:, None]).exp_()                                                      # (b, n)
-            top = top.double()
-            scale, dropped = torch.exp(p.max[b] - top), torch.exp(struck - top)   # of what there is to the new maximum
+            top = top.double()                               # what there is, rescaled to the new maximum; what is new
+            scale, dropped = torch.exp(p.max[b] - top), torch.exp(struck - top)
             if rows is not None:
                 weighted = w @ rows
             else:                                            # survivors: most weigh nothing, once that is known exactly

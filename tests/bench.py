@@ -245,7 +245,7 @@ def score(N=50_000, B=256):
     x, started = digits(N), time.perf_counter()
     E, read = EmpiricalScore(x), time.perf_counter()
     levels = E._levels                                       # made at the first large question
-    setup = dict(points=read - started, directions=time.perf_counter() - read, k=levels[0].c.shape[1])
+    setup = dict(points=read - started, directions=time.perf_counter() - read if levels[0].V is not None else None)
     D, table = x.shape[1], []
     g = torch.Generator().manual_seed(0)
     for t in (0.1, 0.3, 0.5, 0.7, 0.95):
@@ -360,29 +360,36 @@ def ranks():
     keep(ranks=table)
 
 
-def memory(sizes=(300_000, 1_000_000), D=784, B=1024):
-    """What posterior means of B queries need beside the data, a memory-mapped file: the peak of anonymous memory."""
+def memory_of(rank, N, D, B, MiB):
+    """In a process of its own, whose memory holds nothing yet that could be used again."""
     from empirical_score import EmpiricalScore
     resident = lambda: int(next(li for li in open("/proc/self/status") if li.startswith("RssAnon")).split()[1]) / 1024
+    with tempfile.TemporaryDirectory() as folder:
+        x = np.lib.format.open_memmap(f"{folder}/x.npy", "w+", np.float32, (N, D))
+        rng = np.random.default_rng(0)
+        for i in range(0, N, 10_000):
+            x[i:i + 10_000] = rng.standard_normal((10_000, D), dtype=np.float32)
+        x.flush()
+        peak, before, stop = [0.0], resident(), threading.Event()
+
+        def watch():
+            while not stop.wait(0.002): peak[0] = max(peak[0], resident())
+        threading.Thread(target=watch, daemon=True).start()
+        E = EmpiricalScore(np.load(f"{folder}/x.npy", mmap_mode="r"))
+        for t in (0.3, 0.6, 0.95):
+            z = (1 - t) * torch.from_numpy(x[:B].copy()) + t * torch.randn(B, D)
+            E.posterior_mean(z, t), E.r_star(z, t), E.nearest(z, 50)
+        stop.set()
+    MiB.value = round(peak[0] - before)
+
+
+def memory(sizes=(300_000, 1_000_000), D=784, B=1024):
+    """What posterior means of B queries need beside the data, a memory-mapped file: the peak of anonymous memory."""
     found = []
     for N in sizes:                                          # in bf16 the first fits into the cache, not the second
-        with tempfile.TemporaryDirectory() as folder:
-            x = np.lib.format.open_memmap(f"{folder}/x.npy", "w+", np.float32, (N, D))
-            rng = np.random.default_rng(0)
-            for i in range(0, N, 10_000):
-                x[i:i + 10_000] = rng.standard_normal((10_000, D), dtype=np.float32)
-            x.flush()
-            peak, before, stop = [0.0], resident(), threading.Event()
-
-            def watch(stop=stop, peak=peak):
-                while not stop.wait(0.002): peak[0] = max(peak[0], resident())
-            threading.Thread(target=watch, daemon=True).start()
-            E = EmpiricalScore(np.load(f"{folder}/x.npy", mmap_mode="r"))
-            for t in (0.3, 0.6, 0.95):
-                z = (1 - t) * torch.from_numpy(x[:B].copy()) + t * torch.randn(B, D)
-                E.posterior_mean(z, t), E.r_star(z, t), E.nearest(z, 50)
-            stop.set()
-        found.append(dict(N=N, D=D, B=B, MiB=round(peak[0] - before)))
+        MiB = torch.multiprocessing.get_context("spawn").Value("i", 0)
+        torch.multiprocessing.spawn(memory_of, (N, D, B, MiB), nprocs=1)
+        found.append(dict(N=N, D=D, B=B, MiB=MiB.value))
         print(f"memory beside the data, N = {N:,}, D = {D}, {B} queries: {found[-1]['MiB']} MiB", flush=True)
     keep(memory=found)
 

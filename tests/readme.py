@@ -179,11 +179,12 @@ def score():
                       for D, c in largest.items())
     ranks = ", ".join(f"{r['one'] / r['two']:.2f} times as fast at t = {r['t']}" for r in bench["ranks"])
     memory, most = bench["memory"], max(m["MiB"] for m in bench["memory"])
+    directions = bench["setup"]["directions"]
+    directions = f" and {directions:.1f} s to find their directions" if directions else ""
     rows += ["", f"In multiples of the bare product it takes {each}; and once, for all queries, "
-             f"{bench['setup']['points']:.1f} s to read the points and {bench['setup']['directions']:.1f} s to find "
-             f"their directions. With more points it gains: {gains} (Gaussian points, t = .3; in the figure the "
-             f"variance of direction j falls as 1/j, as in natural images). Two processes of one thread are {ranks} as "
-             "one. Beside the data, posterior means, "
+             f"{bench['setup']['points']:.1f} s to read the points{directions}. With more points it gains: {gains} "
+             "(Gaussian points, t = .3; in the figure the variance of direction j falls as 1/j, as in natural images). "
+             f"Two processes of one thread are {ranks} as one. Beside the data, posterior means, "
              f"r_\\* and neighbours of {memory[0]['B']:,} queries took at most {most} MiB, for "
              f"{' and '.join(format(m['N'], ',') for m in memory)} points. On a GPU: not run yet."]
     return "\n".join(rows)

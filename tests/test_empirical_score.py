@@ -445,3 +445,24 @@ def test_many_points_are_screened_along_few_directions_first(t, monkeypatch):
     assert ((r.gather(1, i[:, None])[:, 0] - 1).abs() <= (r - 1).abs().amin(1) + 1e-9).all()
     d2 = (z.double()[:, None] - x.double()).square().sum(2)
     assert torch.allclose(E.nearest(z, 3)[0].double(), d2.sort(1)[0][:, :3])
+
+
+@pytest.mark.parametrize("huge", [[3], [3, 20], [*range(39)]])
+def test_queries_too_large_for_the_bounds_leave_the_others_of_their_batch_alone(huge, monkeypatch):
+    monkeypatch.setattr(es, "FEW", dict.fromkeys(es.FEW, 16))
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1500, 256, generator=g) * torch.arange(1, 257)**-0.7
+    E, z = EmpiricalScore(x, chunk=400), 0.8 * x[:40] + 0.2 * torch.randn(40, 256, generator=g)
+    alone = E.posterior_mean(z, 0.2)
+    z[huge] *= 1e20
+    got, rest = E.posterior_mean(z, 0.2), torch.ones(40, dtype=torch.bool)
+    rest[huge] = False
+    assert relative(got[rest], alone[rest]) < 1e-6
+    # of so far away, the density is that of the point that lies farthest in that direction
+    assert torch.allclose(got[huge], x[(z[huge].double() @ x.double().T).argmax(1)], atol=1e-6)
+
+
+@pytest.mark.parametrize("d, few", [(1024, False), (2048, True)])
+def test_in_bf16_few_directions_come_first_where_points_have_thousands(d, few, path):
+    if path == "screened in bf16":
+        assert (EmpiricalScore(torch.randn(600, d))._levels[0].V is not None) == few

@@ -85,17 +85,15 @@ class Posterior(NamedTuple):
     weighted: torch.Tensor    # (B, D)  sum_i exp(exponent_i - max) (x_i - centre)
     dropped: torch.Tensor     # (B,)    at most this is missing from `sum`: the points that were struck
 
-    @staticmethod
-    def merge(parts):
-        """Posteriors over disjoint sets of points -> that over all of them: rescale to the common maximum, add."""
-        m = torch.stack([p.max for p in parts])                                                  # (parts, B)
-        c = torch.where(m == -torch.inf, 0.0, torch.exp(m - m.amax(0)))                     # an empty part adds nothing
-        add = lambda k, c: sum(ci.view(-1, *[1] * (p[k].ndim - 1)) * p[k] for ci, p in zip(c, parts, strict=True))
-        return Posterior(m.amax(0), add(1, c), add(2, c**2), add(3, c), add(4, c))
-
-    def put(self, b, parts):
-        """Write the merger of the parts to rows b."""
-        for whole, part in zip(self, Posterior.merge(parts), strict=True): whole[b] = part
+    def add(self, b, other):
+        """Add to rows b the posterior over other points: rescale both to the common maximum. Empty: adds none."""
+        top = torch.maximum(self.max[b], other.max)
+        old, new = (torch.where(m == -torch.inf, 0.0, torch.exp(m - top)) for m in (self.max[b], other.max))
+        self.max[b] = top
+        for mine, others, power in zip(self[1:], other[1:], (1, 2, 1, 1), strict=True):
+            columns = (-1, *[1] * (mine.ndim - 1))
+            part = mine[b].mul_((old**power).view(columns))
+            mine[b] = part.addcmul_(others.double(), (new**power).view(columns))
 
 
 def low_precision(device):
@@ -206,10 +204,10 @@ class EmpiricalScore:
         else:
             self.centre = total[:-1].to(self.work).double()  # a number of the precision that x - centre is taken in
         for dtype in dict.fromkeys((self.low, torch.float32)):                         # they can be the same
-            size = len(self.shard) * self.D * dtype.itemsize * 9 // 8                  # an eighth more: see _levels
+            takes = len(self.shard) * self.D * dtype.itemsize * 9 // 8               # an eighth more: see _levels
             handy = dtype in self.copies or gpu and self.at_hand and dtype != self.low # no copy is worth its memory
-            if not handy and size <= left:
-                left -= size
+            if not handy and takes <= left:
+                left -= takes
                 made[dtype] = torch.empty(len(self.shard), self.D, dtype=dtype, device=self.device)
 
         # Of every point, about the centre: |x|^2; and of all, the largest |low(x) - x| / |x|, rounded up
@@ -398,14 +396,14 @@ class EmpiricalScore:
         """Look at the point of the least lower bound exactly -> its |q - alpha x|^2 (B, 1). `done` becomes False where
         much more than `share` (B,) of the first chunk is as near as the nearest, within slack."""
         least, likely = torch.full_like(q[:, 0], torch.inf).float(), torch.zeros_like(q[:, 0], dtype=torch.int64)
-        seen, d2 = 0, q.new_full((len(q), 1), torch.inf)
-        for live, part, index, _, lower in self._bounds(side, level, members, done):
+        d2 = q.new_full((len(q), 1), torch.inf)
+        for i, (live, part, index, _, lower) in enumerate(self._bounds(side, level, members, done)):
             here = lower.amin(1)
             better = (here < least[part]).nonzero()[:, 0]
             likely[live[better]], least[part] = index[lower[better].argmin(1)], here.minimum(least[part])
-            seen += len(index)
-            if len(index) == seen:                           # the first chunk
-                done[live] = (lower <= (here + slack[part]).float()[:, None]).sum(1) <= 32 + 8 * share[part] * seen
+            if i == 0:
+                near = (lower <= (here + slack[part]).float()[:, None]).sum(1)
+                done[live] = near <= 32 + 8 * share[part] * len(index)
         live = done.nonzero()[:, 0]
         d2[live, 0] = self._each(live, likely[live], self._distance(q, alpha))
         return d2
@@ -558,17 +556,15 @@ class EmpiricalScore:
         """The streamed softmax. -> Posterior, ranks merged, and (B,) what of its sum the ranks before this one have.
 
         A rank leaves the queries that are not its turn, and those with no points in its shard, as they are: max = -inf
-        and sums of 0. So one merge serves, whatever is divided among the ranks.
+        and sums of 0. So one sum serves, whatever is divided among the ranks.
         """
         columns = (), (), (), (self.D,), ()
         p = Posterior(*(torch.zeros(len(z), *c, dtype=torch.float64, device=self.device) for c in columns))
         p.max.fill_(-torch.inf)
         for b, index, rows, e, struck in self._stream(z, t, y):
-            m = torch.maximum(e.amax(1), p.max[b].to(e.dtype))   # -inf, where no point was of the query's class yet
+            m = e.amax(1)                                    # -inf, where none of these points is of the query's class
             top = m.where(m > -torch.inf, 0)
-            w = e.sub_(top[:, None]).exp_()                                                      # (b, n)
-            top = top.double()                               # what there is, rescaled to the new maximum; what is new
-            scale, dropped = torch.exp(p.max[b] - top), torch.exp(struck - top)
+            w, dropped = e.sub_(top[:, None]).exp_(), torch.exp(struck - top.double())           # (b, n), (b,)
             if rows is not None:
                 weighted = w @ rows
             else:                                            # survivors: most weigh nothing, once that is known exactly
@@ -577,16 +573,13 @@ class EmpiricalScore:
                 weighted, (r, c) = p.weighted.new_zeros(len(b), self.D), w.nonzero(as_tuple=True)
                 for rr, cc in zip(r.split(self.piece), c.split(self.piece), strict=True):
                     weighted.index_add_(0, rr, w[rr, cc][:, None] * self._rows(index[rr, cc]))
-            p.max[b] = m.double()
-            p.sum[b] = p.sum[b] * scale + w.sum(1)
-            p.sum_sq[b] = p.sum_sq[b] * scale**2 + w.square().sum(1)
-            p.weighted[b] = p.weighted[b].mul_(scale[:, None]).add_(weighted)
-            p.dropped[b] = p.dropped[b] * scale + dropped
+            p.add(b, Posterior(m.double(), w.sum(1), w.square().sum(1), weighted, dropped))
         before = torch.zeros_like(p.sum)
         for i in range(0, len(z), self.block) if self.world > 1 else ():         # one process has nothing to merge
             b = slice(i, i + self.block)
             ranks = [Posterior(*r) for r in zip(*(self._gather(a[b]) for a in p), strict=True)]
-            p.put(b, ranks)
+            for whole, first in zip(p, ranks[0], strict=True): whole[b] = first
+            for rank in ranks[1:]: p.add(b, rank)
             before[b] = sum(r.sum * torch.exp(r.max - p.max[b]) for r in ranks[:self.rank])
         self.dropped = p.dropped / p.sum
         return p, before

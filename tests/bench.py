@@ -383,7 +383,7 @@ def memory_of(rank, N, D, B, MiB):
     MiB.value = round(peak[0] - before)
 
 
-def memory(sizes=(225_000, 1_000_000), D=784, B=1024):
+def memory(sizes=(220_000, 1_000_000), D=784, B=1024):
     """What posterior means of B queries need beside the data, a memory-mapped file: the peak of anonymous memory."""
     found = []
     for N in sizes:                                          # a copy in bf16 of the first just fits, not of the second

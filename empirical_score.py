@@ -40,7 +40,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-SMALL = 2**24   # queries x points x dimensions below which one float64 product is quicker than anything cleverer
+SMALL = 2**24   # queries x points x dimensions below which one float64 product is quicker than anything cleverer; on a
+#                 GPU, 2**13 times that
 SURVIVORS = 2**20   # pairs of query and point that may be looked at one by one, so that they fit into memory
 FEW = {torch.float32: 16, torch.bfloat16: 256}   # an eighth of D: of less, a product is quicker than reading its result
 LOSS = 5e-5     # of an exponent, in fp32; x_* then errs by a fifth of it at most, as measured
@@ -131,14 +132,19 @@ def exactly(method):
     fp32 (not bf16), whatever the caller has set: the error bounds rest on it."""
     @functools.wraps(method)
     def run(self, *args, **kwargs):
-        gpu, before = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
+        gpu = torch.backends.cuda.matmul
         reduced, gpu.allow_bf16_reduced_precision_reduction = gpu.allow_bf16_reduced_precision_reduction, False
+        backends = [b for b in (gpu, getattr(torch.backends.mkldnn, "matmul", gpu)) if hasattr(b, "fp32_precision")]
+        before = [b.fp32_precision for b in backends]        # torch 2.9 and later keep it in two ways, which may differ
+        try: legacy = torch.get_float32_matmul_precision()
+        except RuntimeError: legacy = "highest"
         torch.set_float32_matmul_precision("highest")
         try:
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 return method(self, *args, **kwargs)
         finally:
-            torch.set_float32_matmul_precision(before)
+            torch.set_float32_matmul_precision(legacy)
+            for b, precision in zip(backends, before, strict=True): b.fp32_precision = precision
             gpu.allow_bf16_reduced_precision_reduction = reduced
     return run
 
@@ -175,6 +181,7 @@ class EmpiricalScore:
         self.chunk = chunk or max(1, min(2**(27 if gpu else 22) // self.D, 2**(16 if gpu else 11)))  # CPU, fit caches
         self.piece = min(self.chunk, max(256, self.chunk // 16))         # pairs of query and point at once
         self.block = max(1, 2**(26 if gpu else 20) // self.chunk)                                # queries at once
+        self.small = SMALL * (2**13 if gpu else 1)
         sample = self.x[:1] if torch.is_tensor(x) else torch.from_numpy(np.array(self.x[:1]))
         self.work = torch.float64 if sample.dtype in (torch.float64, torch.int32, torch.int64) else torch.float32
         self.low, self.copies = low_precision(self.device), {}                                   # {dtype: (n, D)}
@@ -190,19 +197,21 @@ class EmpiricalScore:
         self.shard = range(self.N * self.rank // self.world, self.N * (self.rank + 1) // self.world)
 
         # Distances are differences of large numbers when the data are far from the origin: centre them.
-        self.centre = torch.zeros(self.D, dtype=torch.float64, device=self.device)
+        self.centre, self.off_centre = torch.zeros(self.D, dtype=torch.float64, device=self.device), False
         total = sum((torch.cat([r.sum(0), r.square().sum()[None]]) for *_, r in self._chunks()),
                     self.centre.new_zeros(self.D + 1))
         total = self._gather(total).sum(0) / self.N                                              # (D + 1,)
         need(total.isfinite().all(), "the data hold nan or inf, or their squares overflow")
         if whole: self.shard = range(self.N)                 # the sums were divided all the same
         # Copies of the centred points, where they are small: in low precision, and in fp32. Nearly centred, in low
-        # precision, and here: x itself can be the former.
+        # precision, and here: x itself can be the former. On a GPU, nearly is enough: a chunk is then only converted.
         made, left = {}, most
-        if self.at_hand and x.dtype == self.low and 2 * total[:-1].square().sum() < total[-1]:
+        nearly = self.at_hand and 2 * total[:-1].square().sum() < total[-1]
+        if nearly and x.dtype == self.low:
             self.copies[self.low] = self.x[self.shard.start:self.shard.stop]
-        else:
-            self.centre = total[:-1].to(self.work).double()  # a number of the precision that x - centre is taken in
+        elif not (nearly and gpu):
+            self.off_centre = True                           # a number of the precision that x - centre is taken in
+            self.centre = total[:-1].to(self.work).double()
         for dtype in dict.fromkeys((self.low, torch.float32)):                         # they can be the same
             takes = len(self.shard) * self.D * dtype.itemsize * 9 // 8               # an eighth more: see _levels
             handy = dtype in self.copies or gpu and self.at_hand and dtype != self.low # no copy is worth its memory
@@ -246,6 +255,7 @@ class EmpiricalScore:
         """Points at `index` -> (n, D), centred."""
         if dtype in self.copies: return take(self.copies[dtype], self._at(index))
         rows = (self._read(index) if read is None else read).to(self.device, non_blocking=True)
+        if not self.off_centre: return rows.to(dtype)
         work = torch.float64 if dtype == torch.float64 else self.work
         centre, own = self.centre.to(work), rows.dtype != work or torch.is_tensor(index)         # own: a copy already
         return (rows.to(work).sub_(centre) if own else rows - centre).to(dtype)
@@ -304,7 +314,7 @@ class EmpiricalScore:
             self._need_labels(y.tolist())
             ends = torch.tensor([self.shard.start, self.shard.stop])     # members ascend: a slice lies in the shard
             here = lambda i: i if self.split == "queries" else i[slice(*torch.searchsorted(i, ends).tolist())]
-            if B * self.N * self.D <= SMALL:
+            if B * self.N * self.D <= self.small:
                 labels = y
             else:
                 groups = [(mine & (y == label), here(self.members[label])) for label in y[mine].unique().tolist()]
@@ -526,7 +536,7 @@ class EmpiricalScore:
         n, alpha, var = len(self.shard) if members is None else len(members), 1 - t, t**2
         q, rest = z - alpha[:, None] * self.centre, torch.arange(len(z), device=self.device)     # (B, D), (B,)
         # A dense fp32 product misses an exponent by about this much: it is the largest error seen, not a bound.
-        small = len(z) * n * self.D <= SMALL                 # then all are taken in float64, at once
+        small = len(z) * n * self.D <= self.small            # then all are taken in float64, at once
         tolerance = 0 if small else tolerance
         fine = alpha / var * self.radius * (q.norm(dim=1) + alpha * self.radius) * 2.0**-23 < tolerance
         for level in self._levels if n and not small else ():

@@ -115,7 +115,7 @@ def measure(cfg):
     phase = train.phases()
     model = load_run(run, device)[0]
     check_fit(model, run, data["x"].shape[1:], data["meta"]["num_classes"], cfg.train.data)
-    E = EmpiricalScore(data["x"], data["y"], device=device)
+    E = EmpiricalScore(train.resident(data["x"], device), data["y"], device=device)
     t = np.linspace(1 / cfg.n_times, 1, cfg.n_times)
 
     i = np.random.default_rng(cfg.seed).choice(E.N, min(cfg.n, E.N), replace=False)

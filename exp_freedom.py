@@ -83,6 +83,7 @@ class Config:
     ratios: tuple[float, ...] = (1, 2, 4, 8)  # |D_region| / |D_score|, ascending
     balanced: bool = True  # refuse ratios for which a class is too small; --no-balanced: it gives what it has
     k: int = 200  # neighbours that Faiss looks for: here more than D_score has (190), so that it leaves nothing out
+    at_once: int = 256  # images that a network is trained on at once: of larger batches, gradients add up
     warmup: int = 50  # steps over which the learning rate rises
     ema: float = 0.999  # decay of the averaged weights, reached gradually
     label_dropout: float = 0.1  # fraction of labels replaced by the null label, that of no class
@@ -108,7 +109,8 @@ PRESETS = {
     # C.7. At ratio 25.6, all of ImageNet and its flips, the classes cannot be of equal size
     "paper": Config("paper", "imagenet", Net("SiT-L/2", 400_000, 256, 1e-4), Net("UNet-B", 400_000, 256, 1e-4),
                     Net("SiT-L/2", 400_000, 256, 1e-4), per_class=100, ratios=(1, 2, 4, 8, 25.6), balanced=False,
-                    warmup=0, ema=0.9999, n_seeds=1, compare_seeds=1, sample_steps=50, workers=1, device="auto"),
+                    at_once=64, warmup=0, ema=0.9999, n_seeds=1, compare_seeds=1, sample_steps=50, workers=1,
+                    device="auto"),
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -141,6 +143,12 @@ def calibrated_l2(E, x, n=50):
 TARGETS = ("exact", "sampled", "faiss")
 
 
+@functools.cache
+def faiss_resources():                                       # one for all indices: each would take 1.5 GB for itself
+    import faiss
+    return faiss.StandardGpuResources()
+
+
 def faiss_posterior(x, k):
     """x (N, *shape) -> posterior(z, t), the softmax r_z of C.7 over the k points that weigh most, found by Faiss:
     weights (B, k) that sum to 1, and indices (B, k).
@@ -155,7 +163,7 @@ def faiss_posterior(x, k):
     x, centre = x - x.mean(0), x.mean(0)
     index = faiss.IndexFlatIP(x.shape[1] + 1)
     if x.is_cuda and hasattr(faiss, "StandardGpuResources"):
-        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), x.device.index or 0, index)
+        index = faiss.index_cpu_to_gpu(faiss_resources(), x.device.index or 0, index)
     index.add(torch.cat([x, -x.square().sum(1, keepdim=True) / 2], 1).float().cpu().numpy())
 
     def posterior(z, t):
@@ -215,6 +223,8 @@ def fit(cfg, net, kind, ratio, seed, device, path):
     torch.manual_seed(seed)
     model = build_model(net.model, shape[1], shape[0], classes, prediction="x").to(device)
     update = train.Update(model, net.lr, cfg.warmup, cfg.ema)
+    torch.compiler.reset()                                   # a minute for each, which pays on a GPU in long trainings
+    compiled = torch.compile(model) if device.type == "cuda" and net.steps >= 1000 else model
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None        # or the clock would show nothing
     parts, first, saved = dict(model=model, average=update.average, optimizer=update.optimizer), 0, time.time()
@@ -237,10 +247,14 @@ def fit(cfg, net, kind, ratio, seed, device, path):
             g = torch.Generator().manual_seed(1_000_003 * (seed + 500) + step)   # another stream than step_noise's
             x = target(z, t, y, keep, g)
         wait(); clock[step, 0] = time.perf_counter() - before
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            out = model(z, t, torch.where(keep, y, classes))
-        loss = (out.float() - x).square().mean()
-        loss.backward()
+        y, loss = torch.where(keep, y, classes), 0.0
+        for k in range(0, net.batch, cfg.at_once):
+            part = slice(k, k + cfg.at_once)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                out = compiled(z[part], t[part], y[part])
+            share = (out.float() - x[part]).square().mean() * (len(out) / net.batch)
+            share.backward()
+            loss += share.detach()
         update.step(step)
         wait(); clock[step, 1] = time.perf_counter() - start
         if time.time() - saved > SAVE_EVERY and step + 1 < net.steps:
@@ -330,7 +344,8 @@ def shift(exact, other):
 
 def check(cfg):
     """What can be wrong, before anything is trained or written. -> |D_score|, the |D_region| of all ratios."""
-    for name in ("per_class", "n_seeds", "compare_seeds", "n_samples", "sample_steps", "n", "workers", "k"):
+    for name in ("per_class", "n_seeds", "compare_seeds", "n_samples", "sample_steps", "n", "workers", "k",
+                 "at_once"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(cfg, name)}")
     for net in (cfg.transformer, cfg.unet, cfg.compare):
@@ -366,7 +381,7 @@ def work(cfg):
     nets = [getattr(cfg, arch) for arch, k in often.items() for _ in range(k)]
     # each process has a checkpoint of what it trains, and while it writes the next one, two: of weights, average and
     # two moments each
-    nets = [(dict(name=net.model, **args), net.batch, net.batch, net.steps, 8 * (i < world))
+    nets = [(dict(name=net.model, **args), min(net.batch, cfg.at_once), net.batch, net.steps, 8 * (i < world))
             for i, net in enumerate(nets)]
     return dict(data=data, nets=nets, images=[(net[0], cfg.n_samples * 2 * cfg.sample_steps) for net in nets],
                 processes=world)

@@ -30,7 +30,7 @@ What you should see: results.png is what the paper shows, results_when.png asks 
 half holds, the extrapolation half is contradicted, on the fields, over size and over length. Their limit says why:
 x_theta of the true density has an E^ext too, which all these networks reach from above; from there the only way is into
 memorization, which lowers it. Fields of half the contrast hold the networks up on a *plateau* before they learn any
-structure; E^ext changes over size by a percent or two there. So small a change is what another seed does as well: three
+structure; E^ext changes over size by a percent or two there. So small a change is what another seed does as well: five
 networks of each kind do not tell whether E^ext rises or falls.
 *Fig. 6:* REPA changes the network more along trajectories than on training points, and so does a change of seed. *Fig.
 7:* U-Nets have a far lower distance than transformers at equal L, as the paper says; REPA does not (it is one block
@@ -96,7 +96,7 @@ class Config:
         ("SiT-pico/4", "SiT-nano/4", "SiT-micro/4", "SiT-tiny/4"), (250, 500, 1000)))
     # the same on fields of half the contrast, of which networks so small learn hardly anything
     plateau: Ladder = field(default_factory=lambda: Ladder(("SiT-pico/4", "SiT-nano/4"), (250, 500)))
-    plateau_seeds: int = 3  # networks of each model of the plateau: there, a seed changes as much as size does
+    plateau_seeds: int = 5  # networks of each model of the plateau: there, a seed changes as much as size does
     # Figures 6 and 7, on digits: SiTs, with every lambda
     fig7: Ladder = field(default_factory=lambda: Ladder(("SiT-nano/2", "SiT-micro/2"), (300, 600)))
     # Figure 7c: each with attention, and without
@@ -237,7 +237,7 @@ class Wiener:
         self.S, self.num_classes = torch.from_numpy(contrast**2 * spectrum(side)).float(), num_classes
 
     def __call__(self, z, t, y=None):
-        t, S = torch.as_tensor(t).reshape(-1, 1, 1, 1), self.S.to(z.device)
+        t, S = torch.as_tensor(t, device=z.device).reshape(-1, 1, 1, 1), self.S.to(z.device)
         gain = (t - (1 - t) * S) / ((1 - t)**2 * S + t**2)
         return torch.fft.ifft2(torch.fft.fft2(z) * gain).real
 
@@ -344,6 +344,7 @@ def fit(cfg, job, steps):
             data=dataset(cfg, job.data), model=job.model, steps=max(missing), batch=cfg.batch, accum=cfg.accum,
             lr=cfg.lr, warmup=cfg.warmup, ema=cfg.ema, label_dropout=cfg.label_dropout, repa=job.lam,
             repa_depth=cfg.repa_depth, seed=cfg.seed + job.seed, log_every=500, save_every=10_000,
+            compile=max(missing) >= 1000 and pick_device(cfg.device).type == "cuda",     # else not worth its minute
             keep=tuple(missing), grid=False, device=cfg.device, out=str(folder)), alone=True)
     return load_run(folder / f"ema_{steps}.pt", pick_device(cfg.device))[0]
 

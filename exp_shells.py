@@ -148,7 +148,7 @@ def measure(cfg):
     phase = train.phases()
     model = load_run(run, device)[0]
     check_fit(model, run, data["x"].shape[1:], data["meta"]["num_classes"], cfg.train.data)
-    E = EmpiricalScore(data["x"], data["y"], device=device)
+    E = EmpiricalScore(train.resident(data["x"], device), data["y"], device=device)
     rng, shape, d = np.random.default_rng(cfg.seed), E.shape, E.D
 
     def pick(name, n):                                       # n random images with labels, and their rows

@@ -49,7 +49,8 @@ class TimeEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(freq_dim, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
-        return self.mlp(sinusoid(t * self.scale, self.freq_dim).to(self.mlp[0].weight.dtype))
+        with torch.autocast("cpu" if t.is_meta else t.device.type, enabled=False):   # else it would round to bf16
+            return self.mlp(sinusoid(t * self.scale, self.freq_dim).to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbedding(nn.Module):
@@ -245,7 +246,8 @@ class AttentionBlock(nn.Module):
     def forward(self, x, emb=None):
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm(x.reshape(B, C, H * W))).view(B, self.heads, 3, C // self.heads, H * W)
-        q, k, v = qkv.permute(2, 0, 1, 4, 3)                 # three of (B, heads, H*W, head_dim)
+        # three of (B, heads, H*W, head_dim); no fast kernel takes them where the last is not the inner one in memory
+        q, k, v = qkv.permute(2, 0, 1, 4, 3).contiguous()
         h = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(B, C, H * W)
         return x + self.proj(h).view(B, C, H, W)
 

@@ -103,7 +103,7 @@ def sample(model, z1, y, *, t_grid=None, w=1.0, solver="dopri5", steps=50, atol=
             nonlocal nfe
             nfe += 1
             bar.set_postfix(nfe=nfe, refresh=False)
-            bar.update(max(0.0, 100 * (start - float(t)) / span - bar.n))
+            if progress: bar.update(max(0.0, 100 * (start - float(t)) / span - bar.n))       # float(t) waits for a GPU
             return velocity(model, z, t, y, w)
 
         trajectory = odeint(f, z1, grid, **options)
@@ -130,6 +130,8 @@ def pick_device(name="auto"):
         name = next(d for d, is_there in there.items() if is_there)
     if not there.get(name.split(":")[0], False):
         raise ValueError(f"device {name!r} is not available here: expected auto or {[*filter(there.get, there)]}")
+    if name.startswith("cuda"):
+        torch.backends.cuda.matmul.allow_tf32 = True         # as SiT's own code does; the empirical score goes without
     return torch.device(name)
 
 
@@ -144,7 +146,7 @@ def processes(device):
                 raise ValueError(f"process {local} has no GPU: this machine has {torch.cuda.device_count()}")
             torch.cuda.set_device(device := torch.device("cuda", local))
         if not dist.is_initialized():
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=timedelta(days=7))       # hours may lie between two of them
     return rank, world, device
 
 

@@ -10,8 +10,8 @@ Writes out/<run>/: ckpt.pt and the one before it (the same command resumes), log
 samples.png. SIGTERM and Ctrl-C save first. --dry-run says what a command would do, and for how long.
 
 What is random about step k (which images, which t, which noise, which labels are dropped) is a function of (seed, k)
-and the kind of device, drawn for the whole global batch; every process takes its part. So an interrupted run continues
-as if it had not been, and N processes make the update of one, without any state of random generators to store.
+and the kind of device or GPU, drawn for the whole global batch; every process takes its part. So an interrupted run
+continues as if it had not been, and N processes make the update of one, without any state of random generators.
 
 In reading order: the data, one step's randomness, the loss, the update, REPA; what the loop needs, and the loop; then
 what the experiments share: intervals, verdicts, the results file. (The last part, the data and the forecasts of
@@ -271,6 +271,7 @@ class Update:
     def __init__(self, model, lr, warmup, ema, others=()):
         self.lr, self.warmup, self.ema = lr, warmup, ema
         self.average = copy.deepcopy(model).eval().requires_grad_(False)
+        for module in self.average.modules(): module._forward_hooks.clear()      # REPA looks at the model alone
         pairs = [p for p in zip(model.parameters(), self.average.parameters(), strict=True) if p[0].requires_grad]
         self.weights, self.averaged = (list(p) for p in zip(*pairs, strict=True))
         self.all = [*self.weights, *others]
@@ -321,7 +322,8 @@ class Repa(nn.Module):
 HARMLESS = ("preset", "out", "device", "compile", "log_every", "save_every", "steps", "keep", "grid", "accum",
             "dry_run")
 TOO_STEEP = 1e4                                              # no healthy run here comes near a gradient of this norm
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}      # dense bf16 FLOP/s by their maker; MFU: the share reached
+# dense bf16 FLOP/s by their maker; MFU: the share reached. The first name that fits counts
+PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}
 
 
 def run_folder(cfg):
@@ -356,10 +358,16 @@ def step_flops(model_args, batch):
     return tuple(counts)
 
 
+def room_of(device):
+    """Bytes free where the model lives, those that torch keeps for later use included."""
+    if device.type != "cuda": return memory_room()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
 def resident(x, device):
     """x, a memory map (N, ...), as a tensor where the model lives, if it takes less than a third of the room there."""
-    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 12e9
-    if x.nbytes > room / 3:
+    if x.nbytes > (room_of(device) if device.type == "cuda" else 12e9) / 3:
         return x
     dtype = torch.float16 if x.dtype == np.float16 else torch.int64 if x.dtype.kind in "iu" else torch.float32
     out, rows = torch.empty(x.shape, dtype=dtype, device=device), max(1, 2**28 // x[:1].nbytes)
@@ -373,8 +381,10 @@ def feed(arrays, steps, index, device):
     step ahead, into memory from which a GPU can fetch it while it computes."""
     def read(step):
         i = torch.from_numpy(index(step))
-        rows = [a[i.to(a.device)] if torch.is_tensor(a) else torch.from_numpy(a[i.numpy()]) for a in arrays]
-        return [r.pin_memory() if device.type == "cuda" and not r.is_cuda else r for r in rows]
+        there = pinned(i).to(device, non_blocking=True)      # not pinned, it would wait for all that the GPU has to do
+        rows = [a[there] if torch.is_tensor(a) else pinned(torch.from_numpy(a[i.numpy()])) for a in arrays]
+        return rows
+    pinned = lambda r: r.pin_memory() if device.type == "cuda" else r
     ready = lambda rows: [r.to(device, torch.float32 if r.is_floating_point() else torch.int64, non_blocking=True)
                           for r in rows]
     if all(torch.is_tensor(a) for a in arrays):
@@ -467,30 +477,35 @@ def join(device_name, alone=False):
 
 @functools.cache
 def rates(model_args, device):
-    """Seconds of a forward pass and of a training step, and bytes that a step keeps, all for one image: measured here,
-    in a small batch, the quickest of a few. model_args: the items of build_model's arguments."""
+    """Seconds of a forward pass, as in an evaluation, and of a training step, and bytes that a step keeps, all for one
+    image: measured here, in a small batch, the quickest of a few. model_args: the items of build_model's arguments."""
     model = build_model(**dict(model_args)).to(device)
     b = int(min(64, max(1, (1e13 if device.type == "cuda" else 1e11) // step_flops(model_args, 1)[0])))
     z, t = torch.randn(b, model.in_channels, model.input_size, model.input_size).to(device), torch.rand(b).to(device)
     y, kept = torch.zeros(b, dtype=torch.long, device=device), {}
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    shapes = {p.shape for p in model.parameters()}           # of their copies in bf16, which no image adds to
 
     def keep(a):                                             # what autograd holds on to until the backward pass
-        if a.untyped_storage().data_ptr() not in weights:
+        if a.untyped_storage().data_ptr() not in weights and not (a.dtype == torch.bfloat16 and a.shape in shapes):
             kept[a.untyped_storage().data_ptr()] = a.untyped_storage().nbytes()
         return a
+
+    def step():
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = model(z, t, y).square().mean()
+        loss.backward()
     best, began = [float("inf")] * 2, time.perf_counter()
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda a: a):
-            model(z, t, y).square().mean().backward()
-        while best[1] == float("inf") or time.perf_counter() - began < 1:        # at least once, else for a second
-            wait(); start = time.perf_counter()
-            out = model(z, t, y)
-            wait(); middle = time.perf_counter()
-            out.square().mean().backward()
-            wait(); end = time.perf_counter()
-            best = [min(a, b) for a, b in zip(best, (middle - start, end - start), strict=True)]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda a: a):
+        step()
+    while best[1] == float("inf") or time.perf_counter() - began < 1:            # at least once, else for a second
+        wait(); start = time.perf_counter()
+        with torch.no_grad(): model(z, t, y)
+        wait(); middle = time.perf_counter()
+        step()
+        wait(); end = time.perf_counter()
+        best = [min(a, b) for a, b in zip(best, (middle - start, end - middle), strict=True)]
     return best[0] / b, best[1] / b, sum(kept.values()) / b
 
 
@@ -501,7 +516,8 @@ def forecast(data, folder, device, nets=(), images=(), queries=0, files=0, proce
     nets    [(model_args, images that a process holds at once, batch, steps, copies of the weights on the disk)]
     images  [(model_args, forward passes of one image)];  queries: empirical scores;  files: bytes written besides
     """
-    N, hours, disk, memory = len(data["x"]), 0.0, files, 0.0
+    N, hours, disk, memory, room = len(data["x"]), 0.0, files, 0.0, room_of(device)
+    held = data["x"].nbytes * (data["x"].nbytes < room / 3)  # see resident
     print(f"data: {N:,} x {data['x'].shape[1:]}, {data['x'].nbytes / 1e9:.2f} GB; device: {device}, "
           f"{processes} process{'es' * (processes > 1)}; times are measured here in small batches, and scaled")
     for net in {json.dumps(net[:3]): net for net in nets}.values():
@@ -510,7 +526,8 @@ def forecast(data, folder, device, nets=(), images=(), queries=0, files=0, proce
         steps, kept = (sum(other[k] for other in alike) for k in (3, 4))
         weights = 4 * sum(p.numel() for p in build_on_meta(args).parameters())
         _, step, activations = rates(tuple(args.items()), device)
-        need = 5 * weights + at_once * activations           # weights, average, gradients, two moments of AdamW
+        # weights, average, gradients, two moments of AdamW; on a GPU, a copy in bf16
+        need = held + (5.5 if device.type == "cuda" else 5) * weights + at_once * activations
         took = step * batch * steps / processes / 3600
         hours, disk, memory = hours + took, disk + weights * kept, max(memory, need)
         print(f"train {len(alike)} x {args['name']}, {weights / 4e6:.2f}M parameters: {steps:,} steps of {batch}, "
@@ -529,7 +546,6 @@ def forecast(data, folder, device, nets=(), images=(), queries=0, files=0, proce
         print(f"empirical score: {queries:,} queries over {N:,} points: {took:.2f} h")
     there = check_folder(folder)
     free = shutil.disk_usage(there).free
-    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory_room()
     print(f"in all about {hours:.2f} h, {memory / 1e9:.2f} GB of memory for training (there are {room / 1e9:.1f}), "
           f"{disk / 1e9:.2f} GB on the disk of {there} (free: {free / 1e9:.1f})")
     if memory > room:
@@ -582,6 +598,7 @@ def train(cfg, alone=False):
     say = print if rank == 0 and not alone else lambda *a, **k: None
     data, run = load_data(cfg.data), run_folder(cfg)
     N, shape, classes = len(data["x"]), tuple(data["x"].shape[1:]), data["meta"]["num_classes"]
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
     torch.empty(cfg.batch, *shape)                           # a step's noise: too many fail now, in one line
     torch.manual_seed(cfg.seed)
@@ -613,8 +630,8 @@ def train(cfg, alone=False):
         if done == cfg.steps:
             say(f"{run} is trained already ({done} steps)")
             return run
-        if ckpt["device"] != device.type:
-            say(f"{run} was trained on {ckpt['device']}: on {device.type} its noise will be another")
+        if ckpt["device"] != kind:
+            say(f"{run} was trained on {ckpt['device']}: on {kind} its noise can be another")
         try:
             for name, part in parts.items():
                 part.load_state_dict(ckpt[name])
@@ -633,6 +650,7 @@ def train(cfg, alone=False):
         f"{sum(p.numel() for p in update.weights) / 1e6:.2f}M parameters, on {N:,} images of {cfg.data}, steps {done} "
         f"to {cfg.steps}, batch {cfg.batch}, {world} process{'es' * (world > 1)} on {device} -> {run}", flush=True)
 
+    torch.compiler.reset()                                   # of several networks, each gets code of its own
     net = torch.compile(trained) if cfg.compile else trained             # shares its weights with `model`
     net = DistributedDataParallel(net, [device.index] if device.type == "cuda" else None) if world > 1 else net
     bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and device.type == "cuda" and
@@ -642,9 +660,8 @@ def train(cfg, alone=False):
     mine = slice(rank * per_rank, (rank + 1) * per_rank)     # this process's part of the global batch
     index = lambda step: step_indices(step, cfg.batch, N, cfg.seed)[mine]
     arrays = [resident(data[k], device) for k in ("x", "y", *["features"] * bool(cfg.repa))]
-    flops, peak = step_flops(tuple(model_args.items()), 1)[0], None
-    if device.type == "cuda":
-        peak = next((world * p for name, p in PEAK.items() if name in torch.cuda.get_device_name(device)), None)
+    flops = step_flops(tuple(model_args.items()), 1)[0]
+    peak = next((world * p for name, p in PEAK.items() if name in kind), None)
     run.mkdir(parents=True, exist_ok=True)
     log_path = run / "log.jsonl"
     if rank == 0 and log_path.exists():                      # drop what was logged after the checkpoint, or half a line
@@ -713,9 +730,9 @@ def train(cfg, alone=False):
                 if rank == 0:
                     with open(log_path, "a") as f:
                         f.write(json.dumps(record) + "\n")
-                carried, last, started, timed, worst = 0.0, step, time.time(), step, zero()
+                carried, last, worst = 0.0, step, zero()
             if (save or leave) and rank == 0:
-                state = dict(ema=update.average.state_dict(), step=step, device=device.type, model_args=model_args,
+                state = dict(ema=update.average.state_dict(), step=step, device=kind, model_args=model_args,
                              config=dataclasses.asdict(cfg))
                 if step in cfg.keep:                         # before the checkpoint, after which it would be too late
                     with replacing(run / f"ema_{step}.pt") as f:
@@ -728,6 +745,7 @@ def train(cfg, alone=False):
                 z1, label = noise(range(40), shape).to(device), torch.arange(40, device=device) % classes
                 save_grid(sample(update.average, z1, label, solver="heun", steps=25)[-1], run / "samples.png",
                           columns=10)
+            if log or save: started, timed = time.time(), step           # the time of a checkpoint is not that of steps
     if world > 1:
         dist.barrier()
     say(f"done: {run} (more samples with python sample.py --run {os.path.relpath(run)})")

@@ -39,6 +39,7 @@ assets:
 	for script in exp_shells exp_toy2d; do $(BIN)/python $$script.py --redraw --animate > /dev/null && \
 	  cp out/$$script/laptop/results.gif assets/$$script.gif || exit 1; done
 	cp out/bench.json out/bench_score.json out/bench_score.png assets/
+	if [ -f out/bench_score_gpu.json ]; then cp out/bench_score_gpu.json assets/; fi
 	$(MAKE) readme
 
 readme: .venv/ready

@@ -92,25 +92,32 @@ def learned_gap(model, z, t, y):
 # ----------------------------------------------------------------------------------------------------------------------
 # Measuring
 
+def check(cfg):
+    """What can be wrong, before anything is trained. -> the data set."""
+    for name in ("n", "n_times", "batch", "seed"):
+        if getattr(cfg, name) < (least := 0 if name == "seed" else 2 if name == "n_times" else 1):
+            raise ValueError(f"{name} must be at least {least}, not {getattr(cfg, name)}")
+    data = train.load_data(cfg.train.data)
+    torch.empty(cfg.n_times, cfg.n, *data["x"].shape[1:])    # too many fail now, not after the training
+    return data
+
+
 def work(cfg):
     """What --dry-run is to foretell."""
-    data = train.load_data(cfg.train.data)
+    data = check(cfg)
     todo = None if cfg.model_path else train.training_of(dataclasses.replace(cfg.train, device=cfg.device))
     args = dict(name=cfg.train.model, input_size=data["x"].shape[2], in_channels=data["x"].shape[1],
                 num_classes=data["meta"]["num_classes"])
     if cfg.model_path:
         check_fit(load_run(cfg.model_path)[0], cfg.model_path, data["x"].shape[1:], args["num_classes"], cfg.train.data)
+        args = train.given(cfg.model_path)
     return dict(data=data, nets=[todo] if todo else [], queries=4 * cfg.n * cfg.n_times,
                 images=[(args, cfg.n * (NFE + 4 * cfg.n_times))])
 
 
 def measure(cfg):
     """The four gaps and the effective numbers of points, each (n, T), and the claims, written to results.json."""
-    for name in ("n", "n_times", "batch", "seed"):
-        if getattr(cfg, name) < (least := 0 if name == "seed" else 2 if name == "n_times" else 1):
-            raise ValueError(f"{name} must be at least {least}, not {getattr(cfg, name)}")
-    data, device = train.load_data(cfg.train.data), pick_device(cfg.device)
-    torch.empty(cfg.n_times, cfg.n, *data["x"].shape[1:])    # too many fail now, not after the training
+    data, device = check(cfg), pick_device(cfg.device)
     run = cfg.model_path or train.train(dataclasses.replace(cfg.train, device=cfg.device))
     phase = train.phases()
     model = load_run(run, device)[0]

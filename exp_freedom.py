@@ -255,14 +255,14 @@ def fit(cfg, net, kind, ratio, seed, device, path):
             share = (out.float() - x[part]).square().mean() * (len(out) / net.batch)
             share.backward()
             loss += share.detach()
+        if not loss.isfinite():
+            raise ValueError(f"{net.model} diverged: the loss is {loss.item()} at step {step + 1}, lr {net.lr:g}")
         update.step(step)
         wait(); clock[step, 1] = time.perf_counter() - start
         if time.time() - saved > SAVE_EVERY and step + 1 < net.steps:
             with replacing(path) as f:
                 torch.save({name: part.state_dict() for name, part in parts.items()} | dict(step=step + 1), f)
             saved = time.time()
-    if not loss.isfinite():
-        raise ValueError(f"{net.model} diverged: the loss is {loss.item()} at lr {net.lr:g}")
     return update.average, EmpiricalScore(x_score, y_score), 1000 * np.median(clock[first:], axis=0)
 
 
@@ -372,7 +372,7 @@ def check(cfg):
 
 def work(cfg):
     """What --dry-run is to foretell, with nothing found from an earlier call."""
-    check(cfg)
+    size = check(cfg)[0]
     data, n = train.load_data(cfg.data), len(cfg.ratios)
     args = dict(input_size=data["x"].shape[2], in_channels=data["x"].shape[1], num_classes=data["meta"]["num_classes"],
                 prediction="x")
@@ -381,10 +381,14 @@ def work(cfg):
     nets = [getattr(cfg, arch) for arch, k in often.items() for _ in range(k)]
     # each process has a checkpoint of what it trains, and while it writes the next one, two: of weights, average and
     # two moments each
+    # x_* over D_score for every image trained on: half of the transformers, all but two U-Nets, of the comparison's
+    # targets one, and the sampled one twice
+    exact = dict(transformer=n * cfg.n_seeds, unet=n * cfg.n_seeds, compare=3 * cfg.compare_seeds)
+    queries = sum(getattr(cfg, arch).steps * getattr(cfg, arch).batch * k for arch, k in exact.items())
     nets = [(dict(name=net.model, **args), min(net.batch, cfg.at_once), net.batch, net.steps, 8 * (i < world))
             for i, net in enumerate(nets)]
     return dict(data=data, nets=nets, images=[(net[0], cfg.n_samples * 2 * cfg.sample_steps) for net in nets],
-                processes=world)
+                processes=world, queries=queries, points=size)
 
 
 def measure(cfg):

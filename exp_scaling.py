@@ -30,8 +30,8 @@ What you should see: results.png is what the paper shows, results_when.png asks 
 half holds, the extrapolation half is contradicted, on the fields, over size and over length. Their limit says why:
 x_theta of the true density has an E^ext too, which all these networks reach from above; from there the only way is into
 memorization, which lowers it. Fields of half the contrast hold the networks up on a *plateau* before they learn any
-structure; E^ext changes over size by a percent or two there. So small a change is what another seed does as well: five
-networks of each kind do not tell whether E^ext rises or falls.
+structure; E^ext changes over size by half a percent to two there. So small a change is what another seed does as well,
+but over five networks of each kind it falls, too; for either length alone they do not tell.
 *Fig. 6:* REPA changes the network more along trajectories than on training points, and so does a change of seed. *Fig.
 7:* U-Nets have a far lower distance than transformers at equal L, as the paper says; REPA does not (it is one block
 deep here, its teacher a small classifier, the runs short). *Dial:* E^ext falls with size at every a.
@@ -76,7 +76,7 @@ from torch import nn
 import sample
 import train
 from empirical_score import EmpiricalScore
-from model import SIT_SIZES, build_model
+from model import build_model
 from sample import check_fit, cli, frechet, gaussian, load_run, noise, pick_device, processes, replacing, wait_for_all
 
 
@@ -349,16 +349,6 @@ def fit(cfg, job, steps):
     return load_run(folder / f"ema_{steps}.pt", pick_device(cfg.device))[0]
 
 
-@functools.cache
-def given(path):
-    """build_model's arguments for the network in a file of weights."""
-    model, ckpt = load_run(path)
-    sizes = {(depth, width): size for size, (depth, width, _) in SIT_SIZES.items()}
-    return ckpt.get("model_args") or dict(
-        name=f"SiT-{sizes[len(model.blocks), model.pos_embed.shape[-1]]}/{model.patch}", input_size=model.input_size,
-        in_channels=model.in_channels, num_classes=model.num_classes)
-
-
 def along(f, z, t, *args):                                   # f at every time of z (T, B, C, H, W), stacked alike
     return torch.stack([f(zk, tk, *args) for zk, tk in zip(z, t, strict=True)])
 
@@ -480,7 +470,7 @@ def jobs(cfg, part):
 
 def model_args(cfg, data, model):                            # of build_model
     if model in cfg.model_path:
-        return given(model)
+        return train.given(model)
     C, H, _ = (d := train.load_data(dataset(cfg, data)))["x"].shape[1:]
     return dict(name=model, input_size=H, in_channels=C, num_classes=d["meta"]["num_classes"])
 
@@ -615,8 +605,8 @@ def part_fig3(cfg):
         claims.append(grows("Fig 3 why: extrapolation error, true density minus largest network", a["limit"]["room"],
                             "not shown"))
     if cfg.model_path:
-        a |= dict(axis="forward pass (FLOPs)", models=[given(m)["name"] for m in models])
-        claims += given_claims(cfg, a, np.load(paths(cfg, Job(data, models[-1], (1,)))[1][0]), given(models[-1]))
+        a |= dict(axis="forward pass (FLOPs)", models=[train.given(m)["name"] for m in models])
+        claims += given_claims(cfg, a, np.load(paths(cfg, Job(data, models[-1], (1,)))[1][0]), train.given(models[-1]))
     if cfg.data or cfg.model_path:
         return a, claims
     # the errors are over the seeds; copies, and the limit's room above a network, are of the first
@@ -821,8 +811,11 @@ def check(cfg):
         if cfg.only in ("all", "fig7") and not cfg.model_path:           # what is missing should be known before
             if cfg.reference and not Path(cfg.reference).exists():
                 raise FileNotFoundError(f"there is no reference {cfg.reference}")
-            if cfg.reference: sample.inception()
-            if cfg.vae: sample.autoencoder()
+            if cfg.reference:
+                sample.inception()
+                if Path(cfg.reference).is_dir() or sample.read_npz(cfg.reference, "mu") is None:
+                    next(sample.image_batches(cfg.reference))
+            if cfg.vae: sample.load_vae(cfg.vae)
     for path in cfg.model_path:
         if cfg.only not in ("all", "fig3"):
             raise ValueError(f"--only {cfg.only} is of networks that are trained here: it goes without --model-path")

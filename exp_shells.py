@@ -117,21 +117,8 @@ def memorized(E, out, x, i, flips):
 # ----------------------------------------------------------------------------------------------------------------------
 # Measuring
 
-def work(cfg):
-    """What --dry-run is to foretell."""
-    data = train.load_data(cfg.train.data)
-    todo = None if cfg.model_path else train.training_of(dataclasses.replace(cfg.train, device=cfg.device))
-    args = dict(name=cfg.train.model, input_size=data["x"].shape[2], in_channels=data["x"].shape[1],
-                num_classes=data["meta"]["num_classes"])
-    if cfg.model_path:
-        check_fit(load_run(cfg.model_path)[0], cfg.model_path, data["x"].shape[1:], args["num_classes"], cfg.train.data)
-    points = (2 * cfg.n_points + cfg.n_trajectories) * cfg.n_times + cfg.n_images * cfg.memo_times
-    return dict(data=data, nets=[todo] if todo else [], queries=points,
-                images=[(args, NFE * (cfg.n_trajectories + cfg.n_images * (cfg.memo_times - 1)))])
-
-
-def measure(cfg):
-    """Everything that the figure shows, as a dict of arrays, and the claims, written to results.json."""
+def check(cfg):
+    """What can be wrong, before anything is trained. -> the data set."""
     for name in ("n_points", "n_trajectories", "n_lines", "n_times", "n_images", "memo_times", "batch", "seed"):
         if getattr(cfg, name) < (least := 0 if name == "seed" else 2 if "times" in name else 1):
             raise ValueError(f"{name} must be at least {least}, not {getattr(cfg, name)}")
@@ -139,11 +126,30 @@ def measure(cfg):
         raise ValueError(f"image must be 0 to {cfg.n_images - 1}, one of the n_images, not {cfg.image}")
     if not 0 < cfg.delta < 1:
         raise ValueError(f"delta must lie between 0 and 1, not {cfg.delta:g}")
-    data, device = train.load_data(cfg.train.data), pick_device(cfg.device)
-    members = np.flatnonzero(np.asarray(data["y"]) == cfg.overlap_class)
-    if len(members) < 2:
-        raise ValueError(f"overlap_class {cfg.overlap_class} has {len(members)} images: pairs of them are compared")
+    data = train.load_data(cfg.train.data)
+    if (members := int((np.asarray(data["y"]) == cfg.overlap_class).sum())) < 2:
+        raise ValueError(f"overlap_class {cfg.overlap_class} has {members} images: pairs of them are compared")
     torch.empty(cfg.n_times, cfg.n_trajectories, *data["x"].shape[1:])   # too many fail now, not after the training
+    return data
+
+
+def work(cfg):
+    """What --dry-run is to foretell."""
+    data = check(cfg)
+    todo = None if cfg.model_path else train.training_of(dataclasses.replace(cfg.train, device=cfg.device))
+    args = dict(name=cfg.train.model, input_size=data["x"].shape[2], in_channels=data["x"].shape[1],
+                num_classes=data["meta"]["num_classes"])
+    if cfg.model_path:
+        check_fit(load_run(cfg.model_path)[0], cfg.model_path, data["x"].shape[1:], args["num_classes"], cfg.train.data)
+        args = train.given(cfg.model_path)
+    points = (2 * cfg.n_points + cfg.n_trajectories) * cfg.n_times + cfg.n_images * cfg.memo_times
+    return dict(data=data, nets=[todo] if todo else [], queries=points,
+                images=[(args, NFE * (cfg.n_trajectories + cfg.n_images * (cfg.memo_times - 1)))])
+
+
+def measure(cfg):
+    """Everything that the figure shows, as a dict of arrays, and the claims, written to results.json."""
+    data, device = check(cfg), pick_device(cfg.device)
     run = cfg.model_path or train.train(dataclasses.replace(cfg.train, device=cfg.device))
     phase = train.phases()
     model = load_run(run, device)[0]
@@ -194,7 +200,8 @@ def measure(cfg):
 
     # B.2: how far the shells of one class overlap; the worst pair, and quantiles over all its pairs
     overlap = E.log_overlap(t, cfg.overlap_class)
-    pairs = np.quantile(pair_log_overlaps(torch.from_numpy(data["x"][members])).numpy(), [0.5, 0.99])
+    members = torch.from_numpy(data["x"][E.members[cfg.overlap_class].numpy()])
+    pairs = np.quantile(pair_log_overlaps(members).numpy(), [0.5, 0.99])
     phase("overlap of the shells")
 
     at = lambda v: int(np.abs(t - v).argmin())               # index of the time closest to v

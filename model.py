@@ -407,6 +407,8 @@ def load_sit_checkpoint(checkpoint):
     """
     state = checkpoint if isinstance(checkpoint, dict) else read_weights(checkpoint)
     state = state.get("ema", state.get("model", state))  # training checkpoints hold both: the EMA is what was published
+    if isinstance(state, dict) and state and all(str(k).startswith("module.") for k in state):
+        state = {k.removeprefix("module."): v for k, v in state.items()}         # saved from within DDP
     for key, ndim in {"x_embedder.proj.weight": 4, "pos_embed": 3, "y_embedder.embedding_table.weight": 2,
                       "final_layer.linear.weight": 2}.items():             # the keys that tell the sizes
         if not isinstance(state, dict) or not torch.is_tensor(state.get(key)):

@@ -219,9 +219,37 @@ def autoencoder():
     return AutoencoderKL
 
 
-def load_vae(path):
+def pretrained(option, name, kind, **options):
+    """A network, from a folder or by its name on the Hugging Face hub. ValueError in one line if it does not load."""
+    if not os.path.isdir(name) and (name.count("/") != 1 or name[0] in "./~"):
+        raise ValueError(f"{option} {name}: there is no such folder, and it is no name on the hub (owner/name)")
+    try:
+        return kind.from_pretrained(name, **options).eval().requires_grad_(False)
+    except Exception as e:                                   # missing, offline, damaged: each library raises its own
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise ValueError(f"{option} {name}: cannot be loaded as {kind.__name__} ({reason})") from e
+
+
+def load_vae(name):
     """The autoencoder of a latent model, a folder or a name on the Hugging Face hub -> diffusers' AutoencoderKL."""
-    return autoencoder().from_pretrained(path).eval().requires_grad_(False)
+    return pretrained("--vae", name, autoencoder(), low_cpu_mem_usage=False)     # True needs one more package
+
+
+def lock(folder, patience=0.0):
+    """Hold a folder for this process and until its end: a killed torchrun can leave its workers running. ValueError if
+    another holds it, and goes on to for `patience` seconds. -> what must be kept for as long."""
+    try:
+        import fcntl
+        f, until = open(folder / "lock", "w"), time.time() + patience
+    except (ImportError, PermissionError):                   # Windows; a folder in which nobody can be at work
+        return None
+    while True:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return f
+        except OSError as e:
+            if time.time() > until: raise ValueError(f"{folder}: another process is at work here") from e
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -52,11 +53,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from empirical_score import EmpiricalScore
-from model import build_model
+from model import SIT_SIZES, build_model
 from sample import (
     check_folder,
     cli,
     load_run,
+    lock,
     memory_room,
     noise,
     pick_device,
@@ -223,6 +225,19 @@ def load_data(name):
     return out
 
 
+def check_sums(data):
+    """ValueError if a file of the data set is not what meta.json says it was when it was written. features.npy, of a
+    terabyte, is not read."""
+    sums = data["meta"].get("sha256")
+    for file, wanted in sums.items() if isinstance(sums, dict) else ():
+        path = Path(data["x"].filename).parent / file
+        if file != "features.npy":
+            with open(path, "rb") as f:
+                if hashlib.file_digest(f, "sha256").hexdigest() != wanted:
+                    raise ValueError(f"{path} has changed since it was made, by its checksum in meta.json: copy it "
+                                     "again, or make it anew")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # One step
 
@@ -340,6 +355,16 @@ def run_folder(cfg):
 def build_on_meta(args):                                     # shapes without numbers
     with torch.device("meta"):
         return build_model(**args)
+
+
+@functools.cache
+def given(path):
+    """build_model's arguments for the network in a file of weights."""
+    model, ckpt = load_run(path)
+    sizes = {(depth, width): size for size, (depth, width, _) in SIT_SIZES.items()}
+    return ckpt.get("model_args") or dict(
+        name=f"SiT-{sizes[len(model.blocks), model.pos_embed.shape[-1]]}/{model.patch}", input_size=model.input_size,
+        in_channels=model.in_channels, num_classes=model.num_classes)
 
 
 @functools.cache
@@ -475,6 +500,21 @@ def join(device_name, alone=False):
     return processes(device)
 
 
+def kept_bytes(model, step):
+    """Bytes that step(), a training step of the model, holds on to until its backward pass, beside the weights."""
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+    # of their copies in bf16, which no image adds to: as they are, or transposed
+    shapes = {shape for p in model.parameters() for shape in (p.shape, p.shape[::-1])}
+
+    def keep(a):
+        if a.untyped_storage().data_ptr() not in weights and not (a.dtype == torch.bfloat16 and a.shape in shapes):
+            kept[a.untyped_storage().data_ptr()] = a.untyped_storage().nbytes()
+        return a
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda a: a):
+        step()
+    return sum(kept.values())
+
+
 @functools.cache
 def rates(model_args, device):
     """Seconds of a forward pass, as in an evaluation, and of a training step, and bytes that a step keeps, all for one
@@ -482,23 +522,14 @@ def rates(model_args, device):
     model = build_model(**dict(model_args)).to(device)
     b = int(min(64, max(1, (1e13 if device.type == "cuda" else 1e11) // step_flops(model_args, 1)[0])))
     z, t = torch.randn(b, model.in_channels, model.input_size, model.input_size).to(device), torch.rand(b).to(device)
-    y, kept = torch.zeros(b, dtype=torch.long, device=device), {}
+    y = torch.zeros(b, dtype=torch.long, device=device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    shapes = {p.shape for p in model.parameters()}           # of their copies in bf16, which no image adds to
-
-    def keep(a):                                             # what autograd holds on to until the backward pass
-        if a.untyped_storage().data_ptr() not in weights and not (a.dtype == torch.bfloat16 and a.shape in shapes):
-            kept[a.untyped_storage().data_ptr()] = a.untyped_storage().nbytes()
-        return a
 
     def step():
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = model(z, t, y).square().mean()
         loss.backward()
-    best, began = [float("inf")] * 2, time.perf_counter()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda a: a):
-        step()
+    best, kept, began = [float("inf")] * 2, kept_bytes(model, step), time.perf_counter()
     while best[1] == float("inf") or time.perf_counter() - began < 1:            # at least once, else for a second
         wait(); start = time.perf_counter()
         with torch.no_grad(): model(z, t, y)
@@ -506,17 +537,19 @@ def rates(model_args, device):
         step()
         wait(); end = time.perf_counter()
         best = [min(a, b) for a, b in zip(best, (middle - start, end - middle), strict=True)]
-    return best[0] / b, best[1] / b, sum(kept.values()) / b
+    return best[0] / b, best[1] / b, kept / b
 
 
-def forecast(data, folder, device, nets=(), images=(), queries=0, files=0, processes=1):
+def forecast(data, folder, device, nets=(), images=(), queries=0, points=None, files=0, processes=1):
     """What --dry-run prints: work and hours, from rates measured here. ValueError if memory or disk is short.
 
     data    as load_data gives it
     nets    [(model_args, images that a process holds at once, batch, steps, copies of the weights on the disk)]
-    images  [(model_args, forward passes of one image)];  queries: empirical scores;  files: bytes written besides
+    images  [(model_args, forward passes of one image)];  files: bytes written besides
+    queries empirical scores over so many `points`, by default all
     """
     N, hours, disk, memory, room = len(data["x"]), 0.0, files, 0.0, room_of(device)
+    check_sums(data)
     held = data["x"].nbytes * (data["x"].nbytes < room / 3)  # see resident
     print(f"data: {N:,} x {data['x'].shape[1:]}, {data['x'].nbytes / 1e9:.2f} GB; device: {device}, "
           f"{processes} process{'es' * (processes > 1)}; times are measured here in small batches, and scaled")
@@ -538,41 +571,26 @@ def forecast(data, folder, device, nets=(), images=(), queries=0, files=0, proce
         hours += took
         print(f"evaluate {args['name']}: {n:,} forward passes: {took:.2f} h")
     if queries:
-        few = torch.from_numpy(np.array(data["x"][:20_000], dtype=np.float32)).to(device)
+        points = points or N
+        few = torch.from_numpy(np.array(data["x"][:min(points, 20_000)], dtype=np.float32)).to(device)
         E, z = EmpiricalScore(few), torch.lerp(few[:64], torch.randn_like(few[:64]), 0.7)
         clock = [time.perf_counter(), *(E.posterior_mean(z, 0.7) is None or time.perf_counter() for _ in range(3))]
-        took = np.diff(clock).min() / len(z) * N / len(few) * queries / processes / 3600
+        took = np.diff(clock).min() / len(z) * points / len(few) * queries / processes / 3600
         hours += took
-        print(f"empirical score: {queries:,} queries over {N:,} points: {took:.2f} h")
+        print(f"empirical score: {queries:,} queries over {points:,} points: {took:.2f} h")
     there = check_folder(folder)
     free = shutil.disk_usage(there).free
     print(f"in all about {hours:.2f} h, {memory / 1e9:.2f} GB of memory for training (there are {room / 1e9:.1f}), "
           f"{disk / 1e9:.2f} GB on the disk of {there} (free: {free / 1e9:.1f})")
     if memory > room:
-        raise ValueError(f"{memory / 1e9:.1f} GB of memory are needed, {room / 1e9:.1f} GB are there: a smaller batch, "
-                         "or a larger --accum, needs less")
+        raise ValueError(f"{memory / 1e9:.3g} GB of memory are needed, {room / 1e9:.3g} GB are there: fewer images at "
+                         "a time (--batch, --accum; in exp_freedom.py --at-once) need less")
     if disk > free:
-        raise ValueError(f"{disk / 1e9:.1f} GB are needed on the disk of {there}, {free / 1e9:.1f} GB are free")
+        raise ValueError(f"{disk / 1e9:.3g} GB are needed on the disk of {there}, {free / 1e9:.3g} GB are free")
 
 
-def training_of(cfg):
-    """The entry of `nets` above for a training config, with the steps that are still to do; None if there are none."""
-    data, ckpt = load_data(cfg.data), newest_checkpoint(run_folder(cfg))
-    steps, world = cfg.steps - (ckpt["step"] if ckpt else 0), int(os.environ.get("WORLD_SIZE", 1))
-    args = dict(name=cfg.model, input_size=data["x"].shape[2], in_channels=data["x"].shape[1],
-                num_classes=data["meta"]["num_classes"])
-    if cfg.init:
-        load_run(cfg.init)
-    if cfg.repa:
-        check_repa(cfg, data, build_model(**args))
-    copies = 8 + len(cfg.keep)                               # two checkpoints, each of weights, average and two moments
-    return (args, cfg.batch // world // cfg.accum, cfg.batch, steps, copies) if steps > 0 else None
-
-
-def train(cfg, alone=False):
-    """Train, or resume, or find it done. -> the run's folder. Call on every process of a torchrun; over several nodes,
-    out/ and data/ must be folders that all of them see. `alone`: one process, whatever torchrun says, and without a
-    word, for sweeps of many networks. ValueError: a config or data that do not fit, or divergence."""
+def check(cfg, world):
+    """ValueError for the first field that is no size or rate, or that does not fit so many processes."""
     for name in ("steps", "batch", "accum", "log_every", "save_every"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(cfg, name)}")
@@ -581,29 +599,15 @@ def train(cfg, alone=False):
         raise ValueError(f"repa must be 0 or more, not {cfg.repa:g}")
     if cfg.keep and min(cfg.keep) < 1:
         raise ValueError(f"keep must be steps from 1 on, not {cfg.keep}")
-    if cfg.dry_run:                                          # of several processes, one measures and tells
-        if int(os.environ.get("RANK", 0)):
-            return run_folder(cfg)
-        nets = [n for n in [training_of(cfg)] if n]
-        forecast(load_data(cfg.data), run_folder(cfg), pick_device(cfg.device), nets,
-                 processes=int(os.environ.get("WORLD_SIZE", 1)))
-        return run_folder(cfg)
-    rank, world, device = join(cfg.device, alone)
     if cfg.batch % (world * cfg.accum):
         raise ValueError(f"batch {cfg.batch} does not divide by processes x accum = {world} x {cfg.accum}")
-    if world > 1:
-        if int(os.environ.get("LOCAL_RANK", rank)) == 0:
-            load_data(cfg.data)                              # one prepares an embedded set, the others wait for it
-        dist.barrier()
-    say = print if rank == 0 and not alone else lambda *a, **k: None
-    data, run = load_data(cfg.data), run_folder(cfg)
-    N, shape, classes = len(data["x"]), tuple(data["x"].shape[1:]), data["meta"]["num_classes"]
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
-    torch.empty(cfg.batch, *shape)                           # a step's noise: too many fail now, in one line
+
+def first_model(cfg, data, device="cpu"):
+    """What a training starts from: random weights, or those of cfg.init. -> (build_model's arguments, the model)."""
+    model_args = dict(name=cfg.model, input_size=data["x"].shape[2], in_channels=data["x"].shape[1],
+                      num_classes=data["meta"]["num_classes"], prediction=cfg.prediction)
     torch.manual_seed(cfg.seed)
-    model_args = dict(name=cfg.model, input_size=shape[1], in_channels=shape[0], num_classes=classes,
-                      prediction=cfg.prediction)
     model = build_model(**model_args).to(device)
     if cfg.init:
         start = load_run(cfg.init)[0]
@@ -614,12 +618,11 @@ def train(cfg, alone=False):
         except RuntimeError as e:                            # torch names the misfits from the second line on
             raise ValueError(f"{cfg.init} does not fit {cfg.model} on {cfg.data}: {str(e).splitlines()[1].strip()}"
                              ) from None
-    trained = check_repa(cfg, data, model).to(device) if cfg.repa else model
-    update = Update(model, cfg.lr, cfg.warmup, cfg.ema, trained.projector.parameters() if cfg.repa else ())
-    parts = dict(model=model, ema=update.average, optimizer=update.optimizer)
-    parts |= dict(projector=trained.projector) if cfg.repa else {}
+    return model_args, model
 
-    done, carried, last = 0, 0.0, 0                          # carried: sum of the losses since the log's `last` step
+
+def checkpoint_of(cfg, run):
+    """The newest checkpoint of a run, or None. ValueError if it is of another config, or past the steps asked for."""
     if ckpt := newest_checkpoint(run):
         for name, before in ckpt["config"].items():
             if name not in HARMLESS and before != getattr(cfg, name, before):
@@ -627,7 +630,61 @@ def train(cfg, alone=False):
                                  "give another --out")
         if (done := ckpt["step"]) > cfg.steps:
             raise ValueError(f"{run}/ckpt.pt is at step {done}, past the {cfg.steps} asked for: give another --out")
-        if done == cfg.steps:
+    return ckpt
+
+
+def training_of(cfg):
+    """The entry of `nets` above for a training config, with the steps that are still to do; None if there are none. All
+    that the training itself would refuse is refused here."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    check(cfg, world)
+    data, ckpt = load_data(cfg.data), checkpoint_of(cfg, run_folder(cfg))
+    steps = cfg.steps - (ckpt["step"] if ckpt else 0)
+    args = dict(name=cfg.model, input_size=data["x"].shape[2], in_channels=data["x"].shape[1],
+                num_classes=data["meta"]["num_classes"])
+    if cfg.init or cfg.repa:
+        model = first_model(cfg, data)[1]
+        if cfg.repa: check_repa(cfg, data, model)
+    copies = 8 + len(cfg.keep)                               # two checkpoints, each of weights, average and two moments
+    return (args, cfg.batch // world // cfg.accum, cfg.batch, steps, copies) if steps > 0 else None
+
+
+def train(cfg, alone=False):
+    """Train, or resume, or find it done. -> the run's folder. Call on every process of a torchrun; over several nodes,
+    out/ and data/ must be folders that all of them see. `alone`: one process, whatever torchrun says, and without a
+    word, for sweeps of many networks. ValueError: a config or data that do not fit, or divergence."""
+    if cfg.dry_run:                                          # of several processes, one measures and tells
+        if int(os.environ.get("RANK", 0)):
+            return run_folder(cfg)
+        nets = [n for n in [training_of(cfg)] if n]
+        forecast(load_data(cfg.data), run_folder(cfg), pick_device(cfg.device), nets,
+                 processes=int(os.environ.get("WORLD_SIZE", 1)))
+        return run_folder(cfg)
+    check(cfg, 1)                                            # before the processes meet: each says the same
+    rank, world, device = join(cfg.device, alone)
+    check(cfg, world)
+    if world > 1:
+        if int(os.environ.get("LOCAL_RANK", rank)) == 0:
+            load_data(cfg.data)                              # one prepares an embedded set, the others wait for it
+        dist.barrier()
+    say = print if rank == 0 and not alone else lambda *a, **k: None
+    data, run = load_data(cfg.data), run_folder(cfg)
+    N, shape, classes = len(data["x"]), tuple(data["x"].shape[1:]), data["meta"]["num_classes"]
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+    torch.empty(cfg.batch, *shape)                           # a step's noise: too many fail now, in one line
+    model_args, model = first_model(cfg, data, device)
+    trained = check_repa(cfg, data, model).to(device) if cfg.repa else model
+    update = Update(model, cfg.lr, cfg.warmup, cfg.ema, trained.projector.parameters() if cfg.repa else ())
+    parts = dict(model=model, ema=update.average, optimizer=update.optimizer)
+    parts |= dict(projector=trained.projector) if cfg.repa else {}
+
+    check_folder(run)
+    run.mkdir(parents=True, exist_ok=True)
+    held = lock(run, patience=10) if rank == 0 else None     # noqa: F841 (as long as this function runs)
+    done, carried, last = 0, 0.0, 0                          # carried: sum of the losses since the log's `last` step
+    if ckpt := checkpoint_of(cfg, run):
+        if (done := ckpt["step"]) == cfg.steps:
             say(f"{run} is trained already ({done} steps)")
             return run
         if ckpt["device"] != kind:
@@ -640,7 +697,6 @@ def train(cfg, alone=False):
             what = f"{e} is missing" if isinstance(e, KeyError) else " ".join(str(e).split())
             raise ValueError(f"{run}/ckpt.pt is not a checkpoint to resume from: {what}") from e
         del ckpt
-    check_folder(run)
     if world > 1:                                            # a node that does not see the folder would start anew
         steps = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(world)]
         dist.all_gather(steps, torch.tensor(done, device=device))
@@ -662,7 +718,6 @@ def train(cfg, alone=False):
     arrays = [resident(data[k], device) for k in ("x", "y", *["features"] * bool(cfg.repa))]
     flops = step_flops(tuple(model_args.items()), 1)[0]
     peak = next((world * p for name, p in PEAK.items() if name in kind), None)
-    run.mkdir(parents=True, exist_ok=True)
     log_path = run / "log.jsonl"
     if rank == 0 and log_path.exists():                      # drop what was logged after the checkpoint, or half a line
         kept = [li for li in log_path.read_text().splitlines() if li.endswith("}") and json.loads(li)["step"] <= done]

@@ -37,7 +37,8 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from sample import noise, pick_device
+import sample
+from sample import lock, noise, pick_device, pretrained
 
 SIZE = 256  # pixels a side
 LATENT = (4, 32, 32)
@@ -97,24 +98,9 @@ def features(dino, images, device):
 # The two networks, both optional packages
 
 
-def load(option, name, kind, **options):
-    """A pretrained network, from a folder or by its name on the Hugging Face hub. One line says why it did not load."""
-    if not os.path.isdir(name) and (name.count("/") != 1 or name[0] in "./~"):
-        raise ValueError(f"{option} {name}: there is no such folder, and it is no name on the hub (owner/name)")
-    try:
-        return kind.from_pretrained(name, **options).eval().requires_grad_(False)
-    except Exception as e:  # missing, offline, damaged, of another architecture: each library raises its own
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise ValueError(f"{option} {name}: cannot be loaded as {kind.__name__} ({reason})") from e
-
-
 def load_vae(name):
     """-> vae with encode(x).latent_dist.mean and .std, and config.scaling_factor (.18215 for Stable Diffusion's)"""
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as e:
-        raise ImportError(f"imagenet needs diffusers, for its VAE ({e}): pip install diffusers") from e
-    return load("--vae", name, AutoencoderKL, low_cpu_mem_usage=False)  # True needs one more package
+    return sample.load_vae(name)
 
 
 def load_dino(name):
@@ -123,7 +109,7 @@ def load_dino(name):
         from transformers import Dinov2Model
     except ImportError as e:
         raise ImportError(f"--repa needs transformers, for DINOv2 ({e}): pip install transformers") from e
-    dino = load("--dino", name, Dinov2Model)
+    dino = pretrained("--dino", name, Dinov2Model)
     table = dino.embeddings.position_embeddings.data  # (1, 1 + 37 * 37, D): it was trained on 518 x 518 pixels
     side, D = round((table.shape[1] - 1) ** 0.5), table.shape[2]
     grid = table[:, 1:].reshape(1, side, side, D).permute(0, 3, 1, 2)
@@ -258,18 +244,6 @@ class Rows:
 
 def partial(out):
     return out.with_name(f".{out.name}.partial")
-
-
-def lock(work):
-    """Hold the folder for this process and its end: a killed torchrun can leave its workers running."""
-    import fcntl  # not on Windows, where the other data sets need none of this
-
-    f = open(work / "lock", "w")
-    try:
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        raise ValueError(f"{work}: another process is at work here") from e
-    return f
 
 
 def check_disk(out, shapes):

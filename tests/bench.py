@@ -8,9 +8,11 @@ How long things take, measured here and printed as one table; never part of the 
     python tests/bench.py train           # images a second and MFU of train.py, beside the plain version of its step
     python tests/bench.py score           # the exact empirical score beside other ways to compute it
     python tests/bench.py growth ranks memory     # its time against N, on two processes, and what memory it takes
+    python tests/bench.py gpu             # the same on a GPU, up to 2.56 million points of 4,096 dimensions, in bf16
 
 Times depend on the machine: quote the ratios, and the machine that the first line names.
 """
+import functools
 import importlib.util
 import json
 import os
@@ -32,25 +34,24 @@ sys.path.insert(0, str(ROOT))
 LIMITS = {"first": 180, "exp_cfg_paradox": 720, "exp_shells": 720, "all": 2700, "tests": 600}
 
 
-def machine():
+def machine(gpu=False):
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         cpu = next((li.split(":")[1].strip() for li in open("/proc/cpuinfo") if li.startswith("model name")), cpu)
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    return f"{where}, {os.cpu_count()} cores, torch {torch.__version__}"
+    return f"{torch.cuda.get_device_name() if gpu else cpu}, {os.cpu_count()} cores, torch {torch.__version__}"
 
 
 def row(name, seconds, note=""):
     print(f"{name:44s} {seconds:9.2f} s  {note}", flush=True)
 
 
-def remember(file="bench.json", **what):
+def remember(file="bench.json", gpu=False, **what):
     """To out/; `make assets` takes it to assets/, where the README has its numbers from."""
     path = ROOT / "out" / file
     path.parent.mkdir(exist_ok=True)
     before = json.loads(path.read_text()) if path.exists() else {}
-    before = before if before.get("machine") == machine() else {}
-    path.write_text(json.dumps(before | dict(machine=machine()) | what, indent=1) + "\n")
+    before = before if before.get("machine") == machine(gpu) else {}
+    path.write_text(json.dumps(before | dict(machine=machine(gpu)) | what, indent=1) + "\n")
 
 
 def figures():
@@ -146,8 +147,9 @@ def training():
 
 
 def paper():
-    """FLOPs, memory of the largest network and disk of every paper preset, to assets/paper.json. Nothing is run: the
-    networks have shapes and no numbers, and so has the data set, ImageNet's latents with their mirror images."""
+    """FLOPs, memory and disk of every paper preset, to assets/paper.json. Nothing is run but a step of one image, for
+    what it keeps: else networks have shapes and no numbers, and so has the data set, ImageNet's latents with their
+    mirror images."""
     import importlib
 
     import sample
@@ -156,8 +158,23 @@ def paper():
     data = dict(x=np.broadcast_to(np.float16(0), (N, 4, 32, 32)), y=np.arange(N) % 1000, meta=dict(num_classes=1000),
                 features=np.broadcast_to(np.float16(0), (N, 256, 768)))
     train.load_data, rows = lambda name: data, {}
-    sample.autoencoder = lambda: None                        # the packages need not be there
+    sample.load_vae = lambda name: None                      # it need not be there
+
+    @functools.cache
+    def activations(items):                                  # bytes an image, in bf16
+        model = train.build_model(**dict(items))
+        z = torch.randn(1, model.in_channels, model.input_size, model.input_size)
+
+        def step():
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(z, torch.rand(1), torch.zeros(1, dtype=torch.long)).square().mean()
+            loss.backward()
+        return train.kept_bytes(model, step)
+
+    # weights, average, gradients, two moments, a copy in bf16; and the data, which live on the GPU
+    need = lambda args, at_once: 5.5 * weights(args) + at_once * activations(tuple(args.items())) + data["x"].nbytes
     for script in ("train", "exp_shells", "exp_cfg_paradox", "exp_freedom", "exp_scaling"):
+        os.environ["WORLD_SIZE"] = "1" if script in ("exp_freedom", "exp_scaling") else "4"      # a batch is divided
         module = importlib.import_module(script)
         cfg = module.PRESETS["paper"]
         w = module.work(cfg) if script != "train" else dict(nets=[train.training_of(cfg)], images=[], queries=0)
@@ -165,8 +182,9 @@ def paper():
         weights = lambda args: 4 * sum(p.numel() for p in train.build_on_meta(args).parameters())
         rows[script] = dict(
             networks=len(w["nets"]), training=sum(count(a, 0) * b * steps for a, _, b, steps, _ in w["nets"]),
-            sampling=sum(count(a, 1) * n for a, n in w["images"]), score=2 * w.get("queries", 0) * N * 4096 * 2,
-            memory=5 * max(weights(a) for a, *_ in w["nets"]),
+            sampling=sum(count(a, 1) * n for a, n in w["images"]),
+            score=2 * w.get("queries", 0) * w.get("points", N) * 4096 * 2,
+            memory=max(need(a, at_once) for a, at_once, *_ in w["nets"]),
             disk=sum(weights(a) * kept for a, *_, kept in w["nets"]) + w.get("files", 0))
         print(f"{script:16s} {rows[script]}", flush=True)
     (ROOT / "assets" / "paper.json").write_text(json.dumps(rows, indent=1) + "\n")
@@ -297,6 +315,48 @@ def growth(B=256):
     keep(growth=curves)
 
 
+def on_gpu(sizes=(1_000, 10_000, 100_000, 1_000_000, 2_562_334), D=4096, B=1024):
+    """The largest as Figure 3 asks it: B queries over bf16 points on a GPU, beside the bare bf16 product, the memory
+    beside the data, and the error to float64. Latents of the right shape and spectrum are enough for speed."""
+    from empirical_score import EmpiricalScore
+    if not torch.cuda.is_available():
+        sys.exit("error: gpu needs a GPU")
+    cuda, table = torch.device("cuda"), []
+    g = torch.Generator(cuda).manual_seed(0)
+    every = torch.empty(sizes[-1], D, dtype=torch.bfloat16, device=cuda)
+    scale = torch.arange(1, D + 1, device=cuda)**-0.5
+    for part in every.split(10_000):
+        part.copy_(torch.randn(part.shape, generator=g, device=cuda) * scale * D**0.5 / scale.norm())
+
+    wait = lambda f: (f(), torch.cuda.synchronize())[0]
+
+    def truth(x, z, t):                                      # direct differences, a few queries at a time
+        d2 = torch.cat([torch.cdist(z.double(), (1 - t) * part.double(), compute_mode="donot_use_mm_for_euclid_dist")
+                        for part in x.split(20_000)], 1).square()
+        w = torch.softmax(-d2 / (2 * t * t), 1)
+        return sum(wp @ part.double() for wp, part in zip(w.split(20_000, 1), x.split(20_000), strict=True))
+    for N in sizes:
+        x, rest = every[:N], torch.cuda.memory_allocated()
+        E = EmpiricalScore(x)
+        for t in (0.1, 0.3, 0.5, 0.7, 0.95):
+            torch.cuda.reset_peak_memory_stats()
+            i = torch.randint(N, (B,), generator=g, device=cuda)
+            z = (1 - t) * x[i].float() + t * torch.randn(B, D, generator=g, device=cuda)
+            low = z.bfloat16()
+            product = lambda low=low, x=x: [low @ part.T for part in x.split(2**15)] and None
+            done = fastest({"bf16 product": lambda f=product: wait(f),
+                            "posterior mean": lambda E=E, z=z, t=t: wait(lambda: E.posterior_mean(z, t))}, 5)
+            (bare, _), (seconds, got) = done.values()
+            peak = (torch.cuda.max_memory_allocated() - rest) / 2**30
+            want = truth(x, z[:4], t)
+            error = ((got[:4] - want).abs().amax(1) / want.abs().amax(1)).max().item()
+            size, dropped = E.effective_size(z, t).median().item(), E.dropped.max().item()
+            table.append(dict(N=N, D=D, B=B, t=t, product=bare, mean=seconds, error=error, size=size, GiB=peak))
+            row(f"N = {N:9,d}, D = {D}, {B} queries, t = {t}", seconds, f"{seconds / bare:5.2f} x the bare bf16 "
+                f"product, error {error:.1e}, dropped {dropped:.0e}, weights on {size:.3g} points, {peak:.1f} GiB")
+    remember("bench_score_gpu.json", gpu=True, table=table)
+
+
 def draw(path):
     import matplotlib
     matplotlib.use("Agg")
@@ -402,10 +462,10 @@ def keep(**what):
 
 if __name__ == "__main__":
     benches = {"figures": figures, "tests": tests, "score": score, "growth": growth, "ranks": ranks, "memory": memory,
-               "train": training, "paper": paper}
+               "train": training, "paper": paper, "gpu": on_gpu}
     what = sys.argv[1:] or ["figures", "tests", "score"]
     if unknown := set(what) - set(benches):
         sys.exit(f"error: unknown benchmark {min(unknown)!r}: expected {', '.join(benches)}")
-    print(machine())
+    print(machine(gpu=torch.cuda.is_available() and {"gpu", "train"} & set(what)))
     for name in what:
         benches[name]()

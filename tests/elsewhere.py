@@ -1,7 +1,7 @@
 """
 A device that this machine does not have, for tests: "cuda" or "mps" by name, the CPU in truth.
 
-    with elsewhere("cuda"):                  # from here on torch.zeros(3, device="cuda") works, and says that it is there
+    with elsewhere("cuda"):                  # from here on torch.zeros(3, device="cuda") works, and says where it is
         E = EmpiricalScore(x, device="cuda")
 
 Every call of torch is looked at. Whether a tensor is on the device is a matter of its storage, so that views, changes
@@ -118,7 +118,7 @@ def elsewhere(kind):
         return submit(pool, run)
     told = dict(is_available=True, device_count=1, current_device=0, is_bf16_supported=True, synchronize=None,
                 get_device_name="NVIDIA H100 80GB HBM3", mem_get_info=(70 * 10**9, 80 * 10**9), set_device=None,
-                max_memory_allocated=10**9, reset_peak_memory_stats=None) if kind == "cuda" else {}
+                max_memory_allocated=10**9, memory_allocated=0, reset_peak_memory_stats=None) if kind == "cuda" else {}
     with contextlib.ExitStack() as stack:
         for where, name, value in (
                 *((torch.cuda, k, lambda *_, v=v, **__: v) for k, v in told.items()),

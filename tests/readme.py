@@ -181,12 +181,19 @@ def score():
     memory, most = bench["memory"], max(m["MiB"] for m in bench["memory"])
     directions = bench["setup"]["directions"]
     directions = f" and {directions:.1f} s to find their directions" if directions else ""
+    gpu = "On a GPU: not run yet; `python tests/bench.py gpu` does."
+    if (ROOT / "assets" / "bench_score_gpu.json").exists():
+        found = load("bench_score_gpu")
+        last = [r for r in found["table"] if r["N"] == found["table"][-1]["N"]]
+        gpu = (f"On {found['machine']}, {last[0]['B']:,} queries over {last[0]['N']:,} bf16 points of {last[0]['D']:,} "
+               "dimensions take, in bare bf16 products, " +
+               ", ".join(f"{r['mean'] / r['product']:.2f} ({r['mean']:.2g} s) at t = {r['t']:g}" for r in last) + ".")
     rows += ["", f"In multiples of the bare product it takes {each}; and once, for all queries, "
              f"{bench['setup']['points']:.1f} s to read the points{directions}. With more points it gains: {gains} "
              "(Gaussian points, t = .3; in the figure the variance of direction j falls as 1/j, as in natural images). "
              f"Two processes of one thread are {ranks} as one. Beside the data, posterior means, "
              f"r_\\* and neighbours of {memory[0]['B']:,} queries took at most {most} MiB, for "
-             f"{' and '.join(format(m['N'], ',') for m in memory)} points. On a GPU: not run yet."]
+             f"{' and '.join(format(m['N'], ',') for m in memory)} points. {gpu}"]
     return "\n".join(rows)
 
 
@@ -200,15 +207,16 @@ def paper():
         "exp_scaling": "E^sup .1875 to .1834, E^ext .5340 to .5359 from S to XL; FID 59, 37 for S, B"}
     rate = 0.4 * 989e12
     hours = lambda flops: format(flops / rate / 3600, ",.0f" if flops / rate > 36_000 else ".1f")
+    tf32 = 2                                                 # networks are evaluated in it: half of bf16's rate
     rows = ["Not run here: no such GPU was at hand. The hours are counts of FLOPs (torch.utils.flop_counter) at an "
-            f"assumed {rate / 1e12:.0f} TFLOP/s, 40% of an H100; `--dry-run`, once the data are there, measures your "
-            "machine's own. Memory is "
-            "that of the largest network's weights, gradients and optimizer; activations come on top.", "",
+            f"assumed {rate / 1e12:.0f} TFLOP/s, 40% of an H100's in bf16, for sampling, in TF32, half of that; "
+            "`--dry-run`, once the data are there, measures your machine's own. Memory is that of a GPU, with the "
+            "largest network's activations and the data on it; train.py's on four GPUs, which divide the batch.", "",
             "| command | networks | GPU-hours: training | sampling | empirical score | memory | disk | published |",
             "|---|---|---|---|---|---|---|---|"]
     for script, r in load("paper").items():
         cells = [f"`python {script}.py --preset paper`", r["networks"],
-                 *(hours(r[k]) for k in ("training", "sampling", "score")), f"{r['memory'] / 1e9:.0f} GB",
+                 *map(hours, (r["training"], tf32 * r["sampling"], r["score"])), f"{r['memory'] / 1e9:.0f} GB",
                  f"{r['disk'] / 1e9:.0f} GB", published[script]]
         rows.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(rows)

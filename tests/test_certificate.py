@@ -205,6 +205,20 @@ def test_the_precision_that_the_caller_has_set_changes_nothing():
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch 2.9 and later")
+def test_the_precision_set_in_the_newer_way_is_put_back():
+    """Then torch refuses to tell it in the older way."""
+    x = random_set(0, 500, 64, "alike", 1.0, 0.0)
+    backends = [b.matmul for b in (torch.backends.cuda, torch.backends.mkldnn)]
+    before = [b.fp32_precision for b in backends]
+    try:
+        for b in backends: b.fp32_precision = "tf32"
+        EmpiricalScore(x).posterior_mean(x[:4], 0.9)
+        assert [b.fp32_precision for b in backends] == ["tf32", "tf32"]
+    finally:
+        for b, p in zip(backends, before, strict=True): b.fp32_precision = p
+
+
 def test_queries_get_the_path_that_their_weights_ask_for():
     """One batch with every t: survivors at small t, fp32 where it is good enough, float64 for float64 queries."""
     g = torch.Generator().manual_seed(0)

@@ -1,6 +1,7 @@
-"""Everything on a device that is not there, see elsewhere.py: that nothing mixes places, uses float64 on a Mac's GPU, or
-comes out otherwise than on the CPU."""
+"""Everything on a device that is not there, see elsewhere.py: that nothing mixes places, uses float64 on a Mac's GPU,
+or comes out otherwise than on the CPU."""
 import dataclasses
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -12,13 +13,11 @@ from elsewhere import elsewhere
 from test_experiments import MODEL
 from test_experiments import TINY as TINY_FIGURES
 from test_freedom import TINY as TINY_FREEDOM
-from test_imagenet import Dino, Net, write_images
+from test_imagenet import Dino, Net, imagenet, prepare, write_images
 from test_scaling import TINY as TINY_SCALING
 from test_toy2d import TINY as TINY_TOY
 
 import empirical_score as es
-import imagenet
-import prepare
 import train
 from empirical_score import EmpiricalScore
 
@@ -49,9 +48,9 @@ def test_the_device_refuses_what_a_real_one_does(kind):
     assert at(a[torch.tensor([0])]) == kind and float(a.sum() + torch.tensor(1.0)) == 4
     g = torch.Generator(kind).manual_seed(0)
     assert at(torch.rand(3, generator=g, device=kind)) == kind
-    for f in (lambda: a + b, lambda: torch.cat([a, b]), lambda: linear(b), lambda: b[torch.zeros(1, device=kind).long()],
-              lambda: a.index_select(0, torch.tensor([0])), lambda: torch.rand(3, generator=g),
-              lambda: torch.rand(3, generator=torch.Generator(), device=kind)):
+    for f in (lambda: a + b, lambda: torch.cat([a, b]), lambda: linear(b),
+              lambda: b[torch.zeros(1, device=kind).long()], lambda: a.index_select(0, torch.tensor([0])),
+              lambda: torch.rand(3, generator=g), lambda: torch.rand(3, generator=torch.Generator(), device=kind)):
         with pytest.raises(RuntimeError):
             f()
     with pytest.raises(TypeError):
@@ -98,8 +97,8 @@ def test_training(kind, tmp_path, monkeypatch):
     features = np.random.default_rng(0).normal(size=(len(data["x"]), 4, 6)).astype(np.float16)
     train.save_dataset(tmp_path / "toy", {k: np.array(v) for k, v in data.items() if k != "meta"} |
                        dict(features=features), data["meta"])
-    cfg = train.Config(data=str(tmp_path / "toy"), model="SiT-nano/4", steps=8, batch=16, accum=2, repa=0.5, log_every=4,
-                       repa_depth=1, save_every=4, keep=(4,), dtype="fp32", device=kind)
+    cfg = train.Config(data=str(tmp_path / "toy"), model="SiT-nano/4", steps=8, batch=16, accum=2, repa=0.5,
+                       log_every=4, repa_depth=1, save_every=4, keep=(4,), dtype="fp32", device=kind)
 
     def trained(out, **fields):
         run = train.train(dataclasses.replace(cfg, out=str(tmp_path / out), **fields))
@@ -142,6 +141,17 @@ def test_experiments(kind, name, tmp_path):
         pytest.skip("it computes in float64")
     run(f"{name}.py", *(a for a in argv if "device" not in a), f"--device={kind}", f"--out={tmp_path}")
     assert (tmp_path / "results.json").exists()
+
+
+def test_the_bench_of_a_gpu(monkeypatch, tmp_path):
+    import bench
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    monkeypatch.setattr(es, "SMALL", 0)
+    monkeypatch.setattr(es, "low_precision", lambda device: torch.bfloat16)
+    with elsewhere("cuda"):
+        bench.on_gpu((500, 3000), 64, 32)
+    found = json.loads((tmp_path / "out" / "bench_score_gpu.json").read_text())
+    assert len(found["table"]) == 10 and max(r["error"] for r in found["table"]) < 1e-5 and "H100" in found["machine"]
 
 
 def test_latents(kind, tmp_path, monkeypatch):

@@ -304,3 +304,18 @@ def test_faiss_is_imported_only_when_asked_for(monkeypatch):
     make_target("exact", x, y), make_target("sampled", x, y)
     with pytest.raises(ImportError, match="pip install faiss-cpu"):
         make_target("faiss", x, y)
+
+
+def test_a_batch_in_parts_gives_the_same(tmp_path):
+    net, made = exp_freedom.Net("SiT-nano/4", 6, 16, 4e-3), []
+    for at_once in (256, 5):                                 # of 16: parts of 5, 5, 5 and 1
+        cfg = Config(per_class=5, at_once=at_once)
+        model = exp_freedom.fit(cfg, net, "exact", 2, 0, torch.device("cpu"), tmp_path / "ckpt")[0]
+        made.append(torch.cat([p.flatten() for p in model.parameters()]))
+    assert 0 < (made[0] - made[1]).abs().max() < 1e-5
+
+
+def test_divergence_ends_a_training_at_once(tmp_path):
+    net = exp_freedom.Net("SiT-nano/4", 10**6, 16, 1e9)
+    with pytest.raises(ValueError, match="SiT-nano/4 diverged: the loss is .* at step"):
+        exp_freedom.fit(Config(per_class=5, warmup=0), net, "dsm", 1, 0, torch.device("cpu"), tmp_path / "ckpt")

@@ -159,7 +159,7 @@ def test_official_weights_give_the_velocity_of_the_paper(learn_sigma, tmp_path):
     torch.save({"ema": single, "model": {k: v + 1 for k, v in single.items()}, "opt": {},
                 "args": argparse.Namespace(lr=1.0)},
                tmp_path / "sit.pt")
-    for source in (single, tmp_path / "sit.pt"):
+    for source in (single, tmp_path / "sit.pt", {f"module.{k}": v for k, v in single.items()}):
         model = load_sit_checkpoint(source)
         assert model.num_classes == 10 and model.input_size == 8 and model.in_channels == 4
         assert (model(z, t, y).double() - want).abs().max() < 1e-4 * want.abs().max()
@@ -190,3 +190,12 @@ def test_bad_checkpoints_name_the_key():
         with pytest.raises(ValueError) as e:
             load_sit_checkpoint(state)
         assert message in str(e.value) and "\n" not in str(e.value)
+
+
+def test_the_time_is_not_rounded_to_bf16():
+    """Where networks train in bf16, two digits of t would be left, and another t than in the evaluation."""
+    embed = build_model("SiT-nano/4", 8, 1, 4).t_embedder
+    t = torch.linspace(0, 1, 50)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = embed(t)
+    assert half.dtype == torch.float32 and torch.equal(half, embed(t))

@@ -1,5 +1,6 @@
 """The trainer: the loss, the same update on any number of processes, exact resume, what the experiments rely on."""
 import dataclasses
+import hashlib
 import json
 import subprocess
 import sys
@@ -366,3 +367,53 @@ def test_command_line(tmp_path):
         done = run(*argv)
         assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
     assert run("--stepz", "3").returncode == 1
+
+
+def test_one_run_has_one_writer(data, tmp_path):
+    """A killed torchrun can leave its workers: the same command then waits a little for them, and gives up."""
+    held = train.lock(tmp_path)
+    with pytest.raises(ValueError, match="another process is at work here"):
+        train.lock(tmp_path, 0.2)
+    assert load_run(train.train(config(data, tmp_path / "a")))           # locks, and lets go
+    train.train(config(data, tmp_path / "a", steps=8))
+    held.close()
+    train.lock(tmp_path).close()
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(batch=12, accum=5), "does not divide"), (dict(lr=0.5), "with lr = 0.003, not 0.5"),
+    (dict(steps=1), "past the 1 asked for"), (dict(model="SiT-micro/4"), "trained with model"),
+    (dict(model="SiT-micro/4", init="RUN", out="NEW"), "does not fit SiT-micro/4"), (dict(keep=(0,)), "keep must be")])
+def test_a_dry_run_refuses_what_the_run_would(data, tmp_path, changes, message):
+    run = train.train(config(data, tmp_path / "a", steps=2))
+    places = dict(RUN=str(run), NEW=str(tmp_path / "new"))
+    changes = {k: places.get(v, v) if isinstance(v, str) else v for k, v in changes.items()}
+    for dry_run in (True, False):
+        with pytest.raises(ValueError, match=message):
+            train.train(config(data, **dict(out=run, dry_run=dry_run) | changes))
+
+
+def test_a_dry_run_reads_the_checksums(data, tmp_path):
+    arrays = {k: np.array(v) for k, v in train.load_data(data).items() if k != "meta"}
+    train.save_dataset(tmp_path / "d", arrays, dict(num_classes=4))
+    sums = {f"{k}.npy": hashlib.sha256((tmp_path / "d" / f"{k}.npy").read_bytes()).hexdigest() for k in arrays}
+    (tmp_path / "d" / "meta.json").write_text(json.dumps(dict(num_classes=4, sha256=sums)))
+    cfg = config(str(tmp_path / "d"), tmp_path / "run", dry_run=True)
+    train.train(cfg)
+    with open(tmp_path / "d" / "x.npy", "r+b") as f:         # the second half of a copy into a file of the right size
+        f.seek(-4000, 2)
+        f.write(bytes(4000))
+    with pytest.raises(ValueError, match="x.npy has changed since it was made"):
+        train.train(cfg)
+
+
+def test_what_a_step_keeps():
+    """Of a layer, its input; of a nonlinearity, its input; no weights, and no copies of them in bf16."""
+    net, x = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.SiLU(), torch.nn.Linear(16, 3)), torch.randn(5, 8)
+
+    def step(bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            out = net(x)
+        out.float().sum().backward()
+    assert train.kept_bytes(net, lambda: step(False)) == 4 * 5 * (8 + 16 + 16)
+    assert train.kept_bytes(net, lambda: step(True)) == 2 * 5 * (8 + 16 + 16)

@@ -204,20 +204,26 @@ def paper():
         "exp_shells": "r_\\* near 1 on training points, above 1 when sampling; memorization until t about .8",
         "exp_cfg_paradox": "empirical gap 0, learned gap above 0",
         "exp_freedom": "copies at ratio 1, 2, 4, 8, 25.6: .08 .41 .76 .82 .85; U-Net-B: 0 .01 .05 .59 .80",
-        "exp_scaling": "E^sup .1875 to .1834, E^ext .5340 to .5359 from S to XL; FID 59, 37 for S, B"}
+        "exp_scaling": "E^sup .1875 to .1834, E^ext .5340 to .5359 from S to XL; FID 59, 37 for S, B",
+        "exp_gaussian": "s_\\* is nearer than s_gt on training points, and farther on fresh ones",
+        "exp_toy2d": "P1 to P3: fewer bad samples, more good ones, both L nearly 0"}
     rate = 0.4 * 989e12
     hours = lambda flops: format(flops / rate / 3600, ",.0f" if flops / rate > 36_000 else ".1f")
     tf32 = 2                                                 # networks are evaluated in it: half of bf16's rate
     rows = ["Not run here: no such GPU was at hand. The hours are counts of FLOPs (torch.utils.flop_counter) at an "
             f"assumed {rate / 1e12:.0f} TFLOP/s, 40% of an H100's in bf16, for sampling, in TF32, half of that; "
             "`--dry-run`, once the data are there, measures your machine's own. Memory is that of a GPU, with the "
-            "largest network's activations and the data on it; train.py's on four GPUs, which divide the batch.", "",
+            "largest network's activations and the data on it; train.py's on four GPUs, which divide the batch. The last "
+            f"two rows are what their dry runs say on {load('paper')['exp_toy2d']['machine'].rpartition(', ')[0]}.", "",
             "| command | networks | GPU-hours: training | sampling | empirical score | memory | disk | published |",
             "|---|---|---|---|---|---|---|---|"]
     for script, r in load("paper").items():
-        cells = [f"`python {script}.py --preset paper`", r["networks"],
-                 *map(hours, (r["training"], tf32 * r["sampling"], r["score"])), f"{r['memory'] / 1e9:.0f} GB",
-                 f"{r['disk'] / 1e9:.0f} GB", published[script]]
+        size = lambda n: f"{n / 1e9:.0f} GB" if n > 1e9 else f"{n / 1e6:.0f} MB"
+        # the two small ones: measured by their dry runs, on a CPU
+        took = [f"{r['minutes'] / 60:.1f} h on a CPU", "", ""] if "minutes" in r else \
+            [*map(hours, (r["training"], tf32 * r["sampling"], r["score"]))]
+        cells = [f"`python {script}.py --preset paper`", r["networks"], *took, size(r["memory"]), size(r["disk"]),
+                 published[script]]
         rows.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(rows)
 

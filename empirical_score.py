@@ -40,8 +40,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-SMALL = 2**24   # queries x points x dimensions below which one float64 product is quicker than anything cleverer; on a
-#                 GPU, 2**13 times that
+SMALL = 2**24   # queries x points x dimensions below which one float64 product is quicker than anything cleverer; of
+#                 points on a GPU, 2**13 times that
 SURVIVORS = 2**20   # pairs of query and point that may be looked at one by one, so that they fit into memory
 FEW = {torch.float32: 16, torch.bfloat16: 256}   # an eighth of D: of less, a product is quicker than reading its result
 LOSS = 5e-5     # of an exponent, in fp32; x_* then errs by a fifth of it at most, as measured
@@ -181,7 +181,6 @@ class EmpiricalScore:
         self.chunk = chunk or max(1, min(2**(27 if gpu else 22) // self.D, 2**(16 if gpu else 11)))  # CPU, fit caches
         self.piece = min(self.chunk, max(256, self.chunk // 16))         # pairs of query and point at once
         self.block = max(1, 2**(26 if gpu else 20) // self.chunk)                                # queries at once
-        self.small = SMALL * (2**13 if gpu else 1)
         sample = self.x[:1] if torch.is_tensor(x) else torch.from_numpy(np.array(self.x[:1]))
         self.work = torch.float64 if sample.dtype in (torch.float64, torch.int32, torch.int64) else torch.float32
         self.low, self.copies = low_precision(self.device), {}                                   # {dtype: (n, D)}
@@ -191,6 +190,7 @@ class EmpiricalScore:
         self.group = group = process_group
         self.rank, self.world = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
         self.at_hand = torch.is_tensor(x) and x.device == self.device
+        self.small = SMALL * (2**13 if gpu and self.at_hand else 1)
         whole = split == "queries" or split is None and (not gpu or self.at_hand or self.N * size <= most)
         whole = self._gather(torch.tensor(int(whole), device=self.device)).all()
         self.split, self.turn = ("queries", slice(self.rank, None, self.world)) if whole else ("points", slice(None))

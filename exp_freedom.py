@@ -223,8 +223,10 @@ def fit(cfg, net, kind, ratio, seed, device, path):
     torch.manual_seed(seed)
     model = build_model(net.model, shape[1], shape[0], classes, prediction="x").to(device)
     update = train.Update(model, net.lr, cfg.warmup, cfg.ema)
-    torch.compiler.reset()                                   # a minute for each, which pays on a GPU in long trainings
-    compiled = torch.compile(model) if device.type == "cuda" and net.steps >= 1000 else model
+    compiled = model
+    if device.type == "cuda" and net.steps >= 1000:          # else it is not worth its minute
+        torch.compiler.reset()                               # of several networks, each gets code of its own
+        compiled = torch.compile(model)
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None        # or the clock would show nothing
     parts, first, saved = dict(model=model, average=update.average, optimizer=update.optimizer), 0, time.time()
@@ -379,16 +381,17 @@ def work(cfg):
     often = dict(transformer=2 * n * cfg.n_seeds, unet=(n + 2) * cfg.n_seeds, compare=len(TARGETS) * cfg.compare_seeds)
     world = max(int(os.environ.get("WORLD_SIZE", 1)), cfg.workers)
     nets = [getattr(cfg, arch) for arch, k in often.items() for _ in range(k)]
-    # each process has a checkpoint of what it trains, and while it writes the next one, two: of weights, average and
-    # two moments each
     # x_* over D_score for every image trained on: half of the transformers, all but two U-Nets, of the comparison's
     # targets one, and the sampled one twice
     exact = dict(transformer=n * cfg.n_seeds, unet=n * cfg.n_seeds, compare=3 * cfg.compare_seeds)
     queries = sum(getattr(cfg, arch).steps * getattr(cfg, arch).batch * k for arch, k in exact.items())
+    # each process has a checkpoint of what it trains, and while it writes the next one, two: of weights, average and
+    # two moments each
     nets = [(dict(name=net.model, **args), min(net.batch, cfg.at_once), net.batch, net.steps, 8 * (i < world))
             for i, net in enumerate(nets)]
     return dict(data=data, nets=nets, images=[(net[0], cfg.n_samples * 2 * cfg.sample_steps) for net in nets],
-                processes=world, queries=queries, points=size)
+                processes=world, queries=queries, points=size,
+                held=4 * size * data["x"][:1].size + data["x"].nbytes * (data["x"].nbytes < 4e9))
 
 
 def measure(cfg):

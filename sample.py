@@ -236,19 +236,20 @@ def load_vae(name):
 
 
 def lock(folder, patience=0.0):
-    """Hold a folder for this process and until its end: a killed torchrun can leave its workers running. ValueError if
-    another holds it, and goes on to for `patience` seconds. -> what must be kept for as long."""
+    """Hold a folder until the file that this returns is closed: a killed torchrun can leave its workers running.
+    ValueError if another holds it, and goes on to for `patience` seconds."""
     try:
         import fcntl
-        f, until = open(folder / "lock", "w"), time.time() + patience
-    except (ImportError, PermissionError):                   # Windows; a folder in which nobody can be at work
+    except ImportError:                                      # Windows
         return None
+    f, until = open(folder / "lock", "w"), time.time() + patience
     while True:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return f
-        except OSError as e:
+        except BlockingIOError as e:
             if time.time() > until: raise ValueError(f"{folder}: another process is at work here") from e
+        except OSError: return f                             # a file system without locks
         time.sleep(0.1)
 
 

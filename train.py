@@ -333,7 +333,7 @@ class Repa(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
 
-# Fields that may change when a run is resumed. (Another kind of device draws other noise: it is said, not refused.)
+# Fields that may change when a run is resumed. (Another kind of device or GPU draws other noise: it is said.)
 HARMLESS = ("preset", "out", "device", "compile", "log_every", "save_every", "steps", "keep", "grid", "accum",
             "dry_run")
 TOO_STEEP = 1e4                                              # no healthy run here comes near a gradient of this norm
@@ -390,9 +390,13 @@ def room_of(device):
     return torch.cuda.mem_get_info(device)[0]
 
 
+def fits(x, device):
+    return x.nbytes <= (room_of(device) if device.type == "cuda" else 12e9) / 3
+
+
 def resident(x, device):
     """x, a memory map (N, ...), as a tensor where the model lives, if it takes less than a third of the room there."""
-    if x.nbytes > (room_of(device) if device.type == "cuda" else 12e9) / 3:
+    if not fits(x, device):
         return x
     dtype = torch.float16 if x.dtype == np.float16 else torch.int64 if x.dtype.kind in "iu" else torch.float32
     out, rows = torch.empty(x.shape, dtype=dtype, device=device), max(1, 2**28 // x[:1].nbytes)
@@ -500,19 +504,19 @@ def join(device_name, alone=False):
     return processes(device)
 
 
-def kept_bytes(model, step):
-    """Bytes that step(), a training step of the model, holds on to until its backward pass, beside the weights."""
-    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-    # of their copies in bf16, which no image adds to: as they are, or transposed
-    shapes = {shape for p in model.parameters() for shape in (p.shape, p.shape[::-1])}
+def activations(step, b):
+    """Bytes that step(b), a training step of b images, holds on to for each of them until the backward pass: of b less
+    those of one, so that what no image adds to cancels, as weights do and their copies in bf16."""
+    def held(n):
+        kept = {}
 
-    def keep(a):
-        if a.untyped_storage().data_ptr() not in weights and not (a.dtype == torch.bfloat16 and a.shape in shapes):
+        def keep(a):
             kept[a.untyped_storage().data_ptr()] = a.untyped_storage().nbytes()
-        return a
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda a: a):
-        step()
-    return sum(kept.values())
+            return a
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda a: a):
+            step(n)
+        return sum(kept.values())
+    return (held(b) - held(1)) / (b - 1)
 
 
 @functools.cache
@@ -520,37 +524,39 @@ def rates(model_args, device):
     """Seconds of a forward pass, as in an evaluation, and of a training step, and bytes that a step keeps, all for one
     image: measured here, in a small batch, the quickest of a few. model_args: the items of build_model's arguments."""
     model = build_model(**dict(model_args)).to(device)
-    b = int(min(64, max(1, (1e13 if device.type == "cuda" else 1e11) // step_flops(model_args, 1)[0])))
+    b = int(min(64, max(2, (1e13 if device.type == "cuda" else 1e11) // step_flops(model_args, 1)[0])))
     z, t = torch.randn(b, model.in_channels, model.input_size, model.input_size).to(device), torch.rand(b).to(device)
     y = torch.zeros(b, dtype=torch.long, device=device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
-    def step():
+    def step(n):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = model(z, t, y).square().mean()
+            loss = model(z[:n], t[:n], y[:n]).square().mean()
         loss.backward()
-    best, kept, began = [float("inf")] * 2, kept_bytes(model, step), time.perf_counter()
+    best, kept, began = [float("inf")] * 2, activations(step, b), time.perf_counter()
     while best[1] == float("inf") or time.perf_counter() - began < 1:            # at least once, else for a second
         wait(); start = time.perf_counter()
         with torch.no_grad(): model(z, t, y)
         wait(); middle = time.perf_counter()
-        step()
+        step(b)
         wait(); end = time.perf_counter()
         best = [min(a, b) for a, b in zip(best, (middle - start, end - middle), strict=True)]
-    return best[0] / b, best[1] / b, kept / b
+    return best[0] / b, best[1] / b, kept
 
 
-def forecast(data, folder, device, nets=(), images=(), queries=0, points=None, files=0, processes=1):
+def forecast(data, folder, device, nets=(), images=(), queries=0, points=None, files=0, held=None,
+             processes=1):
     """What --dry-run prints: work and hours, from rates measured here. ValueError if memory or disk is short.
 
     data    as load_data gives it
     nets    [(model_args, images that a process holds at once, batch, steps, copies of the weights on the disk)]
     images  [(model_args, forward passes of one image)];  files: bytes written besides
     queries empirical scores over so many `points`, by default all
+    held    bytes of the data that live beside the networks, by default those of x, if it is resident there
     """
     N, hours, disk, memory, room = len(data["x"]), 0.0, files, 0.0, room_of(device)
     check_sums(data)
-    held = data["x"].nbytes * (data["x"].nbytes < room / 3)  # see resident
+    held = (data["x"].nbytes if fits(data["x"], device) else 0) if held is None else held
     print(f"data: {N:,} x {data['x'].shape[1:]}, {data['x'].nbytes / 1e9:.2f} GB; device: {device}, "
           f"{processes} process{'es' * (processes > 1)}; times are measured here in small batches, and scaled")
     for net in {json.dumps(net[:3]): net for net in nets}.values():
@@ -558,9 +564,9 @@ def forecast(data, folder, device, nets=(), images=(), queries=0, points=None, f
         alike = [other for other in nets if other[:3] == net[:3]]
         steps, kept = (sum(other[k] for other in alike) for k in (3, 4))
         weights = 4 * sum(p.numel() for p in build_on_meta(args).parameters())
-        _, step, activations = rates(tuple(args.items()), device)
+        _, step, kept_by_one = rates(tuple(args.items()), device)
         # weights, average, gradients, two moments of AdamW; on a GPU, a copy in bf16
-        need = held + (5.5 if device.type == "cuda" else 5) * weights + at_once * activations
+        need = held + (5.5 if device.type == "cuda" else 5) * weights + at_once * kept_by_one
         took = step * batch * steps / processes / 3600
         hours, disk, memory = hours + took, disk + weights * kept, max(memory, need)
         print(f"train {len(alike)} x {args['name']}, {weights / 4e6:.2f}M parameters: {steps:,} steps of {batch}, "
@@ -653,6 +659,14 @@ def train(cfg, alone=False):
     """Train, or resume, or find it done. -> the run's folder. Call on every process of a torchrun; over several nodes,
     out/ and data/ must be folders that all of them see. `alone`: one process, whatever torchrun says, and without a
     word, for sweeps of many networks. ValueError: a config or data that do not fit, or divergence."""
+    held = []                                                # the folder, which has one writer
+    try:
+        return train_in(cfg, alone, held)
+    finally:
+        for lock_file in filter(None, held): lock_file.close()
+
+
+def train_in(cfg, alone, held):
     if cfg.dry_run:                                          # of several processes, one measures and tells
         if int(os.environ.get("RANK", 0)):
             return run_folder(cfg)
@@ -679,15 +693,20 @@ def train(cfg, alone=False):
     parts = dict(model=model, ema=update.average, optimizer=update.optimizer)
     parts |= dict(projector=trained.projector) if cfg.repa else {}
 
+    changed = lambda: (run / "ckpt.pt").stat().st_mtime_ns if (run / "ckpt.pt").exists() else 0
+    before, ckpt = changed(), checkpoint_of(cfg, run)
+    if ckpt and ckpt["step"] == cfg.steps:
+        say(f"{run} is trained already ({cfg.steps} steps)")
+        return run
     check_folder(run)
     run.mkdir(parents=True, exist_ok=True)
-    held = lock(run, patience=10) if rank == 0 else None     # noqa: F841 (as long as this function runs)
+    if rank == 0: held.append(lock(run, patience=10))
+    if world > 1: dist.barrier()
+    if changed() != before: ckpt = checkpoint_of(cfg, run)   # by a process that was still at work when this one came
     done, carried, last = 0, 0.0, 0                          # carried: sum of the losses since the log's `last` step
-    if ckpt := checkpoint_of(cfg, run):
-        if (done := ckpt["step"]) == cfg.steps:
-            say(f"{run} is trained already ({done} steps)")
-            return run
-        if ckpt["device"] != kind:
+    if ckpt:
+        done = ckpt["step"]
+        if ckpt["device"] not in (kind, device.type):
             say(f"{run} was trained on {ckpt['device']}: on {kind} its noise can be another")
         try:
             for name, part in parts.items():
@@ -696,7 +715,7 @@ def train(cfg, alone=False):
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as e:
             what = f"{e} is missing" if isinstance(e, KeyError) else " ".join(str(e).split())
             raise ValueError(f"{run}/ckpt.pt is not a checkpoint to resume from: {what}") from e
-        del ckpt
+    del ckpt
     if world > 1:                                            # a node that does not see the folder would start anew
         steps = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(world)]
         dist.all_gather(steps, torch.tensor(done, device=device))
@@ -706,7 +725,7 @@ def train(cfg, alone=False):
         f"{sum(p.numel() for p in update.weights) / 1e6:.2f}M parameters, on {N:,} images of {cfg.data}, steps {done} "
         f"to {cfg.steps}, batch {cfg.batch}, {world} process{'es' * (world > 1)} on {device} -> {run}", flush=True)
 
-    torch.compiler.reset()                                   # of several networks, each gets code of its own
+    if cfg.compile: torch.compiler.reset()                   # of several networks, each gets code of its own
     net = torch.compile(trained) if cfg.compile else trained             # shares its weights with `model`
     net = DistributedDataParallel(net, [device.index] if device.type == "cuda" else None) if world > 1 else net
     bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and device.type == "cuda" and

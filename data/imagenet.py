@@ -37,8 +37,7 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-import sample
-from sample import lock, noise, pick_device, pretrained
+from sample import load_vae, lock, noise, pick_device, pretrained
 
 SIZE = 256  # pixels a side
 LATENT = (4, 32, 32)
@@ -96,11 +95,6 @@ def features(dino, images, device):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The two networks, both optional packages
-
-
-def load_vae(name):
-    """-> vae with encode(x).latent_dist.mean and .std, and config.scaling_factor (.18215 for Stable Diffusion's)"""
-    return sample.load_vae(name)
 
 
 def load_dino(name):

@@ -164,16 +164,16 @@ def paper():
     @functools.cache
     def activations(items):                                  # bytes an image, in bf16
         model = train.build_model(**dict(items))
-        z = torch.randn(1, model.in_channels, model.input_size, model.input_size)
 
-        def step():
+        def step(b):
+            z = torch.randn(b, model.in_channels, model.input_size, model.input_size)
             with torch.autocast("cpu", torch.bfloat16):
-                loss = model(z, torch.rand(1), torch.zeros(1, dtype=torch.long)).square().mean()
+                loss = model(z, torch.rand(b), torch.zeros(b, dtype=torch.long)).square().mean()
             loss.backward()
-        return train.kept_bytes(model, step)
+        return train.activations(step, 2)
 
     # weights, average, gradients, two moments, a copy in bf16; and the data, which live on the GPU
-    need = lambda args, at_once: 5.5 * weights(args) + at_once * activations(tuple(args.items())) + data["x"].nbytes
+    need = lambda args, at_once: 5.5 * weights(args) + at_once * activations(tuple(args.items()))
     for script in ("train", "exp_shells", "exp_cfg_paradox", "exp_freedom", "exp_scaling"):
         os.environ["WORLD_SIZE"] = "1" if script in ("exp_freedom", "exp_scaling") else "4"      # a batch is divided
         module = importlib.import_module(script)
@@ -185,7 +185,7 @@ def paper():
             networks=len(w["nets"]), training=sum(count(a, 0) * b * steps for a, _, b, steps, _ in w["nets"]),
             sampling=sum(count(a, 1) * n for a, n in w["images"]),
             score=2 * w.get("queries", 0) * w.get("points", N) * 4096 * 2,
-            memory=max(need(a, at_once) for a, at_once, *_ in w["nets"]),
+            memory=max(need(a, at_once) for a, at_once, *_ in w["nets"]) + w.get("held", data["x"].nbytes),
             disk=sum(weights(a) * kept for a, *_, kept in w["nets"]) + w.get("files", 0))
         print(f"{script:16s} {rows[script]}", flush=True)
     for script in ("exp_gaussian", "exp_toy2d"):             # small enough for a CPU; their dry runs measure this one

@@ -8,7 +8,7 @@ Every call of torch is looked at. Whether a tensor is on the device is a matter 
 in place and parameters follow by themselves; a result is where the inputs are. What a device refuses is refused:
 tensors of two places in one call, numpy() of what is not here, a generator of another place; on "mps", any float64. So
 mistakes that only a machine with a GPU would show, show on all. What it does not show: memory, speed, other rounding,
-missing kernels, calls that python does not see (the backward pass), several GPUs.
+missing kernels, torch.compile, calls that python does not see (the backward pass), several GPUs.
 """
 import contextlib
 from concurrent.futures import ThreadPoolExecutor

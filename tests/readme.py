@@ -210,11 +210,12 @@ def paper():
     rate = 0.4 * 989e12
     hours = lambda flops: format(flops / rate / 3600, ",.0f" if flops / rate > 36_000 else ".1f")
     tf32 = 2                                                 # networks are evaluated in it: half of bf16's rate
+    where = load("paper")["exp_toy2d"]["machine"].rpartition(", ")[0]
     rows = ["Not run here: no such GPU was at hand. The hours are counts of FLOPs (torch.utils.flop_counter) at an "
             f"assumed {rate / 1e12:.0f} TFLOP/s, 40% of an H100's in bf16, for sampling, in TF32, half of that; "
             "`--dry-run`, once the data are there, measures your machine's own. Memory is that of a GPU, with the "
-            "largest network's activations and the data on it; train.py's on four GPUs, which divide the batch. The last "
-            f"two rows are what their dry runs say on {load('paper')['exp_toy2d']['machine'].rpartition(', ')[0]}.", "",
+            "largest network's activations and the data on it; train.py's on four GPUs, which divide the batch. The "
+            f"last two rows are what their dry runs say on {where}.", "",
             "| command | networks | GPU-hours: training | sampling | empirical score | memory | disk | published |",
             "|---|---|---|---|---|---|---|---|"]
     for script, r in load("paper").items():

@@ -2,6 +2,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -369,15 +370,33 @@ def test_command_line(tmp_path):
     assert run("--stepz", "3").returncode == 1
 
 
-def test_one_run_has_one_writer(data, tmp_path):
+def test_one_run_has_one_writer(data, tmp_path, monkeypatch):
     """A killed torchrun can leave its workers: the same command then waits a little for them, and gives up."""
-    held = train.lock(tmp_path)
+    cfg, lock = config(data, tmp_path / "a"), train.lock
+    monkeypatch.setattr(train, "lock", lambda folder, patience: lock(folder, patience / 50))
+    (tmp_path / "a").mkdir()
+    held = lock(tmp_path / "a")
     with pytest.raises(ValueError, match="another process is at work here"):
-        train.lock(tmp_path, 0.2)
-    assert load_run(train.train(config(data, tmp_path / "a")))           # locks, and lets go
-    train.train(config(data, tmp_path / "a", steps=8))
+        train.train(cfg)
     held.close()
-    train.lock(tmp_path).close()
+    with pytest.raises(ValueError, match="the loss is") as kept:         # an error that is kept keeps nothing locked
+        train.train(dataclasses.replace(cfg, lr=1e30))
+    shutil.rmtree(tmp_path / "a")
+    train.train(cfg)
+    held = lock(tmp_path / "a")
+    train.train(cfg)                                         # it is trained already: nothing to write
+    held.close()
+    assert kept
+
+
+def test_a_finished_run_can_be_read_only(data, tmp_path, monkeypatch):
+    run = train.train(config(data, tmp_path / "a"))
+
+    def refuse(folder): raise OSError("read-only")
+    monkeypatch.setattr(train, "check_folder", refuse)
+    assert train.train(config(data, run)) == run
+    with pytest.raises(OSError, match="read-only"):
+        train.train(config(data, run, steps=8))
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -409,11 +428,12 @@ def test_a_dry_run_reads_the_checksums(data, tmp_path):
 
 def test_what_a_step_keeps():
     """Of a layer, its input; of a nonlinearity, its input; no weights, and no copies of them in bf16."""
-    net, x = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.SiLU(), torch.nn.Linear(16, 3)), torch.randn(5, 8)
+    net, x = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.SiLU(), torch.nn.Linear(16, 3)), torch.randn(16, 8)
 
-    def step(bf16):
+    def step(n, bf16):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            out = net(x)
+            out = net(x[:n].clone())
         out.float().sum().backward()
-    assert train.kept_bytes(net, lambda: step(False)) == 4 * 5 * (8 + 16 + 16)
-    assert train.kept_bytes(net, lambda: step(True)) == 2 * 5 * (8 + 16 + 16)
+    for n in (5, 16):                                        # (16, 16), (16, 8): as large as weights are
+        assert train.activations(lambda b: step(b, False), n) == 4 * (8 + 16 + 16)
+        assert train.activations(lambda b: step(b, True), n) == 2 * (8 + 16 + 16)

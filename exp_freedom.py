@@ -207,6 +207,7 @@ def make_target(kind, x, y, k=100):
 # One network: train it, generate images, score them
 
 SAVE_EVERY = 600                                             # seconds, after which a training that is longer is saved
+WHOLE = 4e9                                                  # bytes: a smaller data set lives beside the network
 
 
 def fit(cfg, net, kind, ratio, seed, device, path):
@@ -217,16 +218,13 @@ def fit(cfg, net, kind, ratio, seed, device, path):
     rows = lambda i: (torch.from_numpy(data["x"][i].astype(np.float32)).to(device),
                       torch.from_numpy(data["y"][i].astype(np.int64)).to(device))
     x_score, y_score = rows(score)
-    whole = rows(region) if data["x"].nbytes < 4e9 else None             # small enough to live beside the network
+    whole = rows(region) if data["x"].nbytes < WHOLE else None
     shape, classes = tuple(x_score.shape[1:]), data["meta"]["num_classes"]
     target = None if kind == "dsm" else make_target(kind, x_score, y_score, cfg.k)
     torch.manual_seed(seed)
     model = build_model(net.model, shape[1], shape[0], classes, prediction="x").to(device)
     update = train.Update(model, net.lr, cfg.warmup, cfg.ema)
-    compiled = model
-    if device.type == "cuda" and net.steps >= 1000:          # else it is not worth its minute
-        torch.compiler.reset()                               # of several networks, each gets code of its own
-        compiled = torch.compile(model)
+    compiled = train.compiled(model) if train.worth_compiling(device, net.steps) else model
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None        # or the clock would show nothing
     parts, first, saved = dict(model=model, average=update.average, optimizer=update.optimizer), 0, time.time()
@@ -376,8 +374,7 @@ def work(cfg):
     """What --dry-run is to foretell, with nothing found from an earlier call."""
     size = check(cfg)[0]
     data, n = train.load_data(cfg.data), len(cfg.ratios)
-    args = dict(input_size=data["x"].shape[2], in_channels=data["x"].shape[1], num_classes=data["meta"]["num_classes"],
-                prediction="x")
+    args = train.sizes(data) | dict(prediction="x")
     often = dict(transformer=2 * n * cfg.n_seeds, unet=(n + 2) * cfg.n_seeds, compare=len(TARGETS) * cfg.compare_seeds)
     world = max(int(os.environ.get("WORLD_SIZE", 1)), cfg.workers)
     nets = [getattr(cfg, arch) for arch, k in often.items() for _ in range(k)]
@@ -391,7 +388,7 @@ def work(cfg):
             for i, net in enumerate(nets)]
     return dict(data=data, nets=nets, images=[(net[0], cfg.n_samples * 2 * cfg.sample_steps) for net in nets],
                 processes=world, queries=queries, points=size,
-                held=4 * size * data["x"][:1].size + data["x"].nbytes * (data["x"].nbytes < 4e9))
+                held=4 * size * data["x"][:1].size + data["x"].nbytes * (data["x"].nbytes < WHOLE))
 
 
 def measure(cfg):

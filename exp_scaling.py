@@ -344,9 +344,14 @@ def fit(cfg, job, steps):
             data=dataset(cfg, job.data), model=job.model, steps=max(missing), batch=cfg.batch, accum=cfg.accum,
             lr=cfg.lr, warmup=cfg.warmup, ema=cfg.ema, label_dropout=cfg.label_dropout, repa=job.lam,
             repa_depth=cfg.repa_depth, seed=cfg.seed + job.seed, log_every=500, save_every=10_000,
-            compile=max(missing) >= 1000 and pick_device(cfg.device).type == "cuda",     # else not worth its minute
+            compile=train.worth_compiling(pick_device(cfg.device), max(missing)),
             keep=tuple(missing), grid=False, device=cfg.device, out=str(folder)), alone=True)
     return load_run(folder / f"ema_{steps}.pt", pick_device(cfg.device))[0]
+
+
+@functools.cache
+def given(path):                                             # build_model's arguments for a network of --model-path
+    return train.args_of(*load_run(path))
 
 
 def along(f, z, t, *args):                                   # f at every time of z (T, B, C, H, W), stacked alike
@@ -470,9 +475,8 @@ def jobs(cfg, part):
 
 def model_args(cfg, data, model):                            # of build_model
     if model in cfg.model_path:
-        return train.given(model)
-    C, H, _ = (d := train.load_data(dataset(cfg, data)))["x"].shape[1:]
-    return dict(name=model, input_size=H, in_channels=C, num_classes=d["meta"]["num_classes"])
+        return given(model)
+    return dict(name=model, **train.sizes(train.load_data(dataset(cfg, data))))
 
 
 def step_flops(cfg, data, model):
@@ -605,8 +609,8 @@ def part_fig3(cfg):
         claims.append(grows("Fig 3 why: extrapolation error, true density minus largest network", a["limit"]["room"],
                             "not shown"))
     if cfg.model_path:
-        a |= dict(axis="forward pass (FLOPs)", models=[train.given(m)["name"] for m in models])
-        claims += given_claims(cfg, a, np.load(paths(cfg, Job(data, models[-1], (1,)))[1][0]), train.given(models[-1]))
+        a |= dict(axis="forward pass (FLOPs)", models=[given(m)["name"] for m in models])
+        claims += given_claims(cfg, a, np.load(paths(cfg, Job(data, models[-1], (1,)))[1][0]), given(models[-1]))
     if cfg.data or cfg.model_path:
         return a, claims
     # the errors are over the seeds; copies, and the limit's room above a network, are of the first
@@ -809,9 +813,9 @@ def check(cfg):
         C, H, _ = (data := train.load_data(cfg.data))["x"].shape[1:]
         shapes = {k: (H, C, data["meta"]["num_classes"]) for k in ("fig3", "fig7", "unets")}
         if cfg.only in ("all", "fig7") and not cfg.model_path:           # what is missing should be known before
-            if cfg.reference and not Path(cfg.reference).exists():
-                raise FileNotFoundError(f"there is no reference {cfg.reference}")
             if cfg.reference:
+                if not Path(cfg.reference).exists():
+                    raise FileNotFoundError(f"there is no reference {cfg.reference}")
                 sample.inception()
                 if Path(cfg.reference).is_dir() or sample.read_npz(cfg.reference, "mu") is None:
                     next(sample.image_batches(cfg.reference))

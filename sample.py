@@ -210,15 +210,6 @@ def check_fit(model, path, shape, num_classes, data):
                          f"images {wants} in {num_classes} classes")
 
 
-def autoencoder():
-    """diffusers' AutoencoderKL, the class."""
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as e:
-        raise ImportError(f"--vae needs the package diffusers ({e}): pip install diffusers") from e
-    return AutoencoderKL
-
-
 def pretrained(option, name, kind, **options):
     """A network, from a folder or by its name on the Hugging Face hub. ValueError in one line if it does not load."""
     if not os.path.isdir(name) and (name.count("/") != 1 or name[0] in "./~"):
@@ -232,7 +223,11 @@ def pretrained(option, name, kind, **options):
 
 def load_vae(name):
     """The autoencoder of a latent model, a folder or a name on the Hugging Face hub -> diffusers' AutoencoderKL."""
-    return pretrained("--vae", name, autoencoder(), low_cpu_mem_usage=False)     # True needs one more package
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as e:
+        raise ImportError(f"--vae needs the package diffusers ({e}): pip install diffusers") from e
+    return pretrained("--vae", name, AutoencoderKL, low_cpu_mem_usage=False)     # True needs one more package
 
 
 def lock(folder, patience=0.0):
@@ -241,7 +236,7 @@ def lock(folder, patience=0.0):
     try:
         import fcntl
     except ImportError:                                      # Windows
-        return None
+        return contextlib.nullcontext()
     f, until = open(folder / "lock", "w"), time.time() + patience
     while True:
         try:

@@ -357,13 +357,16 @@ def build_on_meta(args):                                     # shapes without nu
         return build_model(**args)
 
 
-@functools.cache
-def given(path):
-    """build_model's arguments for the network in a file of weights."""
-    model, ckpt = load_run(path)
-    sizes = {(depth, width): size for size, (depth, width, _) in SIT_SIZES.items()}
+def sizes(data):
+    """build_model's arguments that a data set decides on."""
+    return dict(input_size=data["x"].shape[2], in_channels=data["x"].shape[1], num_classes=data["meta"]["num_classes"])
+
+
+def args_of(model, ckpt):
+    """build_model's arguments for what load_run returns."""
+    names = {(depth, width): size for size, (depth, width, _) in SIT_SIZES.items()}
     return ckpt.get("model_args") or dict(
-        name=f"SiT-{sizes[len(model.blocks), model.pos_embed.shape[-1]]}/{model.patch}", input_size=model.input_size,
+        name=f"SiT-{names[len(model.blocks), model.pos_embed.shape[-1]]}/{model.patch}", input_size=model.input_size,
         in_channels=model.in_channels, num_classes=model.num_classes)
 
 
@@ -381,6 +384,15 @@ def step_flops(model_args, batch):
             step()
         counts.append(counter.get_total_flops())
     return tuple(counts)
+
+
+def worth_compiling(device, steps):
+    return device.type == "cuda" and steps >= 1000           # else the minute that it takes does not pay
+
+
+def compiled(model):
+    torch.compiler.reset()                                   # of several networks, each gets code of its own
+    return torch.compile(model)
 
 
 def room_of(device):
@@ -611,8 +623,7 @@ def check(cfg, world):
 
 def first_model(cfg, data, device="cpu"):
     """What a training starts from: random weights, or those of cfg.init. -> (build_model's arguments, the model)."""
-    model_args = dict(name=cfg.model, input_size=data["x"].shape[2], in_channels=data["x"].shape[1],
-                      num_classes=data["meta"]["num_classes"], prediction=cfg.prediction)
+    model_args = dict(name=cfg.model, **sizes(data), prediction=cfg.prediction)
     torch.manual_seed(cfg.seed)
     model = build_model(**model_args).to(device)
     if cfg.init:
@@ -646,8 +657,7 @@ def training_of(cfg):
     check(cfg, world)
     data, ckpt = load_data(cfg.data), checkpoint_of(cfg, run_folder(cfg))
     steps = cfg.steps - (ckpt["step"] if ckpt else 0)
-    args = dict(name=cfg.model, input_size=data["x"].shape[2], in_channels=data["x"].shape[1],
-                num_classes=data["meta"]["num_classes"])
+    args = dict(name=cfg.model, **sizes(data))
     if cfg.init or cfg.repa:
         model = first_model(cfg, data)[1]
         if cfg.repa: check_repa(cfg, data, model)
@@ -659,14 +669,6 @@ def train(cfg, alone=False):
     """Train, or resume, or find it done. -> the run's folder. Call on every process of a torchrun; over several nodes,
     out/ and data/ must be folders that all of them see. `alone`: one process, whatever torchrun says, and without a
     word, for sweeps of many networks. ValueError: a config or data that do not fit, or divergence."""
-    held = []                                                # the folder, which has one writer
-    try:
-        return train_in(cfg, alone, held)
-    finally:
-        for lock_file in filter(None, held): lock_file.close()
-
-
-def train_in(cfg, alone, held):
     if cfg.dry_run:                                          # of several processes, one measures and tells
         if int(os.environ.get("RANK", 0)):
             return run_folder(cfg)
@@ -674,9 +676,14 @@ def train_in(cfg, alone, held):
         forecast(load_data(cfg.data), run_folder(cfg), pick_device(cfg.device), nets,
                  processes=int(os.environ.get("WORLD_SIZE", 1)))
         return run_folder(cfg)
-    check(cfg, 1)                                            # before the processes meet: each says the same
+    with contextlib.ExitStack() as held:
+        return train_in(cfg, alone, held)
+
+
+def train_in(cfg, alone, held):
+    """What train does, but for --dry-run. `held` is to keep the run's folder, which has one writer, until it ends."""
+    check(cfg, 1 if alone else int(os.environ.get("WORLD_SIZE", 1)))     # before the processes meet: each says the same
     rank, world, device = join(cfg.device, alone)
-    check(cfg, world)
     if world > 1:
         if int(os.environ.get("LOCAL_RANK", rank)) == 0:
             load_data(cfg.data)                              # one prepares an embedded set, the others wait for it
@@ -700,7 +707,7 @@ def train_in(cfg, alone, held):
         return run
     check_folder(run)
     run.mkdir(parents=True, exist_ok=True)
-    if rank == 0: held.append(lock(run, patience=10))
+    if rank == 0: held.enter_context(lock(run, patience=10))
     if world > 1: dist.barrier()
     if changed() != before: ckpt = checkpoint_of(cfg, run)   # by a process that was still at work when this one came
     done, carried, last = 0, 0.0, 0                          # carried: sum of the losses since the log's `last` step
@@ -725,8 +732,7 @@ def train_in(cfg, alone, held):
         f"{sum(p.numel() for p in update.weights) / 1e6:.2f}M parameters, on {N:,} images of {cfg.data}, steps {done} "
         f"to {cfg.steps}, batch {cfg.batch}, {world} process{'es' * (world > 1)} on {device} -> {run}", flush=True)
 
-    if cfg.compile: torch.compiler.reset()                   # of several networks, each gets code of its own
-    net = torch.compile(trained) if cfg.compile else trained             # shares its weights with `model`
+    net = compiled(trained) if cfg.compile else trained      # shares its weights with `model`
     net = DistributedDataParallel(net, [device.index] if device.type == "cuda" else None) if world > 1 else net
     bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and device.type == "cuda" and
                                   torch.cuda.is_bf16_supported(including_emulation=False))

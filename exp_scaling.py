@@ -346,6 +346,7 @@ def fit(cfg, job, steps):
             repa_depth=cfg.repa_depth, seed=cfg.seed + job.seed, log_every=500, save_every=10_000,
             compile=train.worth_compiling(pick_device(cfg.device), max(missing)),
             keep=tuple(missing), grid=False, device=cfg.device, out=str(folder)), alone=True)
+        (folder / "ckpt.before.pt").unlink(missing_ok=True)  # of one that is done, a third of the disk that it takes
     return load_run(folder / f"ema_{steps}.pt", pick_device(cfg.device))[0]
 
 
@@ -493,6 +494,10 @@ def merged(todo):
     return [job._replace(lengths=tuple(sorted(steps))) for job, steps in lengths.items()]
 
 
+def cost(cfg, job):                                          # FLOPs of its training
+    return job.model != "Wiener" and step_flops(cfg, job.data, job.model)[0] * job.lengths[-1]
+
+
 def run_all(cfg, todo):
     """Run these jobs, several at once, the longest first."""
     rank = processes(torch.device("cpu"))[0]
@@ -501,8 +506,7 @@ def run_all(cfg, todo):
         for name in {job.data for job in todo}:              # here, or two processes would write the same file
             dataset(cfg, name)
     wait_for_all()
-    cost = lambda job: job.model != "Wiener" and step_flops(cfg, job.data, job.model)[0] * job.lengths[-1]
-    todo.sort(key=cost, reverse=True)                        # or the last would run alone
+    todo.sort(key=functools.partial(cost, cfg), reverse=True)            # or the last would run alone
     train.run_jobs(functools.partial(run, cfg), todo, cfg.workers)
 
 
@@ -862,16 +866,21 @@ def work(cfg):
     parts = parts_of(cfg) if cfg.only == "all" else (cfg.only,)
     todo = merged(job for part in parts for job in jobs(cfg, part) if job.model != "Wiener")
     nets, images = [], []
-    for job in todo:
+    for job in sorted(todo, key=functools.partial(cost, cfg)):
         data, args = train.load_data(dataset(cfg, job.data)), model_args(cfg, job.data, job.model)
         if not cfg.model_path:
-            nets.append((args, cfg.batch // cfg.accum, cfg.batch, job.lengths[-1], 8 + len(job.lengths)))
+            # of each are kept a checkpoint, of weights, average and two moments, and the averages
+            nets.append((args, cfg.batch // cfg.accum, cfg.batch, job.lengths[-1], 4 + len(job.lengths)))
         fid = sample.NFE * cfg.n_fid if cfg.data and not cfg.model_path else 0
         each = cfg.n_trajectories * cfg.n_times * 3.5 + fid
         images.append((args, int(each) * len(job.lengths)))
     count = sum(len(job.lengths) for job in todo)
-    world = max(int(os.environ.get("WORLD_SIZE", 1)), cfg.workers)
-    return dict(data=data, nets=nets, images=images, processes=world, files=2 * 4 * count * cfg.n_trajectories * 400,
+    world, later, writing = max(int(os.environ.get("WORLD_SIZE", 1)), cfg.workers), 0, 0
+    for net in nets:             # the last to be trained come first; one in training takes 8 copies more (train.py)
+        size = 4 * sum(p.numel() for p in train.build_on_meta(net[0]).parameters())
+        writing, later = max(writing, 8 * world * size - later), later + net[4] * size
+    return dict(data=data, nets=nets, images=images, processes=world,
+                files=writing + 2 * 4 * count * cfg.n_trajectories * 400,
                 queries=int((1 / FREE + 1 / args["num_classes"]) * (count + 1) * cfg.n_trajectories * cfg.n_times))
 
 

@@ -661,7 +661,7 @@ def training_of(cfg):
     if cfg.init or cfg.repa:
         model = first_model(cfg, data)[1]
         if cfg.repa: check_repa(cfg, data, model)
-    copies = 8 + len(cfg.keep)                               # two checkpoints, each of weights, average and two moments
+    copies = 12 + len(cfg.keep)      # two checkpoints and one being written, each of weights, average and two moments
     return (args, cfg.batch // world // cfg.accum, cfg.batch, steps, copies) if steps > 0 else None
 
 

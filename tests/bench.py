@@ -4,7 +4,7 @@ How long things take, measured here and printed as one table; never part of the 
     python tests/bench.py                 # figures, tests, score
     python tests/bench.py figures         # what a new user waits for: `make figures` in a clone of the last commit
     python tests/bench.py tests           # the test suite
-    python tests/bench.py paper           # counts, not times: what the paper presets compute, from the networks' shapes
+    python tests/bench.py presets         # counts, not times: what gpu and paper presets take, from the networks' shapes
     python tests/bench.py train           # images a second and MFU of train.py, beside the plain version of its step
     python tests/bench.py score           # the exact empirical score beside other ways to compute it
     python tests/bench.py growth ranks memory     # its time against N, on two processes, and what memory it takes
@@ -147,18 +147,24 @@ def training():
         print(f"{cfg.model}, batch {cfg.batch}, {name:12s} {max(r):10.0f} images/s  {note}", flush=True)
 
 
-def paper():
-    """FLOPs, memory and disk of every paper preset, to assets/paper.json. Nothing is run but a step of one image, for
-    what it keeps: else networks have shapes and no numbers, and so has the data set, ImageNet's latents with their
-    mirror images."""
+def presets():
+    """FLOPs, memory and disk of every gpu and paper preset, to assets/presets.json. Nothing is run but a step of one
+    image, for what it keeps: else networks have shapes and no numbers, and so have the data sets."""
     import importlib
 
     import sample
     import train
-    N = 2_562_334
-    data = dict(x=np.broadcast_to(np.float16(0), (N, 4, 32, 32)), y=np.arange(N) % 1000, meta=dict(num_classes=1000),
-                features=np.broadcast_to(np.float16(0), (N, 256, 768)))
-    train.load_data, rows = lambda name: data, {}
+    blank = lambda N, *shape: np.broadcast_to(np.float16(0), (N, *shape))
+
+    def data(name, N=100_000):                               # a set, by its name, of the shape that it has
+        if name == "imagenet":                               # SD-VAE latents, with their mirror images
+            N = 2_562_334
+            more = dict(x=blank(N, 4, 32, 32), features=blank(N, 256, 768), meta=dict(num_classes=1000))
+        else:
+            N, side = (60_000, 28) if name == "mnist" else (N, 8 if name == "digits8" else 16)
+            more = dict(x=blank(N, 1, side, side), meta=dict(num_classes=10))
+        return more | dict(y=np.arange(N) % more["meta"]["num_classes"])
+    train.load_data = data
     sample.load_vae = lambda name: None                      # it need not be there
 
     @functools.cache
@@ -172,31 +178,45 @@ def paper():
             loss.backward()
         return train.activations(step, 2)
 
+    weights = lambda args: 4 * sum(p.numel() for p in train.build_on_meta(args).parameters())
     # weights, average, gradients, two moments, a copy in bf16; and the data, which live on the GPU
     need = lambda args, at_once: 5.5 * weights(args) + at_once * activations(tuple(args.items()))
-    for script in ("train", "exp_shells", "exp_cfg_paradox", "exp_freedom", "exp_scaling"):
-        os.environ["WORLD_SIZE"] = "1" if script in ("exp_freedom", "exp_scaling") else "4"      # a batch is divided
+    count = lambda args, k: train.step_flops(tuple(args.items()), 1)[k]
+
+    def counted(script, preset):
+        """GPUs, networks, FLOPs (training, sampling, empirical score), bytes of memory and of disk."""
+        gpus = 4 if preset == "paper" and script not in ("exp_freedom", "exp_scaling") else 1    # they divide a batch
+        os.environ["WORLD_SIZE"] = str(gpus)
         module = importlib.import_module(script)
-        cfg = module.PRESETS["paper"]
-        w = module.work(cfg) if script != "train" else dict(nets=[train.training_of(cfg)], images=[], queries=0)
-        count = lambda args, k: train.step_flops(tuple(args.items()), 1)[k]
-        weights = lambda args: 4 * sum(p.numel() for p in train.build_on_meta(args).parameters())
-        rows[script] = dict(
+        cfg = module.PRESETS[preset]
+        if script == "exp_scaling" and not cfg.data: module.dataset = lambda cfg, name: name     # it would make them
+        w = module.work(cfg) if script != "train" else dict(data=data(cfg.data), nets=[train.training_of(cfg)],
+                                                            images=[])
+        x = w["data"]["x"]
+        return dict(
             networks=len(w["nets"]), training=sum(count(a, 0) * b * steps for a, _, b, steps, _ in w["nets"]),
             sampling=sum(count(a, 1) * n for a, n in w["images"]),
-            score=2 * w.get("queries", 0) * w.get("points", N) * 4096 * 2,
-            memory=max(need(a, at_once) for a, at_once, *_ in w["nets"]) + w.get("held", data["x"].nbytes),
+            score=2 * w.get("queries", 0) * w.get("points", len(x)) * x[0].size * 2,
+            memory=max(need(a, at_once) for a, at_once, *_ in w["nets"]) + w.get("held", x.nbytes),
             disk=sum(weights(a) * kept for a, *_, kept in w["nets"]) + w.get("files", 0))
-        print(f"{script:16s} {rows[script]}", flush=True)
-    for script in ("exp_gaussian", "exp_toy2d"):             # small enough for a CPU; their dry runs measure this one
-        command = [sys.executable, ROOT / f"{script}.py", "--preset=paper", "--dry-run", "--device=cpu"]
+
+    def foretold(script, preset):
+        """Small enough for a CPU: what the dry run says after measuring this one, the least of three, since what else
+        runs here only adds to it."""
+        command = [sys.executable, ROOT / f"{script}.py", f"--preset={preset}", "--dry-run", "--device=cpu"]
         told = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(3)]
         found = [[float(re.search(rf"([\d.]+) {what}", text)[1]) for what in (
             "minutes", "(?:networks|models)", "GB of memory", "MB on the disk")] for text in told]
-        minutes, networks, GB, MB = min(found)               # the least: what else runs here only adds to it
-        rows[script] = dict(networks=int(networks), minutes=minutes, memory=GB * 1e9, disk=MB * 1e6, machine=machine())
-        print(f"{script:16s} {rows[script]}", flush=True)
-    (ROOT / "assets" / "paper.json").write_text(json.dumps(rows, indent=1) + "\n")
+        minutes, networks, GB, MB = min(found)
+        return dict(networks=int(networks), minutes=minutes, memory=GB * 1e9, disk=MB * 1e6, machine=machine())
+
+    rows = {"gpu": {}, "paper": {}}
+    for preset, out in rows.items():
+        for script in ("train", "exp_shells", "exp_cfg_paradox", "exp_freedom", "exp_scaling", "exp_gaussian",
+                       "exp_toy2d"):
+            out[script] = (foretold if script in ("exp_gaussian", "exp_toy2d") else counted)(script, preset)
+            print(f"{preset:5s} {script:16s} {out[script]}", flush=True)
+    (ROOT / "assets" / "presets.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def digits(N, D=784):
@@ -471,7 +491,7 @@ def keep(**what):
 
 if __name__ == "__main__":
     benches = {"figures": figures, "tests": tests, "score": score, "growth": growth, "ranks": ranks, "memory": memory,
-               "train": training, "paper": paper, "gpu": on_gpu}
+               "train": training, "presets": presets, "gpu": on_gpu}
     what = sys.argv[1:] or ["figures", "tests", "score"]
     if unknown := set(what) - set(benches):
         sys.exit(f"error: unknown benchmark {min(unknown)!r}: expected {', '.join(benches)}")

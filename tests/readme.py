@@ -197,6 +197,29 @@ def score():
     return "\n".join(rows)
 
 
+RATE, TF32 = 0.4 * 989e12, 2     # FLOP/s assumed of an H100, in bf16; networks are evaluated in TF32, at half of it
+
+
+def size(n):
+    return f"{n / 1e9:.0f} GB" if n > 1e9 else f"{n / 1e6:.0f} MB"
+
+
+def gpu():
+    """What the gpu presets take, from counts of FLOPs, and that none was run."""
+    where = load("presets")["gpu"]["exp_toy2d"]["machine"].rpartition(", ")[0]
+    rows = [f"Minutes are counts of FLOPs at an assumed {RATE / 1e12:.0f} TFLOP/s, 40% of an H100's in bf16, which "
+            "networks so small do not reach: expect more. Those of the last two rows are what their dry runs say on "
+            f"{where}.", "",
+            "| `gpu` preset | networks | minutes, at least | memory | disk | status |", "|---|---|---|---|---|---|"]
+    for script, r in load("presets")["gpu"].items():
+        work = r["training"] + TF32 * r["sampling"] + r["score"] if "training" in r else 0
+        took = f"{r['minutes']:.0f} on a CPU" if "minutes" in r else f"{work / RATE / 60:.0f}"
+        cells = [f"`python {script}.py --preset gpu`", r["networks"], took, size(r["memory"]), size(r["disk"]),
+                 "not run: no GPU was at hand"]
+        rows.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(rows)
+
+
 def paper():
     """What the paper presets take, from counts of FLOPs, and what the paper has to compare with."""
     published = {
@@ -207,22 +230,19 @@ def paper():
         "exp_scaling": "E^sup .1875 to .1834, E^ext .5340 to .5359 from S to XL; FID 59, 37 for S, B",
         "exp_gaussian": "s_\\* is nearer than s_gt on training points, and farther on fresh ones",
         "exp_toy2d": "P1 to P3: fewer bad samples, more good ones, both L nearly 0"}
-    rate = 0.4 * 989e12
-    hours = lambda flops: format(flops / rate / 3600, ",.0f" if flops / rate > 36_000 else ".1f")
-    tf32 = 2                                                 # networks are evaluated in it: half of bf16's rate
-    where = load("paper")["exp_toy2d"]["machine"].rpartition(", ")[0]
+    hours = lambda flops: format(flops / RATE / 3600, ",.0f" if flops / RATE > 36_000 else ".1f")
+    where = load("presets")["paper"]["exp_toy2d"]["machine"].rpartition(", ")[0]
     rows = ["Not run here: no such GPU was at hand. The hours are counts of FLOPs (torch.utils.flop_counter) at an "
-            f"assumed {rate / 1e12:.0f} TFLOP/s, 40% of an H100's in bf16, for sampling, in TF32, half of that; "
+            f"assumed {RATE / 1e12:.0f} TFLOP/s, 40% of an H100's in bf16, for sampling, in TF32, half of that; "
             "`--dry-run`, once the data are there, measures your machine's own. Memory is that of a GPU, with the "
             "largest network's activations and the data on it; train.py's on four GPUs, which divide the batch. The "
             f"last two rows are what their dry runs say on {where}.", "",
             "| command | networks | GPU-hours: training | sampling | empirical score | memory | disk | published |",
             "|---|---|---|---|---|---|---|---|"]
-    for script, r in load("paper").items():
-        size = lambda n: f"{n / 1e9:.0f} GB" if n > 1e9 else f"{n / 1e6:.0f} MB"
+    for script, r in load("presets")["paper"].items():
         # the two small ones: measured by their dry runs, on a CPU
         took = [f"{r['minutes'] / 60:.1f} h on a CPU", "", ""] if "minutes" in r else \
-            [*map(hours, (r["training"], tf32 * r["sampling"], r["score"]))]
+            [*map(hours, (r["training"], TF32 * r["sampling"], r["score"]))]
         cells = [f"`python {script}.py --preset paper`", r["networks"], *took, size(r["memory"]), size(r["disk"]),
                  published[script]]
         rows.append("| " + " | ".join(map(str, cells)) + " |")
@@ -287,7 +307,7 @@ def trust():
 
 def render(text):
     parts = {"times": times, "gallery": gallery, "table": table, "results": results, "controls": controls,
-             "score": score, "map": code_map, "paper": paper, "trust": trust}
+             "score": score, "map": code_map, "gpu": gpu, "paper": paper, "trust": trust}
     for name, f in parts.items():
         pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
         assert pattern.search(text), f"README.md lacks <!-- {name} --> .. <!-- /{name} -->"

@@ -282,6 +282,11 @@ def test_another_data_set_and_its_fid(tmp_path, monkeypatch, capsys):
                   reference=str(tmp_path / "reference.npz"))
     exp_scaling.measure(cfg)
     exp_scaling.plot(tmp_path / "out" / "results.json")
+    # what is kept of the networks takes what --dry-run foretold; a projector, and what torch.save adds, come on top
+    w, taken = exp_scaling.work(cfg), sum(p.stat().st_size for p in (tmp_path / "out" / "runs").rglob("*.pt"))
+    weights = [4 * sum(p.numel() for p in build_model(**net[0]).parameters()) for net in w["nets"]]
+    foretold = sum(size * net[4] for size, net in zip(weights, w["nets"], strict=True))
+    assert foretold < taken < 1.5 * foretold and w["files"] > max(weights)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(results["arrays"]) == {"fig3", "fig6", "fig7", "seconds"} and "limit" not in results["arrays"]["fig3"]
     row = results["arrays"]["fig7"]["table"][0]

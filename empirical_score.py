@@ -27,9 +27,9 @@ product is in bf16, where that is fast, or along an eighth of the directions, th
 where there are thousands): what rounding and the other directions can change is bounded, not estimated. Where too many
 are left, it is done along all directions. The second pass takes the few that survive in float64. What was struck weighs
 less than tau = 1e-7 of the total; `E.dropped` has the bound that was reached. Queries whose weights are spread (t near
-1) keep too many points: they get a dense stream, in fp32 where that loses less than 1e-5, else in float64. The choice
-is made for each query by what survives, not by t. (Screening, streaming and several processes make this longer than its
-budget of 350 lines.)
+1) keep too many points: they get a dense stream, in fp32 where that loses less than 1e-5, else in float64, or by the
+differences z - alpha x, where an outlier makes even float64 cancel. The choice is made for each query by what survives,
+not by t. (Screening, streaming and several processes make this longer than its budget of 350 lines.)
 """
 import functools
 import math
@@ -44,7 +44,7 @@ SMALL = 2**24   # queries x points x dimensions below which one float64 product 
 #                 points on a GPU, 2**13 times that
 SURVIVORS = 2**20   # pairs of query and point that may be looked at one by one, so that they fit into memory
 FEW = {torch.float32: 16, torch.bfloat16: 256}   # an eighth of D: of less, a product is quicker than reading its result
-LOSS = 5e-5     # of an exponent, in fp32; x_* then errs by a fifth of it at most, as measured
+LOSS = 5e-5     # of an exponent, in fp32, by the estimate in _exponents; x_* then errs by 1e-5 at most, as measured
 CACHE = 3 * 2**27   # bytes that copies of the data may take; thrice that on a GPU. Beyond: made anew each time
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -182,7 +182,8 @@ class EmpiricalScore:
         self.piece = min(self.chunk, max(256, self.chunk // 16))         # pairs of query and point at once
         self.block = max(1, 2**(26 if gpu else 20) // self.chunk)                                # queries at once
         sample = self.x[:1] if torch.is_tensor(x) else torch.from_numpy(np.array(self.x[:1]))
-        self.work = torch.float64 if sample.dtype in (torch.float64, torch.int32, torch.int64) else torch.float32
+        exact = sample.is_floating_point() and sample.itemsize <= 4 or sample.itemsize <= 2      # in fp32
+        self.work = torch.float32 if exact else torch.float64
         self.low, self.copies = low_precision(self.device), {}                                   # {dtype: (n, D)}
         most, size = CACHE * (3 if gpu else 1), self.D * self.low.itemsize
 
@@ -232,13 +233,19 @@ class EmpiricalScore:
         self.radius = self._gather(self.sq.amax(0, keepdim=True) if len(self.sq) else self.sq.new_zeros(1)).max().sqrt()
         self.members, self._closest = None, {}
         if y is not None:
-            y = y.cpu() if torch.is_tensor(y) else torch.from_numpy(np.array(y))
+            y = self._integers(y)
             need(y.shape == (self.N,), f"{self.N} points need {self.N} labels, not {tuple(y.shape)}")
             self.labels, order = y.to(self.device), y.argsort(stable=True)
             labels, counts = y[order].unique_consecutive(return_counts=True)
             self.members = dict(zip(labels.tolist(), order.split(counts.tolist()), strict=True))  # label -> indices
 
     # ---- the points, the queries ------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _integers(y):                                        # labels, of any type, as int64 on the CPU
+        y = y.cpu() if torch.is_tensor(y) else torch.from_numpy(np.array(y))
+        need(not y.is_floating_point() and not y.is_complex(), f"labels must be integers, not {y.dtype}")
+        return y.long()
 
     def _read(self, index):
         """Points at `index`, a slice or (n,) indices, as they are -> (n, D), on the device or pinned for the way."""
@@ -301,14 +308,14 @@ class EmpiricalScore:
         need(z.is_floating_point(), f"the queries z must be floating point, not {z.dtype}")
         need(z.isfinite().all(), "the queries z hold nan or inf")
         need(t.shape in ((), (B,)), f"{B} queries need one t or {B}, not {t.numel()}")
-        bad, t = t.reshape(-1)[~((t > 0) & (t <= 1)).reshape(-1)].tolist(), t.expand(B)
-        need(not bad, f"t must lie in (0, 1], not {bad[:1]}: at t = 0 a finite set of points has no score")
+        bad, t = t.reshape(-1)[~((t >= 1e-18) & (t <= 1)).reshape(-1)].tolist(), t.expand(B)     # t^2 is an fp32
+        need(not bad, f"t must lie in (0, 1] (1e-18 on), not {bad[:1]}: at t = 0 a finite set of points has no score")
         mine = torch.zeros(B, dtype=torch.bool)
         mine[self.turn] = True
         groups, labels = [(mine, None)], None
         if y is not None:
             need(self.members is not None, "labels were asked for, but the data set was given without labels")
-            y = torch.as_tensor(y).cpu()
+            y = self._integers(y)
             need(y.shape in ((), (B,)), f"{B} queries need {B} labels, not {y.numel()}")
             y = y.expand(B)
             self._need_labels(y.tolist())
@@ -502,6 +509,17 @@ class EmpiricalScore:
         return lambda b, x: take(q, b).addcmul_(alpha[b, None], x, value=-1).square_().sum(1)
 
     @staticmethod
+    def _apart(q, alpha, rows):
+        """|q - alpha x|^2 (b, n) by differences: slower than by a product, but nothing large cancels."""
+        d2 = q.new_empty(len(q), len(rows))
+        for a in alpha.unique():
+            d2[alpha == a] = torch.cdist(q[alpha == a], a * rows, compute_mode="donot_use_mm_for_euclid_dist").square_()
+        return d2
+
+    def _far(self, q, alpha):                                # from all points
+        return q.norm(dim=1) > 2 * alpha * self.radius
+
+    @staticmethod
     def _table(b, B, *columns):
         """Pairs sorted by query b (P,) with values (P,) -> tables (B, widest row), short rows filled up with `fill`."""
         count = torch.bincount(b, minlength=B)
@@ -514,7 +532,8 @@ class EmpiricalScore:
 
     def _survivors(self, q, alpha, var, members, level, limit):
         """Screen, and take what is left exactly. -> done (B,), and of the queries that are done: indices (b, n),
-        exponents (b, n), short rows filled up with -inf, and the log of the weight struck (b,), on the same scale."""
+        exponents (b, n), short rows filled up with -inf, with the log of the weight struck (b,) on the same scale, and
+        what they are relative to (b,)."""
         n = len(self.shard) if members is None else len(members)
         slack = 2 * var * math.log(self.N / self.tau)
         b, i, lower, done = self._screen(q, alpha, members, level, limit, slack=slack)
@@ -525,35 +544,46 @@ class EmpiricalScore:
         middle = q - half * x_0
         relative = self._each(b, i, lambda b, x: take(middle, b).addcmul_(half[b], x, value=-1)
                                                                 .mul_(x.sub_(take(x_0, b))).sum(1))
-        (e,), _ = self._table(b, len(q), (rate[b] * (relative + (x_0 * middle).sum(1)[b]), -torch.inf))
-        struck = (n - count).double().log() + e.amax(1) - math.log(self.N / self.tau)
-        return done, index[done], e[done], struck[done]
+        (e,), _ = self._table(b, len(q), (rate[b] * relative, -torch.inf))
+        near = -(q - alpha[:, None] * x_0).square().sum(1) / (2 * var)
+        base = torch.where(self._far(q, alpha), rate * (x_0 * middle).sum(1), near)
+        top = e.amax(1)                                      # not 0, where bounds took another point for the nearest
+        struck = (n - count).double().log() - math.log(self.N / self.tau)
+        return done, index[done], (e - top[:, None])[done], struck[done], (base + top)[done]
 
     def _exponents(self, z, t, members, label, tolerance):
         """Yield (queries (b,), indices (n,) or (b, n), points (n, D) or None, exponents (b, n), log of the weight
-        struck (b,)). The exponents are those of Eq. (2) plus |z - alpha centre|^2 / 2 sigma^2, the same for all points.
-        """
+        struck (b,), base (b,)). The exponents plus the base are those of Eq. (2); of a query that is far from all
+        points, whose exponents would be huge and alike, those plus |z - alpha centre|^2 / 2 sigma^2."""
         n, alpha, var = len(self.shard) if members is None else len(members), 1 - t, t**2
         q, rest = z - alpha[:, None] * self.centre, torch.arange(len(z), device=self.device)     # (B, D), (B,)
         # A dense fp32 product misses an exponent by about this much: it is the largest error seen, not a bound.
         small = len(z) * n * self.D <= self.small            # then all are taken in float64, at once
         tolerance = 0 if small else tolerance
-        fine = alpha / var * self.radius * (q.norm(dim=1) + alpha * self.radius) * 2.0**-23 < tolerance
+        size, rate = alpha / var * self.radius * (q.norm(dim=1) + alpha * self.radius), alpha / var
+        fine = size * max(1, self.D / 2e5)**0.5 * 2.0**-23 < tolerance
+        fine &= torch.maximum(rate * q.norm(dim=1), rate * alpha) < 1e36                         # no overflow
         for level in self._levels if n and not small else ():
             ask = rest if level.V is not None or level.dtype == torch.bfloat16 else rest[~fine[rest]]
             if len(ask):
                 # about where a dense stream (fp32, float64), or all directions (fp32, bf16) would be quicker
                 few = n // (64 if level.dtype == torch.float32 else 512)
                 limit = torch.where(fine[ask], n // 256, n // 96) if level.V is None else torch.full_like(ask, few)
-                done, index, e, struck = self._survivors(q[ask], alpha[ask], var[ask], members, level, limit)
-                if done.any(): yield ask[done], index, None, e, struck
+                done, index, *found = self._survivors(q[ask], alpha[ask], var[ask], members, level, limit)
+                if done.any(): yield ask[done], index, None, *found
                 rest = rest[~torch.isin(rest, ask[done])]
-        for dtype, ask in ((torch.float32, rest[fine[rest]]), (torch.float64, rest[~fine[rest]])):
-            query, bias = ((alpha / var)[ask] * q[ask].T).to(dtype), (-alpha**2 / (2 * var))[ask].to(dtype)
-            for index, at, rows in self._chunks(members, dtype) if n and len(ask) else ():
-                e = torch.addmm(self.sq[at].to(dtype)[:, None] * bias, rows, query).T         # (b, n)
+        # All points, by a product, in fp32 or float64; or, where too much cancels even so, by differences.
+        far = self._far(q, alpha)
+        ill = ~far & (size * 2.0**-50 > 1e-7)
+        none, base = torch.full_like(t, -torch.inf), torch.where(far, 0, -q.square().sum(1) / (2 * var))
+        for dtype, ask in ((torch.float32, rest[fine[rest]]), (torch.float64, rest[(~fine & ~ill)[rest]]),
+                           (None, rest[ill[rest]])):
+            query, bias = (rate[ask] * q[ask].T).to(dtype), (-alpha * rate / 2)[ask].to(dtype)
+            for index, at, rows in self._chunks(members, dtype or torch.float64) if n and len(ask) else ():
+                if dtype: e = (rows @ query).addcmul_(self.sq[at].to(dtype)[:, None], bias).T    # (b, n)
+                else: e = self._apart(q[ask], alpha[ask], rows).div_(-2 * var[ask, None])
                 if label is not None: e = e.where(label[ask, None] == self.labels[index], -torch.inf)
-                yield ask, index, rows, e, torch.full_like(t[ask], -torch.inf)
+                yield ask, index, rows, e, none[ask], base[ask] if dtype else 0 * base[ask]
 
     def _stream(self, z, t, y):
         """Yield what `_exponents` does, group by group, for the queries that are this rank's turn."""
@@ -571,19 +601,19 @@ class EmpiricalScore:
         columns = (), (), (), (self.D,), ()
         p = Posterior(*(torch.zeros(len(z), *c, dtype=torch.float64, device=self.device) for c in columns))
         p.max.fill_(-torch.inf)
-        for b, index, rows, e, struck in self._stream(z, t, y):
+        for b, index, rows, e, struck, base in self._stream(z, t, y):
             m = e.amax(1)                                    # -inf, where none of these points is of the query's class
             top = m.where(m > -torch.inf, 0)
             w, dropped = e.sub_(top[:, None]).exp_(), torch.exp(struck - top.double())           # (b, n), (b,)
             if rows is not None:
                 weighted = w @ rows
             else:                                            # survivors: most weigh nothing, once that is known exactly
-                light = w < self.tau / self.N
+                light = (w > 0) & (w < self.tau / self.N)
                 dropped, w = dropped + light.sum(1) * self.tau / self.N, w.masked_fill_(light, 0)
                 weighted, (r, c) = p.weighted.new_zeros(len(b), self.D), w.nonzero(as_tuple=True)
                 for rr, cc in zip(r.split(self.piece), c.split(self.piece), strict=True):
                     weighted.index_add_(0, rr, w[rr, cc][:, None] * self._rows(index[rr, cc]))
-            p.add(b, Posterior(m.double(), w.sum(1), w.square().sum(1), weighted, dropped))
+            p.add(b, Posterior(m.double() + base, w.sum(1), w.square().sum(1), weighted, dropped))
         before = torch.zeros_like(p.sum)
         for i in range(0, len(z), self.block) if self.world > 1 else ():         # one process has nothing to merge
             b = slice(i, i + self.block)
@@ -639,15 +669,16 @@ class EmpiricalScore:
         if self.group is not None:                           # every rank must look for the same number
             dist.broadcast(u, dist.get_global_rank(self.group, 0), group=self.group)
         out = torch.full((len(z),), -1, device=self.device)
-        for b, index, _, e, _ in self._stream(z, t, y):
-            cum = run[b][:, None] + torch.exp(e.double() - p.max[b][:, None]).cumsum(1)          # (b, n)
+        for b, index, _, e, _, base in self._stream(z, t, y):
+            cum = run[b][:, None] + torch.exp(e.double() + (base - p.max[b])[:, None]).cumsum(1)           # (b, n)
             passed = (cum <= u[b][:, None]).sum(1)           # points before the one looked for; all: it comes later
-            found = index.to(self.device).expand(len(b), -1).gather(1, passed.clamp(max=e.shape[1] - 1)[:, None])
+            last = (cum < cum[:, -1:]).sum(1)                # that has a weight
+            found = index.to(self.device).expand(len(b), -1).gather(1, passed.minimum(last)[:, None])
             # a point of no weight is never drawn; where rounding leaves the last sum below u, the last one stands
             new = (run[b] <= u[b]) & (cum[:, -1] > run[b])
             out[b], run[b] = torch.where(new, found[:, 0], out[b]), cum[:, -1]
-        last = lambda a, b: torch.where(b >= 0, b, a)        # what the last rank found that found any
-        return functools.reduce(last, self._gather(out)).to(z.device)
+        newer = lambda a, b: torch.where(b >= 0, b, a)       # what the last rank found that found any
+        return functools.reduce(newer, self._gather(out)).to(z.device)
 
     @exactly
     def _best(self, z, alpha, groups, k, measure):
@@ -667,25 +698,36 @@ class EmpiricalScore:
     def _best_here(self, q, alpha, k, measure):
         """The same over the points of this rank, for a few queries q (b, D), about the centre; fewer than k (b, <= k)
         where it has fewer."""
-        rest, pairs = torch.arange(len(q), device=self.device), []
-        n = len(self.shard)
+        n, rest = len(self.shard), torch.arange(len(q), device=self.device)
+        found = [(rest[:0], rest[:0], q[:0, 0])]             # queries, points, squared distances by differences
         for level in self._levels if len(q) * n * self.D > SMALL else ():
             if level.V is not None and k > 1: continue       # only the best is looked at exactly, else bounds are wide
             limit = torch.full_like(rest, n // (64 if level.V is not None or level.dtype == torch.bfloat16 else 16))
             b, i, _, done = self._screen(q[rest], alpha[rest], None, level, limit, k,
                                          measure=lambda lo, hi, part, rest=rest: measure(lo, hi, rest[part]))
-            pairs, rest = [*pairs, (rest[b], i)], rest[~done]
-        best, arg = q.new_full((len(rest), min(k, n)), torch.inf), torch.zeros_like(rest)[:, None].expand(-1, min(k, n))
-        for index, at, rows in self._chunks() if len(rest) else ():    # too many are alike: all of them, in float64
-            d2 = torch.addmm((alpha**2)[rest][:, None] * self.sq[at], -2 * alpha[rest][:, None] * q[rest],
-                             rows.T).add_(q[rest].square().sum(1)[:, None]).clamp_(min=0)
-            value, j = torch.cat([best, measure(d2, d2, rest)[0]], 1).topk(min(k, n), largest=False)
-            arg = torch.cat([arg, index.to(self.device).expand(len(rest), -1)], 1).gather(1, j)
-            best = value
-        pairs.append((rest.repeat_interleave(arg.shape[1]), arg.flatten()))
-        b, i = (torch.cat(a) for a in zip(*pairs, strict=True))
-        b, i = (a[(b * self.N + i).argsort()] for a in (b, i))
-        d2 = self._each(b, i, self._distance(q, alpha))
+            found.append((rest[b], i, self._each(rest[b], i, self._distance(q, alpha))))
+            rest = rest[~done]
+        # Too many are alike: all of them, by a product in float64, with a few more than k, since it errs by `loss`.
+        # Where this might have cost one of the k all the same, by differences.
+        for exact in (False, True) if n else ():
+            kept = min(k + 4 * (not exact), n)
+            best, arg = q.new_full((len(rest), kept), torch.inf), torch.zeros_like(rest)[:, None].expand(-1, kept)
+            loss = (q[rest].norm(dim=1) + alpha[rest] * self.radius).square()[:, None] * (0 if exact else 2.0**-50)
+            for index, at, rows in self._chunks() if len(rest) else ():
+                if exact: d2 = self._apart(q[rest], alpha[rest], rows)
+                else: d2 = torch.addmm((alpha**2)[rest][:, None] * self.sq[at], -2 * alpha[rest][:, None] * q[rest],
+                                       rows.T).add_(q[rest].square().sum(1)[:, None])
+                value, j = torch.cat([best, measure(d2 - loss, d2 + loss, rest)[0]], 1).topk(kept, largest=False)
+                arg = torch.cat([arg, index.to(self.device).expand(len(rest), -1)], 1).gather(1, j)
+                best = value
+            b, i = rest.repeat_interleave(kept), arg.flatten()
+            d2 = self._each(b, i, self._distance(q, alpha))
+            kth = measure(*2 * (d2.view(-1, kept),), rest)[1].kthvalue(min(k, n), dim=1).values
+            sure = kth <= best[:, -1] if kept < n and not exact else kth == kth
+            found.append(tuple(a[sure.repeat_interleave(kept)] for a in (b, i, d2)))
+            rest = rest[~sure]
+        b, i, d2 = (torch.cat(a) for a in zip(*found, strict=True))
+        b, i, d2 = (a[(b * self.N + i).argsort()] for a in (b, i, d2))
         (d2, i), _ = self._table(b, len(q), (d2, torch.inf), (i, 0))
         order = measure(d2, d2, slice(None))[0].argsort(dim=1, stable=True)[:, :k]
         return d2.gather(1, order), i.gather(1, order)
@@ -716,7 +758,8 @@ class EmpiricalScore:
     @exactly
     def log_overlap(self, t, y=None):
         """log C(t) = max over pairs of -alpha^2 |x_i - x_j|^2 / 8 sigma^2 (B.2): how far the two closest shells
-        overlap, over all of D, or over the class y (one label). The pair is the same at every t: it is found once.
+        overlap, over all of D, or over the class y (one label). The pair is the same at every t: it is found once (of
+        pairs whose distances agree to 1e-8, any).
 
         Identical points (|x_i - x_j| = 0 would make C = 1 at every t) are left out and counted. -> Overlap.
         """
@@ -746,9 +789,10 @@ class EmpiricalScore:
                     exact = (rows[ij[:, 0]] - cols[ij[:, 1]]).square().sum(1)
                     duplicates += int((exact == 0).sum())
                     d2[ij[:, 0], ij[:, 1]] = torch.where(exact == 0, torch.inf, exact)
-                if (m := d2.min().item()) < best:
+                if d2.min() < best:
                     at = divmod(int(d2.argmin()), d2.shape[1])
-                    best, pair = m, (int(i_index[at[0]]), int(j_index[at[1]]))
+                    best = (rows[at[0]] - cols[at[1]]).square().sum().item()
+                    pair = int(i_index[at[0]]), int(j_index[at[1]])
         ranks = self._gather(torch.tensor([best, *pair, duplicates], dtype=torch.float64, device=self.device))
         best, i, j, _ = min(ranks.tolist())                  # the first one, where several pairs are as close
         return best, (int(i), int(j)) if i >= 0 else None, int(ranks[:, 3].sum())

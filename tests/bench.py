@@ -4,7 +4,7 @@ How long things take, measured here and printed as one table; never part of the 
     python tests/bench.py                 # figures, tests, score
     python tests/bench.py figures         # what a new user waits for: `make figures` in a clone of the last commit
     python tests/bench.py tests           # the test suite
-    python tests/bench.py presets         # counts, not times: what gpu and paper presets take, from the networks' shapes
+    python tests/bench.py presets         # counts, not times: what the gpu and paper presets take
     python tests/bench.py train           # images a second and MFU of train.py, beside the plain version of its step
     python tests/bench.py score           # the exact empirical score beside other ways to compute it
     python tests/bench.py growth ranks memory     # its time against N, on two processes, and what memory it takes

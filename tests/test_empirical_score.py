@@ -145,8 +145,8 @@ def test_weights_sum_to_one_and_nothing_is_nan():
                 p, _ = E._posterior(z, t, label)
                 z64, t64, ((_, members, of),) = E._queries(z, t, label)
                 total, seen = torch.zeros(24, dtype=torch.float64), torch.zeros(24)
-                for b, _, _, e, _ in E._exponents(z64, t64, members, of, es.LOSS):
-                    w = torch.exp(e.double() - p.max[b][:, None]) / p.sum[b][:, None]
+                for b, _, _, e, _, base in E._exponents(z64, t64, members, of, es.LOSS):
+                    w = torch.exp(e.double() + (base - p.max[b])[:, None]) / p.sum[b][:, None]
                     total[b] += w.sum(1)
                     seen[b] += (e > -torch.inf).sum(1)
                     assert w.max() <= 1 + 1e-6
@@ -200,7 +200,7 @@ def test_memory_is_bounded_by_the_chunk_not_by_n(monkeypatch):
                 lambda: E.r_star(z, 0.9), lambda: E.nearest(z, 5), lambda: E.effective_size(z, 0.9)):
         with LargestTensor() as seen:
             ask()
-        assert seen.numel <= (chunk + 5) * max(B, d), seen.numel         # far below N * d = 320,000 and B * N = 640,000
+        assert seen.numel <= (chunk + 5 + 8) * max(B, d), seen.numel     # far below N * d = 320,000 and B * N = 640,000
 
 
 def test_effective_size():

@@ -214,8 +214,14 @@ def gpu():
     for script, r in load("presets")["gpu"].items():
         work = r["training"] + TF32 * r["sampling"] + r["score"] if "training" in r else 0
         took = f"{r['minutes']:.0f} on a CPU" if "minutes" in r else f"{work / RATE / 60:.0f}"
-        cells = [f"`python {script}.py --preset gpu`", r["networks"], took, size(r["memory"]), size(r["disk"]),
-                 "not run: no GPU was at hand"]
+        status = "not run: no GPU was at hand"
+        if (ROOT / "assets" / f"{script}_gpu.json").exists():
+            done, laptop = load(f"{script}_gpu"), {c["claim"]: c["verdict"] for c in claims(script)}
+            same = sum(laptop.get(c["claim"]) == c["verdict"] for c in done["claims"])
+            where = done["device"].replace("cpu,", "a CPU,")
+            status = (f"run on {where}, in {minutes(done['seconds'])}: {same} of {len(done['claims'])} verdicts as "
+                      f"above ([figure](assets/{script}_gpu.png))")
+        cells = [f"`python {script}.py --preset gpu`", r["networks"], took, size(r["memory"]), size(r["disk"]), status]
         rows.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(rows)
 

@@ -15,8 +15,8 @@ was free to make something up, it is now told what the empirical score does ther
 What you should see. At |D_region| = |D_score| few generated images are copies from D_score (a): much closer to one of
 its images than to the fifty closest on average, "calibrated l2" below .25. At 8 times that, most are (b). The curves
 rise for both architectures (c), as the paper's do (grey). The control that the paper leaves out is ordinary training on
-the same D_region ("plain DSM": the target is the image x itself; black). It does not rise: it is not the number of
-images that makes a network memorize.
+the same D_region ("plain DSM": the target is the image x itself; black). It does not rise: more images alone do not
+make a network copy D_score. (Of D_region an eighth is in D_score then; copies of the rest are not counted.)
 The drawn targets have the same minimiser as the exact one. At a few hundred steps they lag behind it, so the comparison
 of the three trains longer: then the fractions of copies are within hundredths, and another target moves the network by
 a small part of what another seed does (printed, with what each costs). Every finished network leaves its scores in

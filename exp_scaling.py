@@ -142,7 +142,7 @@ PRESETS = {
                   unets=Ladder(("UNet-tiny", "UNet-XS", "UNet-S"), (1000, 2000, 4000)),
                   dial=Ladder(FOUR[:3], (2000,)), onset=Ladder(FOUR[:3], (1000, 2000, 4000, 8000)), n_data=100_000,
                   n_onset=20_000, repa_depth=3, batch=256, lr=3e-4, warmup=200, workers=1, device="auto"),
-    # C.1, C.5 and E.1 of the paper; under torchrun every GPU trains networks of its own
+    # C.1, C.5 and C.8 of the paper; under torchrun every GPU trains networks of its own
     "paper": Config("paper", fig3=Ladder(("SiT-S/2", "SiT-B/2", "SiT-L/2", "SiT-XL/2"), PAPER),
                     fig7=Ladder(("SiT-S/2", "SiT-B/2"), PAPER), unets=Ladder(("UNet-XS", "UNet-S", "UNet-B"), PAPER),
                     data="imagenet", n_trajectories=1000, n_times=100, repa_depth=8, batch=256, accum=4, lr=1e-4,

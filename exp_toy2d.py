@@ -487,11 +487,12 @@ def plot(path):
     import matplotlib.pyplot as plt
     from PIL import Image  # matplotlib needs it, too
     results = json.loads(Path(path).read_text())
-    a = results["arrays"]
+    a, m = results["arrays"], results["config"]["margin"]
     fig = plt.figure(figsize=(10, 9.6))
     place = dict(left=0.1, right=0.99)
-    for x, text, colour in ((0.1, "bad: between -.2 and .2", RED), (0.295, "good: between .2 and 1", GREEN),
-                            (0.48, "memorized: at a training point", GREY), (0.715, "elsewhere", "#999999"),
+    for x, text, colour in ((0.1, f"bad: |x| < {0.2 - m:.3g}", RED),
+                            (0.235, f"good: {0.2 + m:.3g} < |x| < {1 - m:.3g}", GREEN),
+                            (0.42, f"memorized: {m:g} or less from a point", GREY), (0.715, "elsewhere", "#999999"),
                             (0.83, "L: supervision loss", BLUE)):
         fig.text(x, 0.98, f"\u25a0 {text}", color=colour, fontsize=9.5)
     outer = fig.add_gridspec(1, 3, top=0.925, bottom=0.475, wspace=0.045, **place)

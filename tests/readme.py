@@ -53,7 +53,9 @@ GALLERY = {
         "Perception-aligned training", ("exp_toy2d.png", "exp_toy2d.gif"),
         "Four training points on a line, two on each side: samples between the sides are bad (orange-red), those "
         "between the two points of a side good (green). Perception-aligned training (PAT) tells the model of the "
-        "sides: P1 by polar coordinates, P2 by a kernel on polar features, P3 by an equivariant network.",
+        "sides: P1 by polar coordinates, P2 by a kernel on polar features, P3 by an equivariant network, which cannot "
+        "fit the four points, so its good samples come of misfit too. That a sample within .1 of a point is a copy "
+        "is our choice, and P1's \"more good ones\" hangs on it.",
         {f"P{k}, {what}": f"P{k} {start}" for k in (1, 2, 3)
          for what, start in (("fewer bad samples", "fewer bad"), ("more good ones", "more good"))}),
     "exp_gaussian": (

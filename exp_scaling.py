@@ -742,7 +742,7 @@ def judge(cfg, resamples):
     """-> (f, how). f(job, steps, samples) is what the Fréchet distance of a network to the data is: all its samples,
     half of them, and (resamples,) draws of them with replacement; nan if nothing can tell."""
     if cfg.data and cfg.reference:                           # images are many, and their features large: no resampling
-        network, at = sample.inception(), sample.statistics(cfg.reference, network := sample.inception())
+        at = sample.statistics(cfg.reference, network := sample.inception())
         distance = lambda job, steps, _: frechet(*sample.statistics(samples_file(cfg, job, steps), network), *at)
         return (lambda *a: (distance(*a), np.nan, [np.nan] * resamples)), dict(
             how=f"FID (Inception) of {cfg.n_fid} samples, dopri5, w = 1, EMA {cfg.ema}, reference: {cfg.reference}")

@@ -228,7 +228,7 @@ def measure(cfg):
         inside = r["inference"][:, at(0.3)]
         claims.append(train.claim("control: trajectories are farther out than new images, at t = .3 by",
                                   "not shown", np.median(inside) - np.median(held),
-                                  train.bootstrap_difference(inside, held), low=0.0))
+                                  train.bootstrap(inside, minus=held), low=0.0))
     arrays = dict(
         t=t, lines={k: r[k][:cfg.n_lines] for k in ("training", "inference")},
         median={k: np.median(v, axis=0) for k, v in r.items()},

@@ -386,8 +386,7 @@ def cli(main, presets):
         cfg = parse(presets[name], doc := sys.modules["__main__"].__doc__)
         check_numbers(cfg)
         if int(os.environ.get("RANK", 0)) == 0 and doc:      # what this will do, and, as it says there, for how long
-            short = any(getattr(cfg, k, False) for k in ("redraw", "dry_run", "model_path"))
-            usual = name == "laptop" and not short and cfg == presets[name]          # else it takes another time
+            usual = name == "laptop" and cfg == presets[name]                        # else it takes another time
             took = re.search(r"^ +python \S+ +# (.*)", doc, re.M) if usual else None
             print(doc.strip().splitlines()[0] + (f"\n{name} preset: {took[1]}" if took else ""), flush=True)
         main(cfg)

@@ -835,18 +835,13 @@ def train_in(cfg, alone, held):
 # ----------------------------------------------------------------------------------------------------------------------
 # What the experiments share: intervals, verdicts, and the file that a figure is drawn from
 
-def bootstrap(values, statistic=np.median, n=400, seed=0):
-    """95% interval of a statistic of values (N, ...), by drawing N of the N again and again -> (low, high)."""
+def bootstrap(values, statistic=np.median, n=400, seed=0, minus=None):
+    """95% interval of a statistic of values (N, ...), by drawing N of the N again and again -> (low, high). `minus`:
+    less that of another, independent sample, which is resampled by itself."""
     rng, values = np.random.default_rng(seed), np.asarray(values)
-    stats = [statistic(values[rng.integers(len(values), size=len(values))]) for _ in range(n)]
-    return tuple(np.percentile(stats, [2.5, 97.5]).tolist())
-
-
-def bootstrap_difference(a, b, statistic=np.median, n=400, seed=0):
-    """95% interval of statistic(a) - statistic(b), two independent samples, each resampled by itself -> (low, high)."""
-    rng = np.random.default_rng(seed)
     draw = lambda v: statistic(v[rng.integers(len(v), size=len(v))])
-    return tuple(np.percentile([draw(a) - draw(b) for _ in range(n)], [2.5, 97.5]).tolist())
+    stats = [draw(values) - (0 if minus is None else draw(minus)) for _ in range(n)]
+    return tuple(np.percentile(stats, [2.5, 97.5]).tolist())
 
 
 def wilson(hits, n):

@@ -344,7 +344,7 @@ def test_verdicts_follow_from_the_interval():
 def test_interval_of_a_difference():
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal(300) + 1, rng.standard_normal(200)
-    low, high = train.bootstrap_difference(a, b)
+    low, high = train.bootstrap(a, minus=b)
     assert low < 1 < high and 0.2 < high - low < 0.8         # two medians: 1.96 * 2 * 1.25 * sqrt(1/300 + 1/200) = .45
 
 

@@ -560,9 +560,10 @@ class EmpiricalScore:
         # A dense fp32 product misses an exponent by about this much: it is the largest error seen, not a bound.
         small = len(z) * n * self.D <= self.small            # then all are taken in float64, at once
         tolerance = 0 if small else tolerance
-        size, rate = alpha / var * self.radius * (q.norm(dim=1) + alpha * self.radius), alpha / var
+        length, rate = q.norm(dim=1), alpha / var
+        size = rate * self.radius * (length + alpha * self.radius)
         fine = size * max(1, self.D / 2e5)**0.5 * 2.0**-23 < tolerance
-        fine &= torch.maximum(rate * q.norm(dim=1), rate * alpha) < 1e36                         # no overflow
+        fine &= rate * torch.maximum(length, alpha) < 1e36   # no overflow
         for level in self._levels if n and not small else ():
             ask = rest if level.V is not None or level.dtype == torch.bfloat16 else rest[~fine[rest]]
             if len(ask):

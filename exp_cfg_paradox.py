@@ -105,13 +105,13 @@ def check(cfg):
 def work(cfg):
     """What --dry-run is to foretell."""
     data = check(cfg)
-    todo = None if cfg.model_path else train.training_of(dataclasses.replace(cfg.train, device=cfg.device))
+    nets = [] if cfg.model_path else train.training_of(dataclasses.replace(cfg.train, device=cfg.device))
     args = dict(name=cfg.train.model, **train.sizes(data))
     if cfg.model_path:
         model, ckpt = load_run(cfg.model_path)
         check_fit(model, cfg.model_path, data["x"].shape[1:], args["num_classes"], cfg.train.data)
         args = train.args_of(model, ckpt)
-    return dict(data=data, nets=[todo] if todo else [], queries=4 * cfg.n * cfg.n_times,
+    return dict(data=data, nets=nets, queries=4 * cfg.n * cfg.n_times,
                 images=[(args, cfg.n * (NFE + 4 * cfg.n_times))])
 
 

@@ -207,7 +207,6 @@ def make_target(kind, x, y, k=100):
 # One network: train it, generate images, score them
 
 SAVE_EVERY = 600                                             # seconds, after which a training that is longer is saved
-WHOLE = 4e9                                                  # bytes: a smaller data set lives beside the network
 
 
 def fit(cfg, net, kind, ratio, seed, device, path):
@@ -215,10 +214,10 @@ def fit(cfg, net, kind, ratio, seed, device, path):
     A long training goes on from its checkpoint `path`."""
     data = train.load_data(cfg.data)
     score, region = subsets(data["y"], cfg.per_class, ratio, cfg.seed, cfg.balanced)
-    rows = lambda i: (torch.from_numpy(data["x"][i].astype(np.float32)).to(device),
-                      torch.from_numpy(data["y"][i].astype(np.int64)).to(device))
-    x_score, y_score = rows(score)
-    whole = rows(region) if data["x"].nbytes < WHOLE else None
+    x_score, y_score = (torch.from_numpy(data[k][score]).to(device, dtype) for k, dtype in (("x", torch.float32),
+                                                                                           ("y", torch.int64)))
+    arrays = [train.resident(data[k], device) for k in "xy"]
+    index = lambda step: region[train.step_indices(step, net.batch, len(region), seed)]
     shape, classes = tuple(x_score.shape[1:]), data["meta"]["num_classes"]
     target = None if kind == "dsm" else make_target(kind, x_score, y_score, cfg.k)
     torch.manual_seed(seed)
@@ -233,12 +232,10 @@ def fit(cfg, net, kind, ratio, seed, device, path):
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         first = checkpoint["step"]
-    clock = np.zeros((net.steps, 2))
-    for step in tqdm(range(first, net.steps), desc=f"{net.model} {kind} x{ratio:g}", leave=False,
-                     disable=True if cfg.workers > 1 else None):
+    clock, steps = np.zeros((net.steps, 2)), range(first, net.steps)
+    for step, (x, y) in tqdm(train.feed(arrays, steps, index, device), f"{net.model} {kind} x{ratio:g}", len(steps),
+                             leave=False, disable=True if cfg.workers > 1 else None):
         start = time.perf_counter()
-        i = train.step_indices(step, net.batch, len(region), seed)
-        x, y = (whole[0][i], whole[1][i]) if whole else rows(region[i])
         t, eps, drop = train.step_noise(step, (net.batch, *shape), seed, device)
         t, keep = t.clamp(min=T_MIN), drop >= cfg.label_dropout          # T_MIN: where sampling by x-prediction ends
         z = torch.lerp(x, eps, t[:, None, None, None])       # (B, C, H, W), on D_region
@@ -285,8 +282,7 @@ def run(cfg, spec):
     model, E, ms = fit(cfg, net, kind, ratio, seed, device, path.with_suffix(".pt"))
     z1 = noise(range(cfg.n_samples), E.shape, seed).to(device)           # the same for every network of this seed
     y = torch.arange(cfg.n_samples, device=device) % model.num_classes
-    x = torch.cat([sample(model, zb, yb, solver="heun", steps=cfg.sample_steps)[-1]
-                   for zb, yb in zip(z1.split(256), y.split(256), strict=True)])
+    x = sample(model, z1, y, solver="heun", steps=cfg.sample_steps)[-1]
     shown = x[:min(10, max(1, 20_000 // E.D))]               # results.json stays small
     copies = E.x.view(-1, *E.shape)[E.nearest(shown, 1)[1][:, 0]]
     images = [to_uint8(im[:, :3] if im.shape[1] >= 3 else im[:, :1]).tolist() for im in (shown, copies)]
@@ -311,11 +307,11 @@ def interval(f, n):
     """95% interval of the mean over seeds of fractions of n images f (seeds,), or of a difference f (seeds, 2), second
     minus first, paired by seed: Student's t, but never narrower than the n * seeds images themselves allow (binomial),
     since three seeds can agree by chance. With one seed it is of the images alone."""
-    f = np.asarray(f, dtype=float).reshape(len(f), -1)
-    d, p = f[:, -1] - (f[:, 0] if f.shape[1] == 2 else 0), (f.mean(0) * n * len(f) + 2) / (n * len(f) + 4)
-    half = 1.96 * np.sqrt((p * (1 - p)).sum() / (n * len(f)))
-    if len(f) > 1:
-        half = max(half, stdtrit(len(f) - 1, 0.975) * d.std(ddof=1) / len(f)**0.5)
+    f = np.asarray(f, dtype=float).reshape(len(f), -1)       # (seeds, 1 or 2)
+    seeds, images, d = len(f), n * len(f), f[:, -1] - f[:, 0] if f.shape[1] == 2 else f[:, 0]
+    p = (images * f.mean(0) + 2) / (images + 4)              # drawn towards 1/2: else no copies would mean no error
+    half = 1.96 * np.sqrt((p * (1 - p)).sum() / images)
+    if seeds > 1: half = max(half, stdtrit(seeds - 1, 0.975) * d.std(ddof=1) / seeds**0.5)
     return d.mean() - half, d.mean() + half
 
 PAPER = {"transformer": ((1, 2, 3, 4, 8, 25.6), (0.08, 0.41, 0.67, 0.76, 0.82, 0.85)),           # read off Fig. 5c
@@ -333,13 +329,13 @@ def shift(exact, other):
     seeds, of different targets over the same target: 1 if the targets give the same networks up to the noise of seeds.
     The interval is the jackknife's, over three seeds or more: each distance is of two seeds, so that those of one seed
     are not independent of those of the next."""
-    n, (exact, other) = len(exact), (np.reshape(a, (len(a), -1)) for a in (exact, other))
-    d = lambda a, b: np.mean((a[:, None] - b)**2, axis=2) * (1 - np.eye(n))                      # (seeds, seeds)
-    pairs = np.stack([d(exact, other) + d(other, exact), d(exact, exact) + d(other, other)])
-    ratio = lambda kept: np.divide(*pairs[:, kept][:, :, kept].sum((1, 2))) - 1
-    without = np.array([ratio(np.delete(np.arange(n), s)) for s in range(n)])
-    half = stdtrit(n - 1, 0.975) * ((n - 1) * without.var())**0.5
-    return ratio(np.arange(n)), (ratio(np.arange(n)) - half, ratio(np.arange(n)) + half)
+    every, (exact, other) = np.arange(len(exact)), (np.reshape(a, (len(a), -1)) for a in (exact, other))
+    d = lambda a, b: np.mean((a[:, None] - b)**2, axis=2) * (every[:, None] != every)            # (seeds, seeds)
+    across, within = d(exact, other) + d(other, exact), d(exact, exact) + d(other, other)
+    ratio = lambda seeds: across[np.ix_(seeds, seeds)].sum() / within[np.ix_(seeds, seeds)].sum() - 1
+    without = [ratio(np.delete(every, s)) for s in every]
+    half = stdtrit(len(every) - 1, 0.975) * ((len(every) - 1) * np.var(without))**0.5
+    return ratio(every), (ratio(every) - half, ratio(every) + half)
 
 
 def check(cfg):
@@ -388,7 +384,7 @@ def work(cfg):
             for i, net in enumerate(nets)]
     return dict(data=data, nets=nets, images=[(net[0], cfg.n_samples * 2 * cfg.sample_steps) for net in nets],
                 processes=world, queries=queries, points=size,
-                held=4 * size * data["x"][:1].size + data["x"].nbytes * (data["x"].nbytes < WHOLE))
+                held=4 * size * data["x"][:1].size + data["x"].nbytes * train.fits(data["x"], pick_device(cfg.device)))
 
 
 def measure(cfg):
@@ -400,10 +396,8 @@ def measure(cfg):
         print("faiss is not installed, so the comparison of targets goes without it: pip install faiss-cpu")
     seeds, first, last = range(cfg.seed, cfg.seed + cfg.n_seeds), cfg.ratios[0], cfg.ratios[-1]
     at = lambda arch, kind: (first, last) if (arch, kind) == ("unet", "dsm") else cfg.ratios     # ends only: it is slow
-    specs = []
-    for s in seeds:
-        specs += [(arch, kind, r, s) for arch in ("unet", "transformer") for kind in (cfg.target, "dsm")
-                  for r in at(arch, kind)]
+    specs = [(arch, kind, r, s) for s in seeds for arch in ("unet", "transformer") for kind in (cfg.target, "dsm")
+             for r in at(arch, kind)]
     trials, done, found = range(cfg.seed, cfg.seed + cfg.compare_seeds), {}, []
     both = {"transformer and U-Net": specs,
             "comparison of the targets": [("compare", kind, last, s) for s in trials for kind in kinds]}

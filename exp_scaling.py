@@ -99,6 +99,7 @@ class Config:
     plateau_seeds: int = 5  # networks of each model of the plateau: there, a seed changes as much as size does
     # Figures 6 and 7, on digits: SiTs, with every lambda
     fig7: Ladder = field(default_factory=lambda: Ladder(("SiT-nano/2", "SiT-micro/2"), (300, 600)))
+    larger: tuple[str, ...] = ()  # SiTs of Figure 7c alone, without REPA, after the lengths of fig7
     # Figure 7c: each with attention, and without
     unets: Ladder = field(default_factory=lambda: Ladder(("UNet-pico", "UNet-nano"), (100, 200)))
     # for each of the amounts
@@ -144,9 +145,10 @@ PRESETS = {
                   n_onset=20_000, repa_depth=3, batch=256, lr=3e-4, warmup=200, workers=1, device="auto"),
     # C.1, C.5 and C.8 of the paper; under torchrun every GPU trains networks of its own
     "paper": Config("paper", fig3=Ladder(("SiT-S/2", "SiT-B/2", "SiT-L/2", "SiT-XL/2"), PAPER),
-                    fig7=Ladder(("SiT-S/2", "SiT-B/2"), PAPER), unets=Ladder(("UNet-XS", "UNet-S", "UNet-B"), PAPER),
-                    data="imagenet", n_trajectories=1000, n_times=100, repa_depth=8, batch=256, accum=4, lr=1e-4,
-                    warmup=0, ema=0.9999, workers=1, device="auto", vae="stabilityai/sd-vae-ft-ema"),
+                    fig7=Ladder(("SiT-S/2", "SiT-B/2"), PAPER), larger=("SiT-L/2",),
+                    unets=Ladder(("UNet-XS", "UNet-S", "UNet-B", "UNet-L"), PAPER), data="imagenet",
+                    n_trajectories=1000, n_times=100, repa_depth=8, batch=256, accum=4, lr=1e-4, warmup=0, ema=0.9999,
+                    workers=1, device="auto", vae="stabilityai/sd-vae-ft-ema"),
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -368,41 +370,31 @@ def probe(folder, n, n_times, seed, device):
     i = torch.from_numpy(np.random.default_rng([seed, 1]).permutation(np.arange(-(-n // E.N) * E.N) % E.N)[:n])
     x, y_sup = (torch.from_numpy(data[k][i.numpy()]).to(device, dtype) for k, dtype in (("x", torch.float32),
                                                                                        ("y", torch.int64)))
-    t = (torch.arange(n_times, dtype=torch.float32) + 0.5) / n_times
+    t = ((np.arange(n_times) + 0.5) / n_times).tolist()
     eps, z1 = noise(range(n), E.shape, seed + 1).to(device), noise(range(n), E.shape, seed + 2).to(device)
-    z = torch.stack([torch.lerp(x, eps, tk) for tk in t.tolist()])       # (T, n, C, H, W): the same eps at all t
+    z = torch.stack([torch.lerp(x, eps, tk) for tk in t])    # (T, n, C, H, W): the same eps at all t
     y_ext, few = torch.arange(n, device=device) % data["meta"]["num_classes"], -(-n // FREE)
-    x_star, x_free = along(E.posterior_mean, z, t.tolist(), y_sup), along(E.posterior_mean, z[:, :few], t.tolist())
-    return SimpleNamespace(E=E, t=t.tolist(), z=z, y_sup=y_sup, z1=z1, y_ext=y_ext, x_star=x_star, x_free=x_free,
-                           few=few, seconds=time.time() - started)
+    x_star, x_free = along(E.posterior_mean, z, t, y_sup), along(E.posterior_mean, z[:, :few], t)
+    return SimpleNamespace(E=E, t=t, z=z, y_sup=y_sup, z1=z1, y_ext=y_ext, x_star=x_star, x_free=x_free, few=few,
+                           seconds=time.time() - started)
 
-
-PIECE = 256                                                  # images at once: activations stay in a CPU's caches, and
-                                                             # those of large networks fit beside a GPU's data
 
 @torch.no_grad()
-def data_prediction(model, z, t, y):                         # x_theta = z - t v_theta, (B, C, H, W), in pieces
-    y = torch.full((len(z),), model.num_classes, device=z.device) if y is None else y
-    return torch.cat([zb - t * model(zb, t, yb) for zb, yb in zip(z.split(PIECE), y.split(PIECE), strict=True)])
+def data_prediction(model, z, t, y):                         # x_theta = z - t v_theta, (B, C, H, W); y None: no label
+    return z - t * sample.velocity(model, z, t, y)
 
 
 @torch.no_grad()
 def trajectories(model, z1, y, t):
     """Heun's method from z1 at 1 over the times t (ascending) down to 0, w = 1. -> z and x_theta at these times, both
     (T, B, C, H, W), t ascending, and the samples. sample.sample would evaluate the network twice at every z."""
-    paths, means, ends = [], [], []
-    for z, yb in zip(z1.split(PIECE), y.split(PIECE), strict=True):
-        path, mean = [], []
-        for a, b in pairwise([1.0, *t[::-1], 0.0]):
-            v = model(z, a, yb)
-            if a < 1:
-                path.append(z)
-                mean.append(z - a * v)
-            z = z + (b - a) / 2 * (v + model(z + (b - a) * v, b, yb))
-        paths.append(torch.stack(path[::-1]))
-        means.append(torch.stack(mean[::-1]))
-        ends.append(z)
-    return torch.cat(paths, 1), torch.cat(means, 1), torch.cat(ends)
+    z, path, mean = z1, [], []
+    for a, b in pairwise([1.0, *t[::-1], 0.0]):
+        v = sample.velocity(model, z, a, y)
+        path.append(z)
+        mean.append(z - a * v)
+        z = z + (b - a) / 2 * (v + sample.velocity(model, z + (b - a) * v, b, y))
+    return torch.stack(path[:0:-1]), torch.stack(mean[:0:-1]), z         # without t = 1, of which nobody asks
 
 
 def per_dim(a):                                              # |a|^2 / d: (T, B, C, H, W) -> (B, T), float64, numpy
@@ -458,6 +450,7 @@ def jobs(cfg, part):
         if part == "fig6":                                   # the control: what changes from seed to seed
             out.append(Job("digits8", cfg.fig7.models[-1], cfg.fig7.lengths[-1:], seed=1))
         else:
+            out += every("digits8", Ladder(cfg.larger, cfg.fig7.lengths))
             out += [job._replace(model=job.model + kind) for job in every("digits8", cfg.unets)
                     for kind in ("", "-conv")]
     elif part == "dial":
@@ -548,8 +541,8 @@ def ladder(cfg, data, models, lengths, seed=0):
             over = lambda base, E=E: np.apply_along_axis(mean_ci, 2, E - base)                   # paired, (S, L, 3)
             out[f"{key}_{space}"] = dict(mean=E.mean(2), ci=over(0), slope=slopes(compute, E),
                                          over_smallest=over(E[:1]), over_first=over(E[:1, :1]))
-        for name, E in (("along_t", E_t[-1, -1] - E_t[0, -1]), ("level_t", E_t[-1, -1])):
-            out[f"{key}_x"][name] = np.apply_along_axis(mean_ci, 0, E).T                         # (T, 3)
+        change = E_t[-1, -1] - (E_t[0, -1] if len(models) > 1 else 0)    # of one network, its errors themselves
+        out[f"{key}_x"]["along_t"] = np.apply_along_axis(mean_ci, 0, change).T                   # (T, 3)
     sup = np.array(runs[-1][-1]["sup"])                      # the largest network's: is Fig 7 to Fig 3 as v to x?
     ratio = lambda v: (v / t**2).mean() / v.mean()
     out["v_over_x"] = [ratio(sup), *train.bootstrap(sup, ratio)]
@@ -592,29 +585,41 @@ def with_limit(cfg, a, data):
 PUBLISHED = dict(S=(0.18750, 0.53395), B=(0.18567, 0.53475), L=(0.18374, 0.53540), XL=(0.18340, 0.53590))
 
 
+def published(cfg, data, model):                             # of a network of the paper's, on latents like the paper's
+    args = model_args(cfg, data, model)
+    alike = (args["in_channels"], args["input_size"], args["num_classes"]) == (4, 32, 1000)
+    return PUBLISHED.get(args["name"].removeprefix("SiT-").removesuffix("/2")) if alike else None
+
+
+def in_v(what, a):                                           # is Fig. 7's L to Fig. 3's error as v to x?
+    return row(f"Fig 3 supervision, v-space over x-space, {what}: 2.5 to 5.7", "3.8", a["v_over_x"], low=3.8 / 1.5,
+               high=3.8 * 1.5)
+
+
 def part_fig3(cfg):
-    data, what = cfg.data or "dial1", cfg.data or "1/f fields"
+    data, what = cfg.data or "dial1", Path(cfg.data).name or "1/f fields"
     models = sorted(cfg.model_path, key=lambda m: step_flops(cfg, data, m)) or cfg.fig3.models
     a = ladder(cfg, data, models, (1,) if cfg.model_path else cfg.fig3.lengths)
-    sup, ext, claims = a["sup_x"], a["ext_x"], []
-    if "all" in ext["slope"]:                                # else all are of one size
+    sup, ext, slope, claims = a["sup_x"], a["ext_x"], a["ext_x"]["slope"], []
+    if "all" in slope:                                       # else all are of one size
+        alone = {"size": "length", "length": "size"}.items() if "length" in slope else ()    # else size is all
+        ends = [published(cfg, data, models[k]) for k in (-1, 0)]
+        said = [f"{large - small:+.4f}" for large, small in zip(*ends, strict=True)] if all(ends) else ("< 0", "> 0")
         claims = [falls(f"Fig 3 supervision error per decade of compute, {what}", sup["slope"]["all"]),
-                  grows(f"Fig 3 extrapolation error per decade of compute, {what}", ext["slope"]["all"])]
-    if "length" in ext["slope"]:
-        claims += [grows(f"Fig 3 the same over {k} alone, at equal {other}", ext["slope"][k])
-                   for k, other in (("size", "length"), ("length", "size")) if k in ext["slope"]]
-    if "all" in ext["slope"]:
-        claims += [falls("Fig 3 supervision error, largest minus smallest", sup["over_smallest"][-1][-1]),
-                   grows("Fig 3 extrapolation error, largest minus smallest", ext["over_smallest"][-1][-1])]
-    claims.append(row("Fig 3 supervision, v-space over x-space: within 1.5 times of 3.8", "3.8", a["v_over_x"],
-                      low=3.8 / 1.5, high=3.8 * 1.5))
+                  grows(f"Fig 3 extrapolation error per decade of compute, {what}", slope["all"]),
+                  *[grows(f"Fig 3 the same over {k} alone, at equal {other}", slope[k])
+                    for k, other in alone if k in slope],
+                  falls("Fig 3 supervision error, largest minus smallest", sup["over_smallest"][-1][-1], said[0]),
+                  grows("Fig 3 extrapolation error, largest minus smallest", ext["over_smallest"][-1][-1], said[1])]
+    claims.append(in_v(what, a))
     if not cfg.data:
         a = with_limit(cfg, a, data)
         claims.append(grows("Fig 3 why: extrapolation error, true density minus largest network", a["limit"]["room"],
                             "not shown"))
     if cfg.model_path:
         a |= dict(axis="forward pass (FLOPs)", models=[given(m)["name"] for m in models])
-        claims += given_claims(cfg, a, np.load(paths(cfg, Job(data, models[-1], (1,)))[1][0]), given(models[-1]))
+        largest = np.load(paths(cfg, Job(data, models[-1], (1,)))[1][0])
+        claims += given_claims(a, largest, published(cfg, data, models[-1]))
     if cfg.data or cfg.model_path:
         return a, claims
     # the errors are over the seeds; copies, and the limit's room above a network, are of the first
@@ -628,20 +633,17 @@ def part_fig3(cfg):
                  for n, difference in zip(p["lengths"], p["ext_x"]["over_smallest"][-1], strict=True)]]
 
 
-def given_claims(cfg, a, largest, args):
+def given_claims(a, largest, levels):
     """What can be said of given weights: their levels, beside the paper's where the data are the paper's."""
     print(f"{'x_theta - x_*, squared, per dimension':40s}" + "".join(
         f"{f'E^{key}, {space}-space':>30s}" for space in "xv" for key in ("sup", "ext")))
     for k, name in enumerate(a["models"]):
         print(f"{name:40s}" + "".join("{:>12.5f} [{:.5f}, {:.5f}]".format(*a[f"{key}_{space}"]["ci"][k][0])
                                       for space in "xv" for key in ("sup", "ext")))
-    name, size = args["name"], args["name"].removeprefix("SiT-").removesuffix("/2")
-    claims = [grows(f"Fig 3 E^ext minus E^sup, {name}", mean_ci(largest["ext"].mean(1) - largest["sup"].mean(1)))]
-    if (args["in_channels"], args["input_size"], args["num_classes"]) == (4, 32, 1000) and size in PUBLISHED:
-        claims += [row(f"Fig 3 E^{key}, {name}: within 5% of {value:.4f}", f"{value:.4f}", a[f"{key}_x"]["ci"][-1][-1],
-                       low=0.95 * value, high=1.05 * value)
-                   for key, value in zip(("sup", "ext"), PUBLISHED[size], strict=True)]
-    return claims
+    return [grows(f"Fig 3 E^ext minus E^sup, {name}", mean_ci(largest["ext"].mean(1) - largest["sup"].mean(1))),
+            *[row(f"Fig 3 E^{key}, {name}: within 5% of {value:.4f}", f"{value:.4f}", a[f"{key}_x"]["ci"][-1][-1],
+                  low=0.95 * value, high=1.05 * value)
+              for key, value in zip(("sup", "ext"), levels or (), strict=False)]]
 
 
 def part_dial(cfg):
@@ -650,6 +652,8 @@ def part_dial(cfg):
         out["ladders"].append(one := ladder(cfg, f"dial{a:g}", cfg.dial.models, cfg.dial.lengths))
         what = {0: "digits alone", 1: "fields alone"}.get(a, f"{1 - a:g} digit + {a:g} field")
         claims.append(grows(f"dial, {what}: extrapolation error over size", one["ext_x"]["slope"]["size"]))
+        if a < 1:                                            # else as in Figure 3
+            claims.append(in_v(what, one))
     return out, claims
 
 
@@ -665,7 +669,8 @@ def part_onset(cfg):
               a["ext_x"]["over_smallest"][-1][0]),
         falls(f"onset, {name}: extrapolation error, step {lengths[-1]} minus {lengths[0]}",
               moved(lambda r: r["ext"].mean(1)), "not shown"),
-        grows(f"onset, {name}: memorized fraction, the same difference", moved(hit), "not shown")]
+        grows(f"onset, {name}: memorized fraction, the same difference", moved(hit), "not shown"),
+        in_v("textures", a)]
 
 
 def part_fig6(cfg):
@@ -673,18 +678,19 @@ def part_fig6(cfg):
     base = Job(cfg.data or "digits8", cfg.fig7.models[-1], cfg.fig7.lengths)
     others = {f"REPA, lambda = {lam:g}": base._replace(lam=lam) for lam in cfg.lambdas[1:]}
     others["control: another seed"] = base._replace(seed=1, lengths=base.lengths[-1:])
-    upto, found, path, n = base.lengths[-1], {}, None, 2 * cfg.n_trajectories      # the ratio is 1 but for hundredths
+    upto, found, n = base.lengths[-1], {}, 2 * cfg.n_trajectories        # twice: the ratio is 1 but for hundredths
+
+    @functools.cache
+    def baseline():                                          # points, trajectories, and x_theta on both, without REPA
+        p = probe(dataset(cfg, base.data), n, cfg.n_times, cfg.seed, pick_device(cfg.device))
+        path, x_ext, _ = trajectories(one := fit(cfg, base, upto), p.z1, p.y_ext, p.t)
+        return p, path, along(functools.partial(data_prediction, one), p.z, p.t, p.y_sup), x_ext
     probe.cache_clear()                                      # another number of points: the old ones take memory
     for name, job in others.items():
         file = paths(cfg, job)[0] / f"change_{upto}_{digest(n, cfg.n_times)}.npz"
         if not file.exists():
-            p = probe(dataset(cfg, job.data), n, cfg.n_times, cfg.seed, pick_device(cfg.device))
-            x_theta = lambda net: functools.partial(data_prediction, net)
-            if path is None:                                 # the baseline's, the same for all
-                one = fit(cfg, base, upto)
-                path, x_ext, _ = trajectories(one, p.z1, p.y_ext, p.t)
-                x_sup = along(x_theta(one), p.z, p.t, p.y_sup)
-            two = x_theta(fit(cfg, job, upto))
+            p, path, x_sup, x_ext = baseline()
+            two = functools.partial(data_prediction, fit(cfg, job, upto))
             with replacing(file) as f:
                 np.savez(f, sup=per_dim(along(two, p.z, p.t, p.y_sup) - x_sup),
                          ext=per_dim(along(two, path, p.t, p.y_ext) - x_ext))
@@ -699,28 +705,28 @@ def part_fig6(cfg):
     arrays = dict(t=t, ratio={k: of(v, ratio) for k, v in both.items()}, model=base.model, steps=upto,
                   change={k: {r: dict(mean=mean_ci(v[r].mean(1)), along_t=np.apply_along_axis(mean_ci, 0, v[r]).T)
                               for r in ("sup", "ext")} for k, v in found.items()})
+    said = f"Fig 6 change by REPA ({cfg.lambdas[-1]:g}), trajectories over training points"
     return arrays, [
-        row(f"Fig 6 change by REPA ({cfg.lambdas[-1]:g}), trajectories over training points: > 1", "> 1",
-            of(strong, ratio), low=1.0),
+        row(f"{said}: > 1", "> 1", of(strong, ratio), low=1.0),
+        row("Fig 6 the same: REPA greatly alters one, barely the other: > 1.5", "greatly", of(strong, ratio), low=1.5),
         row("Fig 6 control: that ratio over the ratio of a change of seed: > 1", "not shown", excess, low=1.0)]
 
 
 def shift(one, two):
-    """Vertical distance, line of recipe `one` minus line of `two`, at equal L. Each (L (m,), FD (m,), L (R, m), FD (R,
-    m)): as measured, and resampled. -> (3,), at the middle of where both ranges of L overlap (or of the gap between).
+    """Vertical distance, line of recipe `one` minus line of `two`, at equal x. Each (x (m,), y (m,), x (R, m), y (R,
+    m)): as measured, and resampled. -> (3,), at the middle of where both ranges of x overlap (or of the gap between).
 
     The interval has the error of the samples (bootstrap, paired) and the scatter of the points about the lines."""
     low, high = (f([g(one[0]), g(two[0])]) for f, g in ((max, np.min), (min, np.max)))
     at = (low + high) / 2
-    line = lambda L, FD: np.polyval(np.polyfit(L, FD, 1), at)
+    line = lambda x, y: np.polyval(np.polyfit(x, y, 1), at)
     estimate = line(*one[:2]) - line(*two[:2])
-    spread = np.std([line(*a) - line(*b) for a, b in zip(zip(*one[2:], strict=True), zip(*two[2:], strict=True),
-                                                         strict=True)], ddof=1)
+    spread = np.std([line(*draw[:2]) - line(*draw[2:]) for draw in zip(*one[2:], *two[2:], strict=True)], ddof=1)
     spread = 0.0 if np.isnan(spread) else spread             # where the samples were not drawn again
     free, variance = sum(len(r[0]) - 2 for r in (one, two)), spread**2
-    for L, FD, *_ in (one, two):
-        rest = ((FD - np.polyval(np.polyfit(L, FD, 1), L))**2).sum() / max(1, len(L) - 2)
-        variance += rest * (1 / len(L) + (at - L.mean())**2 / ((L - L.mean())**2).sum())
+    for x, y, *_ in (one, two):
+        rest = ((y - np.polyval(np.polyfit(x, y, 1), x))**2).sum() / max(1, len(x) - 2)
+        variance += rest * (1 / len(x) + (at - x.mean())**2 / ((x - x.mean())**2).sum())
     half = stdtrit(max(1, free), 0.975) * variance**0.5
     return np.array([estimate, estimate - half, estimate + half])
 
@@ -738,22 +744,21 @@ def draw_samples(cfg):
                                       out=str(samples_file(cfg, job, steps))))
 
 
-def judge(cfg, resamples):
-    """-> (f, how). f(job, steps, samples) is what the Fréchet distance of a network to the data is: all its samples,
-    half of them, and (resamples,) draws of them with replacement; nan if nothing can tell."""
+def judge(cfg, draws):
+    """-> (f, how). f(job, steps, samples) are the Fréchet distances of a network to the data: of all its samples, of
+    half of them, and of `draws` of them, (resamples, n) indices; nan if nothing can tell."""
     if cfg.data and cfg.reference:                           # images are many, and their features large: no resampling
         at = sample.statistics(cfg.reference, network := sample.inception())
         distance = lambda job, steps, _: frechet(*sample.statistics(samples_file(cfg, job, steps), network), *at)
-        return (lambda *a: (distance(*a), np.nan, [np.nan] * resamples)), dict(
+        return (lambda *a: (distance(*a), np.nan, [np.nan] * len(draws))), dict(
             how=f"FID (Inception) of {cfg.n_fid} samples, dopri5, w = 1, EMA {cfg.ema}, reference: {cfg.reference}")
     if cfg.data:
-        return (lambda *a: (np.nan, np.nan, [np.nan] * resamples)), dict(
+        return (lambda *a: (np.nan, np.nan, [np.nan] * len(draws))), dict(
             how="no --reference was given: FID is left to ADM's evaluator, on the samples_*.npz beside the networks")
     data = train.load_data(dataset(cfg, "digits8"))
     net = classifier(data, cfg.seed)
     features = lambda x: net.body(torch.from_numpy(np.array(x, dtype=np.float32))).double().numpy()
     reference, n = gaussian([features(data["x"])]), cfg.n_trajectories
-    draws = np.random.default_rng(cfg.seed).integers(n, size=(resamples, n))                     # the same for all
     distance = lambda f: frechet(*gaussian([f]), *reference)
 
     def f(job, steps, samples):
@@ -767,13 +772,14 @@ def judge(cfg, resamples):
 
 def part_fig7(cfg, resamples=100):
     """Fréchet distance against supervision loss for every recipe."""
-    distance, arrays = judge(cfg, resamples)
-    recipes = {f"SiT, REPA {lam:g}": [Job("digits8", m, cfg.fig7.lengths, lam) for m in cfg.fig7.models]
+    n, t, table, lines = cfg.n_trajectories, times(cfg), [], {}
+    draws = np.random.default_rng(cfg.seed).integers(n, size=(resamples, n))                     # the same for all
+    distance, arrays = judge(cfg, draws)
+    models = lambda lam: cfg.fig7.models if lam else cfg.fig7.models + cfg.larger
+    recipes = {f"SiT, REPA {lam:g}": [Job("digits8", m, cfg.fig7.lengths, lam) for m in models(lam)]
                for lam in cfg.lambdas}
     for kind, name in (("", "U-Net, attention"), ("-conv", "U-Net, conv only")):
         recipes[name] = [Job("digits8", m + kind, cfg.unets.lengths) for m in cfg.unets.models]
-    n, t, table, lines = cfg.n_trajectories, times(cfg), [], {}
-    draws = np.random.default_rng(cfg.seed).integers(n, size=(resamples, n))                     # those of judge()
     for name, group in recipes.items():
         points = []
         for job in [job._replace(data=cfg.data or job.data) for job in group]:
@@ -781,21 +787,26 @@ def part_fig7(cfg, resamples=100):
             for steps, path in zip(job.lengths, paths(cfg, job)[1], strict=True):
                 r = np.load(path)
                 L, (FD, half, spread) = (r["sup"] / t**2).mean(1), distance(job, steps, r["samples"])
-                points.append((L.mean(), FD, [L[i].mean() for i in draws], spread))
+                points.append((np.log10(true * steps), L.mean(), FD, [L[i].mean() for i in draws], spread))
                 table.append(dict(recipe=name, model=job.model, steps=steps, compute=true * steps, L=L.mean(),
                                   compute_paper=paper * steps, FD=FD, FD_half=half, FD_sd=float(np.std(spread))))
-        lines[name] = tuple(np.array([p[k] for p in points]) if k < 2 else np.array([p[k] for p in points]).T
-                            for k in range(4))
-    arrays |= dict(table=table, fits={name: np.polyfit(L, FD, 1) for name, (L, FD, *_) in lines.items()})
-    if np.isnan(table[0]["FD"]):
-        return arrays, []
-    plain, names = lines[f"SiT, REPA {cfg.lambdas[0]:g}"], list(recipes)
-    claims = [falls(f"Fig 7b FD at equal L, REPA {lam:g} minus none", shift(lines[f"SiT, REPA {lam:g}"], plain))
+        C, *columns = (np.array(column).T for column in zip(*points, strict=True))
+        L, FD, more_L, more_FD = columns                     # (m,) and, resampled, (resamples, m)
+        C_too = np.tile(C, (resamples, 1))                   # log10 of compute has no error
+        lines[name] = dict(FD_of_L=columns, L_of_C=(C, L, C_too, more_L), FD_of_C=(C, FD, C_too, more_FD))
+    arrays |= dict(table=table, fits={name: np.polyfit(*of["FD_of_L"][:2], 1) for name, of in lines.items()})
+    plain, (*_, attention, conv) = f"SiT, REPA {cfg.lambdas[0]:g}", lines
+    less = lambda one, two, what="FD_of_L": shift(lines[one][what], lines[two][what])
+    few = len(cfg.fig7.models) * len(cfg.fig7.lengths)       # Figure 7b has not the larger SiTs of 7c
+    lines["none"] = dict(FD_of_L=[v[..., :few] for v in lines[plain]["FD_of_L"]])
+    claims = [falls(f"Fig 7b FD at equal L, REPA {lam:g} minus none", less(f"SiT, REPA {lam:g}", "none"))
               for lam in cfg.lambdas[1:]]
-    claims += [falls(f"Fig 7c FD at equal L, {name} minus SiT", shift(lines[name], plain)) for name in names[-2:]]
-    claims.append(falls("Fig 7c FD at equal L, U-Net conv only minus with attention",
-                        shift(lines[names[-1]], lines[names[-2]])))
-    return arrays, claims
+    claims += [falls(f"Fig 7c FD at equal L, {name} minus SiT", less(name, plain)) for name in (attention, conv)]
+    claims.append(falls("Fig 7c FD at equal L, U-Net conv only minus with attention", less(conv, attention)))
+    # Section 5.1: by L, and taking both together, SiTs make more of their compute
+    claims += [grows(f"Fig 7c {what} at equal compute, {name} minus SiT", less(name, plain, f"{what}_of_C"))
+               for what in ("L", "FD") for name in (attention, conv)]
+    return arrays, [c for c in claims if not np.isnan(c["ours"])]        # without FD, those of L alone
 
 
 def check(cfg):
@@ -833,13 +844,14 @@ def check(cfg):
             raise ValueError(f"{path} predicts {net.prediction}: Figure 3 is of networks that predict v")
     for name, shape in shapes.items() if not cfg.model_path else ():
         models, lengths = (rungs := getattr(cfg, name)).models, rungs.lengths
+        if name == "fig7": models += cfg.larger
         if len(models) < 2 and name not in ("fig7", "unets") or not models or not lengths:
             raise ValueError(f"{name} needs two models at least, and a length")
         if len(set(models)) < len(models):
             raise ValueError(f"{name}.models must differ, not {models}")
         if min(lengths) < 1 or list(lengths) != sorted(set(lengths)):
             raise ValueError(f"{name}.lengths must be positive and ascend, not {lengths}")
-        if len(models) * len(lengths) < 3 and name in ("fig7", "unets"):
+        if len(rungs.models) * len(lengths) < 3 and name in ("fig7", "unets"):
             raise ValueError(f"a line through the points of {name} needs three, models x lengths, not fewer")
         for model in models:
             if "SiT" not in model and name == "fig7":
@@ -890,10 +902,9 @@ def measure(cfg):
     check(cfg)
     rank, phase = processes(pick_device(cfg.device))[0], train.phases()
     analyse = dict(fig3=part_fig3, fig6=part_fig6, fig7=part_fig7, dial=part_dial, onset=part_onset)
-    parts = parts_of(cfg)
-    wanted = parts if cfg.only == "all" else (cfg.only,)
-    found = lambda part: all(p.exists() for job in jobs(cfg, part) for p in paths(cfg, job)[1])
-    before = {p for part in parts for job in jobs(cfg, part) for p in paths(cfg, job)[1] if p.exists()}
+    files = {part: {p for job in jobs(cfg, part) for p in paths(cfg, job)[1]} for part in parts_of(cfg)}
+    before = {p for its in files.values() for p in its if p.exists()}
+    wanted = files if cfg.only == "all" else (cfg.only,)
     run_all(cfg, [job for part in wanted for job in jobs(cfg, part)])
     if cfg.data and "fig7" in wanted:
         draw_samples(cfg)
@@ -901,12 +912,12 @@ def measure(cfg):
         return
     phase("networks")
     arrays, claims = {}, []
-    for part in parts:
-        if part in wanted or found(part):
-            arrays[part], its = analyse[part](cfg)
-            claims += its
+    for part, its in files.items():
+        if part in wanted or all(p.exists() for p in its):
+            arrays[part], more = analyse[part](cfg)
+            claims += more
             phase(part)
-    used = {p for part in arrays for job in jobs(cfg, part) for p in paths(cfg, job)[1]}
+    used = set().union(*(files[part] for part in arrays))
     seconds = {p: np.load(p)["seconds"] for p in used}       # of the empirical score, of measuring, of all
     total = np.sum([*seconds.values()], axis=0)
     earlier = sum(s[2] for p, s in seconds.items() if p in before)
@@ -959,8 +970,8 @@ def draw_ladder(ax, a, key, title, over="all"):
     x, e = np.array(a["compute"]), a[f"{key}_x"]             # (S, L); levels from paired differences: more digits
     y, paired = e["mean"][0][0] + np.array(e["over_first"])[..., 0], np.array(e["over_smallest"])
     for j, k in enumerate(a["lengths"]):
-        v = y[:, j:j + 1] - paired[:, j, :1] + paired[:, j]
-        v[0] = y[0, j] if len(v) > 1 else e["ci"][0][j]      # its interval is that of the differences to itself
+        v = y[:, j, None] + paired[:, j] - paired[:, j, :1]  # (S, 3): with the interval of that to the smallest
+        if len(v) == 1: v = np.array(e["ci"])[:, j]          # or, of one alone, its own
         interval(ax, x[:, j], v, fmt="o-", color=COLOUR[key], alpha=(j + 1) / len(a["lengths"]), ms=4,
                  label=f"{k} steps" if k > 1 else None)
     if "limit" in a:
@@ -982,7 +993,7 @@ def draw_along_t(ax, a):
     """Where in time the largest differs from the smallest; of one network, its errors themselves."""
     single = len(a["models"]) == 1
     for key in ("sup", "ext"):
-        mean, low, high = np.array(a[f"{key}_x"]["level_t" if single else "along_t"]).T
+        mean, low, high = np.array(a[f"{key}_x"]["along_t"]).T
         ax.plot(a["t"], mean, color=COLOUR[key], label=SYMBOL[key])
         ax.fill_between(a["t"], low, high, color=COLOUR[key], alpha=0.2, lw=0)
     ax.axhline(0, color=GREY, lw=0.8)
@@ -991,9 +1002,9 @@ def draw_along_t(ax, a):
     ax.legend()
 
 
-def draw_fig3(axes, a):
-    draw_ladder(axes[0], a, "sup", "(a) Fig. 3: on training points")
-    draw_ladder(axes[1], a, "ext", "(b) Fig. 3: along trajectories")
+def draw_fig3(axes, a, name="Fig. 3", over="all"):
+    draw_ladder(axes[0], a, "sup", f"(a) {name}: on training points", over)
+    draw_ladder(axes[1], a, "ext", f"(b) {name}: along trajectories", over)
     if len(axes) > 2:                                        # of given weights, for which there is nothing else
         draw_along_t(axes[2], a)
 
@@ -1036,12 +1047,12 @@ def draw_fig7(axes, a):
         ax.legend(loc="upper left")
         paper_says(ax, what, False, (0.95, 0.12))
     axes[2].set(xscale="log", xlabel="training compute (FLOPs)", ylabel="L")
+    paper_says(axes[2], "U-Nets higher", True)
     axes[2].xaxis.set_minor_formatter("")
 
 
 def draw_plateau(axes, a):
-    draw_ladder(axes[0], a["plateau"], "sup", "(a) Plateau: on training points", "size")
-    draw_ladder(axes[1], a["plateau"], "ext", "(b) Plateau: along trajectories", "size")
+    draw_fig3(axes[:2], a["plateau"], "Plateau", "size")
     draw_along_t(axes[2], a)
 
 
@@ -1093,13 +1104,18 @@ def caption(results):
     if c := starting("Fig 6"):
         end = {"holds": "more than", "contradicted": "less than", "not resolved": "not told apart from what"}
         out["results"].append(f"Fig. 6: REPA changes the network {c[0]['ours']:.2f} times as much along trajectories "
-                              f"as on training points: {end[c[1]['verdict']]} another seed does (grey band).")
+                              f"as on training points (paper: greatly): {end[c[2]['verdict']]} another seed does "
+                              "(grey band).")
     if repa := starting("Fig 7b"):
         unet, by = starting("Fig 7c")[0], [c["ours"] for c in repa]
         out["results"].append(f"Fig. 7: at equal L the distance of U-Nets (attention) minus that of SiTs is "
                               f"{unet['ours']:+.2g} ({unet['verdict']}; paper: below 0), with REPA {min(by):+.2g} to "
                               f"{max(by):+.2g} ({sum(c['verdict'] == 'holds' for c in repa)} of {len(by)} below 0 for "
                               "sure).")
+    if c := starting("Fig 7c L at equal compute"):
+        end = {"holds": "higher", "contradicted": "lower", "not resolved": "not told apart"}
+        out["results"].append(f"At equal compute L of U-Nets (attention) minus that of SiTs is {c[0]['ours']:+.2g}: "
+                              f"{end[c[0]['verdict']]} (paper: higher).")
     if c := starting("Fig 3 plateau"):
         plateau, seeds = results["arrays"]["fig3"]["plateau"], results["config"]["plateau_seeds"]
         out["results_when"].append(f"Plateau (half the contrast, {seeds} of each network): "

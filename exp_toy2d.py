@@ -365,16 +365,16 @@ def measure(cfg):
         models[name, size] = evaluate(cfg, name, size, device)
     print(f"{len(todo)} models, {cfg.nets} of each, fitted and sampled on {device}: {time.time() - started:.1f} s")
 
-    rows = [(pair, pair if size == main[pair] else "", size, models[baseline, size], models[pat, size])
-            for pair, (baseline, pat) in PAIRS.items() for size in sizes[pair]]
+    rows = {pair: [(pair if size == main[pair] else "", size, models[baseline, size], models[pat, size])
+                   for size in sizes[pair]] for pair, (baseline, pat) in PAIRS.items()}
     base = models[XY, main["P2"]]
     if ridge := equal_loss_ridge(cfg, base["L"].mean(), device):
-        equal = "P2", "P2 at equal L,", (h_ridge := (cfg.bandwidth, ridge)), base, evaluate(cfg, RSC, h_ridge, device)
-        rows.insert(len(sizes["P1"]) + len(sizes["P2"]), equal)              # after the others of P2
+        size = (cfg.bandwidth, ridge)
+        rows["P2"].append(("P2 at equal L,", size, base, evaluate(cfg, RSC, size, device)))
     else:
         print(f"P2 at equal L is left out: no ridge between {cfg.ridge:g} and 1 gives the PAT the baseline's L")
     claims, sweep, shown = [], [], {}
-    for pair, label, size, base, pat in rows:
+    for pair, label, size, base, pat in ((p, *row) for p in PAIRS for row in rows[p]):
         row = {k: [base[k].mean(), pat[k].mean(), *interval(pat[k] - base[k])] for k in ("L", *CLAIMS)}
         sweep.append(row | dict(pair=pair, size=size, label=label))
         for k, (text, bound) in CLAIMS.items() if label else ():
@@ -409,18 +409,17 @@ BLUE, RED, GREEN, GREY, PALE = "#0072B2", "#D55E00", "#009E73", "#555555", "#BBB
 
 def caption(results):
     """What the figure says, in numbers and words that follow from the claims."""
-    a, cfg, rows = results["arrays"], results["config"], {r["claim"][:12]: r for r in results["claims"]}
+    a, cfg = results["arrays"], results["config"]
 
-    def say(start, **words):                                 # the same word for all pairs of one verdict
-        found = {w: [p for p in PAIRS if rows[f"{p} {start}"]["verdict"] == v.replace("_", " ")]
-                 for v, w in words.items()}
-        return "; ".join(f"{w} with " + ", ".join("{} ({ours:+.2f})".format(p, **rows[f"{p} {start}"]) for p in pairs)
-                         for w, pairs in found.items() if pairs)
+    def say(what, words):                                    # a word for each verdict, and the pairs that have it
+        rows = {p: next(c for c in results["claims"] if c["claim"].startswith(f"{p} {what}")) for p in PAIRS}
+        pairs = {v: [f"{p} ({c['ours']:+.2f})" for p, c in rows.items() if c["verdict"] == v] for v in words}
+        return "; ".join(f"{words[v]} with {', '.join(its)}" for v, its in pairs.items() if its)
 
     sweep = [s for s in a["sweep"] if s["label"] in ("", *PAIRS)]
     count = lambda k, sign: sum(min(sign * s[k][2], sign * s[k][3]) > 0 for s in sweep)
-    bad = say("fewer bad", holds="fewer", not_resolved="no difference resolved", contradicted="more")
-    good = say("more good", holds="more", not_resolved="no difference resolved", contradicted="fewer")
+    bad = say("fewer bad", {"holds": "fewer", "not resolved": "no difference resolved", "contradicted": "more"})
+    good = say("more good", {"holds": "more", "not resolved": "no difference resolved", "contradicted": "fewer"})
     return "\n".join([
         f"PAT against baseline, where drawn (diamonds). Bad samples: {bad}. Good samples:",
         f"{good}. In the sweep: fewer bad ones in {count('bad', -1)} of {len(sweep)} settings, more good",
@@ -615,8 +614,8 @@ def refuse(event):                                           # in one line, what
 if __name__ == "__main__":                                   # a bad value is one line on stderr, and exit status 1
     if debug := "--debug" in sys.argv: sys.argv.remove("--debug")
     preset = (re.findall(r"(?:^| )--preset[= ](\S+)", " ".join(sys.argv)) or ["laptop"])[-1]
-    if sys.platform == "linux" and not torch.cuda.is_available():        # what is too large is to fail when it is asked
-        import resource  # for: by itself, Linux grants it, and kills the process once it is used
+    if sys.platform == "linux" and not torch.cuda.is_available():
+        import resource  # what is too large fails when it is asked for: else Linux grants it, and kills who uses it
         room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if resource.getrlimit(resource.RLIMIT_DATA)[0] < 0: resource.setrlimit(resource.RLIMIT_DATA, (room, -1))
     try:

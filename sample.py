@@ -58,8 +58,9 @@ def velocity(model, z, t, y, w=1.0):
         both = torch.cat([y, torch.full_like(y, model.num_classes)])
         v_c, v_u = velocity(model, torch.cat([z, z]), t, both).chunk(2)
         return v_c + (w - 1) * (v_c - v_u)
-    at_once = max(1, 2**16 // z.shape[1:].numel() if z.device.type == "cpu" and not np.ndim(t) else len(z))
-    labels = [None] * len(z) if y is None else y.split(at_once)          # on a CPU, activations stay in its caches so
+    # a few at once: activations stay in a CPU's caches, and those of large networks fit beside a GPU's data
+    at_once = min(256, max(1, 2**16 // z[0].numel())) if z.device.type == "cpu" else 256
+    labels = [None] * len(z) if y is None else y.split(at_once)
     out = torch.cat([model(zb, t, yb) for zb, yb in zip(z.split(at_once), labels, strict=False)])
     return out if model.prediction == "v" else (z - out) / t
 
@@ -87,14 +88,14 @@ def sample(model, z1, y, *, t_grid=None, w=1.0, solver="dopri5", steps=50, atol=
         if t_grid[-2] <= T_MIN:
             raise ValueError(f"with x-prediction, t_grid may hold one time below {T_MIN}, the last")
         grid = torch.cat([t_grid[:-1], t_grid.new_tensor([T_MIN])])
-    uniform = torch.linspace(grid[0].item(), grid[-1].item(), steps + 1, device=z1.device)
-    apart = (uniform[:, None] - grid).abs().amin(1) > 1e-6   # the grid's own times are added to these, each once
     if solver == "dopri5":                                   # without step_t it steps past the end, to t < 0, and back
         clock = torch.float32 if z1.device.type == "mps" else torch.float64
         options = dict(method="dopri5", atol=atol, rtol=rtol, options=dict(step_t=grid[-1:], dtype=clock))
-    else:
-        options = dict(method={"heun": "heun2", "euler": "euler"}[solver], options=dict(
-            grid_constructor=lambda f, z, t: torch.cat([t, uniform[apart]]).sort(descending=True)[0]))
+    else:                                                    # equal steps, and the grid's own times, each once
+        uniform = torch.linspace(grid[0].item(), grid[-1].item(), steps + 1, device=z1.device)
+        apart = (uniform[:, None] - grid).abs().amin(1) > 1e-6
+        at = torch.cat([grid, uniform[apart]]).sort(descending=True)[0]
+        options = dict(method=dict(heun="heun2", euler="euler")[solver], options=dict(grid_constructor=lambda *_: at))
     nfe, start, span = 0, grid[0].item(), (grid[0] - grid[-1]).item()
     with tqdm(total=100, desc="sampling", disable=None if progress else True, leave=False,
               bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}") as bar:

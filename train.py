@@ -37,6 +37,7 @@ import signal
 import subprocess
 import threading
 import time
+import timeit
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -117,13 +118,14 @@ PRESETS = {
 
 def read_json(path):
     """A .json file that holds a dict -> the dict. ValueError that names it, if it does not."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
     try:
-        value = json.loads(path.read_text()) if path.is_file() else None
+        value = json.loads(path.read_text())
     except (ValueError, RecursionError) as e:                # the second: a thousand brackets
         raise ValueError(f"{path} is not JSON: {e}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}" if path.is_file() else
-                         f"there is no file {path}")
+        raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value
 
 
@@ -268,14 +270,14 @@ def dsm_loss(model, x, y, t, eps, prediction):
 
 
 @torch.no_grad()
-def heldout_loss(model, data, device, prediction, seed=0):
+def heldout_loss(model, data, device, prediction):
     """The same loss on images that training never saw, with the same noise each time. None if nothing is held out."""
     if "x_heldout" not in data:
         return None
     x = torch.from_numpy(data["x_heldout"][:512].astype(np.float32)).to(device)
     y = torch.from_numpy(data["y_heldout"][:512].astype(np.int64)).to(device)
-    eps = noise(range(len(x)), x.shape[1:], seed + 1).to(device)
-    t = torch.from_numpy((np.random.default_rng(seed).permutation(len(x)) + 0.5) / len(x)).float().to(device)
+    eps = noise(range(len(x)), x.shape[1:], seed=1).to(device)
+    t = torch.from_numpy((np.random.default_rng(0).permutation(len(x)) + 0.5) / len(x)).float().to(device)
     return dsm_loss(model, x, y, t, eps, prediction).item()
 
 
@@ -506,16 +508,6 @@ def newest_checkpoint(run):
         raise damage
 
 
-def join(device_name, alone=False):
-    """-> rank, number of processes, device of this process; under torchrun, joins the others, or trains `alone`."""
-    device = pick_device(device_name)
-    if alone:
-        return 0, 1, device
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and device.type == "cuda" and not dist.is_initialized():
-        dist.init_process_group("nccl")                      # for the gradients; on a CPU, gloo
-    return processes(device)
-
-
 def activations(step, b):
     """Bytes that step(b), a training step of b images, holds on to for each of them until the backward pass: of b less
     those of one, so that what no image adds to cancels, as weights do and their copies in bf16."""
@@ -571,10 +563,10 @@ def forecast(data, folder, device, nets=(), images=(), queries=0, points=None, f
     held = (data["x"].nbytes if fits(data["x"], device) else 0) if held is None else held
     print(f"data: {N:,} x {data['x'].shape[1:]}, {data['x'].nbytes / 1e9:.2f} GB; device: {device}, "
           f"{processes} process{'es' * (processes > 1)}; times are measured here in small batches, and scaled")
-    for net in {json.dumps(net[:3]): net for net in nets}.values():
-        args, at_once, batch, *_ = net
-        alike = [other for other in nets if other[:3] == net[:3]]
-        steps, kept = (sum(other[k] for other in alike) for k in (3, 4))
+    groups = {}                                              # of the same network, batch and memory: said in one line
+    for net in nets: groups.setdefault(json.dumps(net[:3]), []).append(net)
+    for alike in groups.values():
+        (args, at_once, batch), (steps, kept) = alike[0][:3], (sum(net[k] for net in alike) for k in (3, 4))
         weights = 4 * sum(p.numel() for p in build_on_meta(args).parameters())
         _, step, kept_by_one = rates(tuple(args.items()), device)
         # weights, average, gradients, two moments of AdamW; on a GPU, a copy in bf16
@@ -592,8 +584,8 @@ def forecast(data, folder, device, nets=(), images=(), queries=0, points=None, f
         points = points or N
         few = torch.from_numpy(np.array(data["x"][:min(points, 20_000)], dtype=np.float32)).to(device)
         E, z = EmpiricalScore(few), torch.lerp(few[:64], torch.randn_like(few[:64]), 0.7)
-        clock = [time.perf_counter(), *(E.posterior_mean(z, 0.7) is None or time.perf_counter() for _ in range(3))]
-        took = np.diff(clock).min() / len(z) * points / len(few) * queries / processes / 3600
+        once = min(timeit.repeat(lambda: E.posterior_mean(z, 0.7), number=1, repeat=3))
+        took = once / len(z) * points / len(few) * queries / processes / 3600
         hours += took
         print(f"empirical score: {queries:,} queries over {points:,} points: {took:.2f} h")
     there = check_folder(folder)
@@ -651,8 +643,8 @@ def checkpoint_of(cfg, run):
 
 
 def training_of(cfg):
-    """The entry of `nets` above for a training config, with the steps that are still to do; None if there are none. All
-    that the training itself would refuse is refused here."""
+    """`nets` above for a training config: one entry, of the steps that are still to do, or none. All that the training
+    itself would refuse is refused here."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     check(cfg, world)
     data, ckpt = load_data(cfg.data), checkpoint_of(cfg, run_folder(cfg))
@@ -662,7 +654,7 @@ def training_of(cfg):
         model = first_model(cfg, data)[1]
         if cfg.repa: check_repa(cfg, data, model)
     copies = 12 + len(cfg.keep)      # two checkpoints and one being written, each of weights, average and two moments
-    return (args, cfg.batch // world // cfg.accum, cfg.batch, steps, copies) if steps > 0 else None
+    return [(args, cfg.batch // world // cfg.accum, cfg.batch, steps, copies)] if steps > 0 else []
 
 
 def train(cfg, alone=False):
@@ -672,8 +664,7 @@ def train(cfg, alone=False):
     if cfg.dry_run:                                          # of several processes, one measures and tells
         if int(os.environ.get("RANK", 0)):
             return run_folder(cfg)
-        nets = [n for n in [training_of(cfg)] if n]
-        forecast(load_data(cfg.data), run_folder(cfg), pick_device(cfg.device), nets,
+        forecast(load_data(cfg.data), run_folder(cfg), pick_device(cfg.device), training_of(cfg),
                  processes=int(os.environ.get("WORLD_SIZE", 1)))
         return run_folder(cfg)
     with contextlib.ExitStack() as held:
@@ -682,8 +673,12 @@ def train(cfg, alone=False):
 
 def train_in(cfg, alone, held):
     """What train does, but for --dry-run. `held` is to keep the run's folder, which has one writer, until it ends."""
-    check(cfg, 1 if alone else int(os.environ.get("WORLD_SIZE", 1)))     # before the processes meet: each says the same
-    rank, world, device = join(cfg.device, alone)
+    world = 1 if alone else int(os.environ.get("WORLD_SIZE", 1))
+    check(cfg, world)                                        # before the processes meet: each says the same
+    device = pick_device(cfg.device)
+    if world > 1 and device.type == "cuda" and not dist.is_initialized():
+        dist.init_process_group("nccl")                      # for the gradients; on a CPU, gloo
+    rank, world, device = (0, 1, device) if alone else processes(device)
     if world > 1:
         if int(os.environ.get("LOCAL_RANK", rank)) == 0:
             load_data(cfg.data)                              # one prepares an embedded set, the others wait for it
@@ -775,13 +770,11 @@ def train_in(cfg, alone, held):
             bar.update()
             log, save = (step % every == 0 or step == cfg.steps for every in (cfg.log_every, cfg.save_every))
             save = save or step in cfg.keep
-            leave = stop()
-            if world > 1 and (step % 10 == 0 or save):       # all must leave at the same step
-                leave = torch.tensor(float(leave), device=device)
-                dist.all_reduce(leave)
-                leave = bool(leave)
-            elif world > 1:
-                leave = False
+            meet = world > 1 and (step % 10 == 0 or save)    # all must leave at the same step
+            leave = stop() and (world == 1 or meet)
+            if meet:
+                dist.all_reduce(anybody := torch.tensor(float(leave), device=device))
+                leave = bool(anybody)
             if not (log or save or leave or device.type == "cpu"):
                 continue                                     # on a GPU, what follows would make it wait for each step
             if not (running.isfinite() and worst < TOO_STEEP):
@@ -910,20 +903,15 @@ def save_results(script, cfg, device, started, arrays, claims):
     """Write out/<script>/<preset>/results.json, from which alone the figure is drawn. (Rank 0 does.)"""
     if int(os.environ.get("RANK", 0)):
         return
-
-    def plain(a):                                            # arrays as lists, rounded to four digits
-        if isinstance(a, dict):
-            return {k: plain(v) for k, v in a.items()}
-        a = np.asarray(a.cpu() if torch.is_tensor(a) else a)
-        return [plain(row) for row in a] if a.ndim else float(f"{a:.4g}") if a.dtype.kind == "f" else a.item()
-
+    plain = json.loads(json.dumps(arrays, default=lambda a: a.tolist()),         # lists, rounded to four digits
+                       parse_float=lambda v: float(f"{float(v):.4g}"))
     # through the shell: where there is no git, or no checkout, the field is empty
     git = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=ROOT, capture_output=True, text=True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
     results = dict(script=script, preset=cfg.preset, seed=cfg.seed, device=name,
                    seconds=round(time.time() - started, 1), commit=git.stdout.strip(),
                    versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
-                   config=dataclasses.asdict(cfg), claims=claims, arrays=plain(arrays))
+                   config=dataclasses.asdict(cfg), claims=claims, arrays=plain)
     path = results_path(script, cfg)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as f:

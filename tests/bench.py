@@ -190,7 +190,7 @@ def presets():
         module = importlib.import_module(script)
         cfg = module.PRESETS[preset]
         if script == "exp_scaling" and not cfg.data: module.dataset = lambda cfg, name: name     # it would make them
-        w = module.work(cfg) if script != "train" else dict(data=data(cfg.data), nets=[train.training_of(cfg)],
+        w = module.work(cfg) if script != "train" else dict(data=data(cfg.data), nets=train.training_of(cfg),
                                                             images=[])
         x = w["data"]["x"]
         return dict(

@@ -43,7 +43,7 @@ def test_errors_on_one_point_are_exact():
     """With one point, x_* is that point wherever one asks; a network that always answers c errs by |c - x|^2 / d."""
     x, c = torch.full((1, 1, 4, 4), 2.0), torch.linspace(-1, 1, 16).view(1, 1, 4, 4)
     class Constant:
-        num_classes = 1
+        num_classes, prediction = 1, "v"
         def __call__(self, z, t, y):
             return (z - c) / max(t, 1e-6)
     out = evaluate(Constant(), at(x, torch.zeros(1, dtype=torch.long), classes=1))
@@ -277,7 +277,8 @@ def test_another_data_set_and_its_fid(tmp_path, monkeypatch, capsys):
     np.savez(tmp_path / "reference.npz", mu=np.zeros(5), sigma=np.eye(5))
     cfg = replace(exp_scaling.PRESETS["paper"], data=str(tmp_path / "set"),
                   fig3=Ladder(("SiT-nano/4", "SiT-micro/4"), (1, 2)), fig7=Ladder(("SiT-nano/4",), (1, 2, 3)),
-                  unets=Ladder(("UNet-pico",), (1, 2, 3)), n_trajectories=12, n_times=3, batch=8, accum=2, n=5,
+                  larger=("SiT-micro/4",), unets=Ladder(("UNet-pico",), (1, 2, 3)),
+                  n_trajectories=12, n_times=3, batch=8, accum=2, n=5,
                   repa_depth=1, n_fid=6, vae="", device="cpu", lambdas=(0, 1), out=out,
                   reference=str(tmp_path / "reference.npz"))
     exp_scaling.measure(cfg)
@@ -298,7 +299,8 @@ def test_another_data_set_and_its_fid(tmp_path, monkeypatch, capsys):
     assert "Inception" in results["arrays"]["fig7"]["how"] and any("Fig 7c" in c["claim"] for c in results["claims"])
     exp_scaling.measure(replace(cfg, reference=""))          # all networks are found; and FID is for others to compute
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert "ADM's evaluator" in capsys.readouterr().out and not any("Fig 7" in c["claim"] for c in results["claims"])
+    left = [c["claim"] for c in results["claims"] if "Fig 7" in c["claim"]]
+    assert "ADM's evaluator" in capsys.readouterr().out and left and all("7c L at equal compute" in c for c in left)
     exp_scaling.plot(tmp_path / "out" / "results.json")
     with pytest.raises(ValueError, match="without --data"):
         exp_scaling.check(replace(cfg, only="dial"))
@@ -341,7 +343,7 @@ def test_given_weights_are_measured_without_training(tiny, tmp_path, monkeypatch
     results = json.loads((tmp_path / "one" / "results.json").read_text())
     mean, low, high = results["arrays"]["fig3"]["ext_x"]["ci"][0][0]
     assert low < mean < high and "limit" not in results["arrays"]["fig3"]
-    assert {c["claim"].split(":")[0] for c in results["claims"]} == {"Fig 3 supervision, v-space over x-space",
+    assert {c["claim"].split(":")[0] for c in results["claims"]} == {"Fig 3 supervision, v-space over x-space, latents",
                                                                     "Fig 3 E^ext minus E^sup, SiT-nano/2"}
     exp_scaling.plot(tmp_path / "one" / "results.json")
     no = str(tmp_path / "no")
@@ -353,15 +355,19 @@ def test_given_weights_are_measured_without_training(tiny, tmp_path, monkeypatch
     assert not Path(no).exists()
 
 
-def test_levels_beside_the_published_ones(capsys):
+def test_levels_beside_the_published_ones(monkeypatch, capsys):
     level = lambda v: dict(ci=[[[v, v - 1e-4, v + 1e-4]]])
     a = dict(models=["SiT-XL/2"], sup_x=level(0.19), ext_x=level(0.6), sup_v=level(1), ext_v=level(2))
     args = dict(name="SiT-XL/2", in_channels=4, input_size=32, num_classes=1000)
+    monkeypatch.setattr(exp_scaling, "model_args", lambda cfg, data, model: args)
+    levels = exp_scaling.published(Config(), "imagenet", "SiT-XL/2")
     errors = dict(sup=np.full((5, 3), 0.19), ext=np.full((5, 3), 0.6) + np.arange(5)[:, None] / 1e4)
-    claims = exp_scaling.given_claims(Config(), a, errors, args)
+    claims = exp_scaling.given_claims(a, errors, levels)
     assert [(c["paper"], c["verdict"]) for c in claims] == [("> 0", "holds"), ("0.1834", "holds"),
                                                            ("0.5359", "contradicted")]
-    assert len(exp_scaling.given_claims(Config(), a, errors, args | dict(num_classes=10))) == 1
+    args |= dict(num_classes=10)                             # of other data, the paper says nothing
+    assert exp_scaling.published(Config(), "digits", "SiT-XL/2") is None
+    assert len(exp_scaling.given_claims(a, errors, None)) == 1
     assert "0.19000 [0.18990, 0.19010]" in capsys.readouterr().out
 
 
@@ -374,8 +380,9 @@ def test_a_figure_is_drawn_from_its_json_alone(tiny, tmp_path):
 
 def test_a_captions_words_are_its_claims():
     """Each claim turned round turns its words round."""
-    names = ["Fig 3 supervision error: < 0", "Fig 3 extrapolation error: > 0", "Fig 6 change", "Fig 6 control",
-             "Fig 7b REPA", "Fig 7c U-Net", "Fig 3 plateau, sup", "Fig 3 plateau, ext", "Fig 3 plateau after 5 steps",
+    names = ["Fig 3 supervision error: < 0", "Fig 3 extrapolation error: > 0", "Fig 6 change", "Fig 6 the same",
+             "Fig 6 control", "Fig 7b REPA", "Fig 7c U-Net", "Fig 7c L at equal compute", "Fig 3 plateau, sup",
+             "Fig 3 plateau, ext", "Fig 3 plateau after 5 steps",
              "dial", *["onset"] * 3]
     found = dict(arrays=dict(fig3=dict(plateau=dict(lengths=[5]))), config=dict(n_onset=9, plateau_seeds=2))
     def says(low, high, verdict):
@@ -385,6 +392,7 @@ def test_a_captions_words_are_its_claims():
     assert "it rises after 5 steps." in up and "it falls after 5 steps." in down
     assert "rises on" in up and "falls" not in up.replace("(paper: falls, rises)", "").replace("falls with size", "")
     assert "falls on" in down and "less than another seed" in down and "more than another seed" in up
+    assert "is +1.5: higher" in up and "is -1.5: lower" in down
     assert "does not clearly change" in open_ and "not told apart" in open_ and "in 0 of 1 mixtures" in open_
 
 

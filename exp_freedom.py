@@ -16,7 +16,7 @@ What you should see. At |D_region| = |D_score| few generated images are copies f
 its images than to the fifty closest on average, "calibrated l2" below .25. At 8 times that, most are (b). The curves
 rise for both architectures (c), as the paper's do (grey). The control that the paper leaves out is ordinary training on
 the same D_region ("plain DSM": the target is the image x itself; black). It does not rise: more images alone do not
-make a network copy D_score. (Of D_region an eighth is in D_score then; copies of the rest are not counted.)
+make a network copy D_score, nor the rest of what it was trained on ("copies of all its own images").
 The drawn targets have the same minimiser as the exact one. At a few hundred steps they lag behind it, so the comparison
 of the three trains longer: then the fractions of copies are within hundredths, and another target moves the network by
 a small part of what another seed does (printed, with what each costs). Every finished network leaves its scores in
@@ -108,9 +108,9 @@ PRESETS = {
                   workers=1, device="auto"),
     # C.7. At ratio 25.6, all of ImageNet and its flips, the classes cannot be of equal size
     "paper": Config("paper", "imagenet", Net("SiT-L/2", 400_000, 256, 1e-4), Net("UNet-B", 400_000, 256, 1e-4),
-                    Net("SiT-L/2", 400_000, 256, 1e-4), per_class=100, ratios=(1, 2, 4, 8, 25.6), balanced=False,
-                    at_once=64, warmup=0, ema=0.9999, n_seeds=1, compare_seeds=1, sample_steps=50, workers=1,
-                    device="auto"),
+                    Net("SiT-L/2", 400_000, 256, 1e-4), per_class=100, ratios=(1, 2, 3, 4, 8, 25.6),
+                    balanced=False, at_once=64, warmup=0, ema=0.9999, n_seeds=1, compare_seeds=1, sample_steps=50,
+                    workers=1, device="auto"),
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -264,15 +264,15 @@ def fit(cfg, net, kind, ratio, seed, device, path):
 
 
 def run(cfg, spec):
-    """Spec (arch, kind, ratio, seed) -> calibrated l2 of n_samples images of one network, and a few of them. Cached by
-    all that the result depends on, so that a sweep goes on where it was, and another ratio or threshold costs no more
-    than what is new."""
+    """Spec (arch, kind, ratio, seed) -> calibrated l2 to D_score of n_samples images of one network, and a few of them;
+    of plain DSM also to D_region, its own training set. Cached by all that the result depends on, so that a sweep goes
+    on where it was, and another ratio or threshold costs no more than what is new."""
     arch, kind, ratio, seed = spec
     net, device = getattr(cfg, arch), pick_device(cfg.device)
     names = ["data", "per_class", "balanced", "warmup", "ema", "label_dropout", "n_samples", "sample_steps", "n",
              "seed", *(["k"] if kind == "faiss" else [])]
     key = [dataclasses.asdict(net), kind, float(ratio), seed, {name: getattr(cfg, name) for name in names}]
-    key += ["probe"] if arch == "compare" else []            # these keep predictions too, see below
+    key += ["probe"] if arch == "compare" else ["own"] if kind == "dsm" else []      # what these keep beside, see below
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:10]
     path = train.results_path("exp_freedom", cfg).parent / "runs" / f"{arch}_{kind}_{ratio:g}_{seed}_{digest}.json"
     if path.exists():
@@ -287,6 +287,10 @@ def run(cfg, spec):
     copies = E.x.view(-1, *E.shape)[E.nearest(shown, 1)[1][:, 0]]
     images = [to_uint8(im[:, :3] if im.shape[1] >= 3 else im[:, :1]).tolist() for im in (shown, copies)]
     result = dict(key=key, score=calibrated_l2(E, x, cfg.n).tolist(), images=images, ms=ms.tolist())
+    if kind == "dsm":                                        # are its images copies of what it was trained on itself?
+        data = train.load_data(cfg.data)
+        region = subsets(data["y"], cfg.per_class, ratio, cfg.seed, cfg.balanced)[1]
+        result["own"] = calibrated_l2(EmpiricalScore(data["x"][region], device=device), x, cfg.n).tolist()
     if arch == "compare":                                    # x_theta at fixed points: noisy images from D_score
         i = np.random.default_rng(cfg.seed).integers(E.N, size=256)
         t = (torch.arange(256, device=device) + 0.5)[:, None, None, None] / 256
@@ -427,6 +431,10 @@ def measure(cfg):
                   fraction[arch][cfg.target][[0, -1]], low=0) for arch in fraction]
     claims += [row(f"control, plain DSM, {getattr(cfg, arch).model}: the same: < .05", "not shown",
                    fraction[arch]["dsm"][[0, -1]], high=0.05) for arch in fraction]
+    own = {arch: np.array([np.mean(np.array(done[arch, "dsm", last, s]["own"]) < cfg.threshold) for s in seeds])
+           for arch in fraction}                             # (seeds,)
+    claims += [train.claim(f"control, plain DSM, {getattr(cfg, arch).model}: copies of all its own images: < .05",
+                           "not shown", f.mean(), interval(f, cfg.n_samples), high=0.05) for arch, f in own.items()]
     claims += [row(f"targets: fraction of copies with {kind} minus exact: within .1", "0",
                    (targets["exact"], targets[kind]), low=-0.1, high=0.1) for kind in kinds[1:]]
     if cfg.compare_seeds > 2:                                # two have one distance, and no interval
@@ -434,8 +442,9 @@ def measure(cfg):
         claims += [train.claim(f"targets: {kind} moves x_theta by this part of what a seed does: < .2", "0",
                                *shift(probe["exact"], probe[kind]), high=0.2) for kind in kinds[1:]]
     thresholds = np.linspace(0, 1, 51)
-    arrays = dict(ratio=np.array(sizes) / size, d_score=size, n_seeds=cfg.n_seeds, fraction=fraction, targets=targets,
-                  ms=ms, thresholds=thresholds, sweep=each(lambda v: (v[..., None] < thresholds).mean((1, 2))),
+    arrays = dict(ratio=np.array(sizes) / size, d_score=size, n_seeds=cfg.n_seeds, fraction=fraction, own=own,
+                  targets=targets, ms=ms, thresholds=thresholds,
+                  sweep=each(lambda v: (v[..., None] < thresholds).mean((1, 2))),
                   interval=each(lambda v: [interval(f, cfg.n_samples) for f in (v < cfg.threshold).mean(2)]),
                   images=[np.array(done["transformer", cfg.target, r, cfg.seed]["images"]) for r in (first, last)])
     started = phase.started - sum(found) / cfg.workers       # `seconds` is what all of it takes
@@ -458,8 +467,11 @@ def caption(results):
     lines = [f"{cfg[arch]['model']} in the largest region against the smallest: {rises[rise['verdict']]}, "
              f"{number(rise)}; by plain DSM {other[control['verdict']]}, {number(control)}."
              for rise, control, arch in zip(c[:2], c[2:4], STYLE, strict=True)]
+    lines.append(f"Of all the images that plain DSM was trained on at ratio {a['ratio'][-1]:.3g} its samples copy: " +
+                 "; ".join("{:.3f} [{:.3f}, {:.3f}] ({})".format(r["ours"], *r["ci95"], cfg[arch]["model"])
+                           for r, arch in zip(c[4:6], STYLE, strict=True)) + ".")
     same = "; ".join(f"exact and {k} {agree[row['verdict']]}"
-                     for k, row in zip([*a["targets"]][1:], c[4:], strict=False))
+                     for k, row in zip([*a["targets"]][1:], c[6:], strict=False))
     copies = ", ".join(f"{k} {np.mean(f):.2f}" for k, f in a["targets"].items())
     lines += [f"Copies by target, after {cfg['compare']['steps']:,} steps: {copies} ({same})." if same else "",
               f"{cfg['data']}, $|D_{{score}}|$ = {a['d_score']:,}, {a['n_seeds']} seed(s), {cfg['n_samples']} images "
@@ -499,7 +511,7 @@ def plot(path):
             ax.plot(r, mean, line, color=c, lw=2.2, marker=marker, ms=5, label=f"{cfg[arch]['model']}, {label}")
             ax.fill_between(r, *np.clip(a["interval"][arch][which], 0, 1).T, color=c, alpha=0.15, lw=0)
         ax.plot(*PAPER[arch], line, color="0.7", lw=1.5, marker=".", zorder=1,
-                label=f"paper: {'SiT-L/2' if arch == 'transformer' else 'UNet-B'}")
+                label=f"paper: {'SiT-L/2' if arch == 'transformer' else 'UNet-B'} (threshold not given)")
         for ratio, shade, fractions in zip(ratios, shades, a["sweep"][arch][kind], strict=True):
             sweep.plot(a["thresholds"], fractions, line, color=shade, lw=1.8,
                        label=f"ratio {ratio:.3g}" if line == "-" else None)

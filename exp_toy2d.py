@@ -16,8 +16,8 @@ What you should see. Half of C4: with P1 and P2 the orange-red samples, between 
 fewer green ones too: what was bad is now memorized. P2's loss is also lower; with its ridge raised until the loss
 equals the baseline's ("equal L", what C4 is about) there are fewer bad and slightly more good samples. P3 makes many
 good ones, because it must: it cannot fit the four points, and its loss is about the least that any such network can
-have. The strips at the bottom are the sweep over what the paper leaves open (widths, bandwidths, ridges); with wide
-kernels the bad samples come back.
+have. The strips at the bottom are the sweep over what the paper leaves open (widths, bandwidths, ridges, and how near a
+copy is); with wide kernels the bad samples come back.
 
 L here is E_t E_{z ~ p_t} |x_theta - x_*|^2 over the variance of the data, so that it compares across spaces: 0 is a
 perfect fit, 1 is what predicting the mean would get. The file is longer than 300 lines since it carries its
@@ -28,8 +28,8 @@ Try this; the answers are in the table that is printed last.
    verdict turns round. A kernel this wide blends -.2 and .2 in any coordinates.
 2. python exp_toy2d.py --steps 200          Is it extrapolation alone? See P1's "nearly perfect" row, which fails, and
    how little is left of "fewer bad samples": of models that fit badly, C4 says nothing.
-3. python exp_toy2d.py --margin .05         What counts as memorized is our choice. Which verdicts of P1 and P2 hang on
-   it? None on fewer bad samples, but P1's "more good samples" is no longer resolved.
+3. python exp_toy2d.py --redraw             What counts as memorized is our choice. Which verdicts of P1 and P2 hang on
+   it? See right of the dotted lines: none on fewer bad samples, but P1's "more good samples" is no longer resolved.
 """
 # /// script
 # requires-python = ">=3.11"
@@ -77,6 +77,7 @@ class Config:
     bandwidths: tuple[float, ...] = (0.5, 2.0)  # these bandwidths,
     ridges: tuple[float, ...] = (1e-8, 1e-4)  # and these ridges, with every bandwidth
     margin: float = 0.1  # a sample this close to a training point is memorized; below .2
+    margins: tuple[float, ...] = (0.02, 0.05, 0.15)  # the sweep: also these, of the models that are drawn
     seed: int = 0  # of the weights, the noise and the samples
     device: str = "auto"  # auto, cpu, cuda (the regressions are float64, which mps does not have)
     redraw: bool = False  # draw the figure again from results.json, and measure nothing
@@ -232,6 +233,14 @@ def kind_of(p, margin):
     return kind
 
 
+def fractions(p, margin):
+    """Samples (K, M, 2) -> {kind: what fraction of them it is (K,)}, and the share of the good in good and bad."""
+    kind = kind_of(p, margin)
+    of = {name: (kind == k).double().mean(1).numpy() for k, name in enumerate(KINDS)}
+    bad, good = (of[k] + 0.5 / p.shape[1] for k in KINDS[:2])            # half a sample more, so that there is a share
+    return of | dict(share=good / (bad + good))
+
+
 def supervision_loss(x_theta, x, grid, nets, seed, n=500):
     """L (K,): n fresh z_t at every time of the grid, the trapezoid rule over t."""
     g, error = torch.Generator().manual_seed(seed), []
@@ -263,15 +272,12 @@ def evaluate(cfg, name, size, device):
         x_theta = fit_mlp(cfg, x, size, name == "equivariant MLP", grid, device)
     g = torch.Generator().manual_seed(cfg.seed + 1)
     p = back(sample(x_theta, torch.randn(cfg.nets, cfg.n // cfg.nets, x.shape[1], generator=g, dtype=x.dtype), grid))
-    kind = kind_of(p, cfg.margin)
-    fraction = torch.stack([(kind == k).double().mean(1) for k in range(4)])         # (4, K)
-    bad, good = fraction[:2] + 0.5 * cfg.nets / cfg.n        # half a sample more, so that there is a share of them
     fields, z = [], torch.from_numpy(FIELD).view(1, -1, 2).expand(cfg.nets, -1, -1)
     for i in ((grid - t).abs().argmin() for t in SHOWN):     # in polar space: a slice, that of noisy points without eps
         slice_ = torch.cat([polar(z)[..., :1], (1 - grid[i]) * polar(z)[..., 1:]], dim=-1) if in_polar else z
         fields.append(back(x_theta(slice_, i))[0])           # of the first repetition, mapped back to the plane
-    return dict(zip(KINDS, fraction.numpy(), strict=True), share=(good / (bad + good)).numpy(), samples=p.flatten(0, 1),
-                fields=torch.stack(fields), L=supervision_loss(x_theta, x, grid, cfg.nets, cfg.seed + 2).numpy())
+    return fractions(p, cfg.margin) | dict(samples=p, fields=torch.stack(fields), L=supervision_loss(
+        x_theta, x, grid, cfg.nets, cfg.seed + 2).numpy())
 
 
 def equal_loss_ridge(cfg, L, device):
@@ -317,7 +323,8 @@ def check(cfg):
         raise ValueError(f"nets must be 2 to 10, and a divisor of n = {cfg.n}, not {cfg.nets}")
     if not 2 <= cfg.times <= 1e9: raise ValueError(f"times must be at least 2, at most 1e9, not {cfg.times}")
     if not 0 <= cfg.seed <= 1e9: raise ValueError(f"seed must be 0 to 1e9, not {cfg.seed}")
-    if not 0 < cfg.margin < 0.2: raise ValueError(f"margin must lie between 0 and .2, not {cfg.margin:g}")
+    for m in (cfg.margin, *cfg.margins):
+        if not 0 < m < 0.2: raise ValueError(f"margins must lie between 0 and .2, not {m:g}")
     if cfg.device not in ("auto", "cpu", "cuda") or (cfg.device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"device {cfg.device!r} is not available here: expected auto, cpu or cuda")
     return torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -373,22 +380,29 @@ def measure(cfg):
         rows["P2"].append(("P2 at equal L,", size, base, evaluate(cfg, RSC, size, device)))
     else:
         print(f"P2 at equal L is left out: no ridge between {cfg.ridge:g} and 1 gives the PAT the baseline's L")
+    for pair, (baseline, pat) in PAIRS.items():              # the same samples, counted otherwise
+        rows[pair] += [("margin", m, *(models[name, main[pair]] | fractions(models[name, main[pair]]["samples"], m)
+                                       for name in (baseline, pat))) for m in cfg.margins]
     claims, sweep, shown = [], [], {}
     for pair, label, size, base, pat in ((p, *row) for p in PAIRS for row in rows[p]):
         row = {k: [base[k].mean(), pat[k].mean(), *interval(pat[k] - base[k])] for k in ("L", *CLAIMS)}
         sweep.append(row | dict(pair=pair, size=size, label=label))
-        for k, (text, bound) in CLAIMS.items() if label else ():
+        for k, (text, bound) in CLAIMS.items() if label.startswith(pair) else ():
             claims.append(claim(f"{label} {text}", text[-3:], row[k][1] - row[k][0], row[k][2:], **bound))
         if label == pair:
             worse = np.maximum(base["L"], pat["L"])
             claims.append(claim(f"{pair} supervision is nearly perfect: L of the worse of both < .01", "0",
                                 worse.mean(), interval(worse), high=0.01))
+            over = pat["L"] / base["L"]
+            claims.append(claim(f"{pair} supervision is as good: L, PAT over baseline, < 1.1", "1", over.mean(),
+                                interval(over), high=1.1))
             for name, m in zip(PAIRS[pair], (base, pat), strict=True):
-                shown[name] = dict(samples=m["samples"], fields=m["fields"], L=m["L"].mean(), fraction={
+                shown[name] = dict(samples=m["samples"].flatten(0, 1), fields=m["fields"], L=m["L"].mean(), fraction={
                     k: [m[k].mean(), *wilson(m[k].mean(), cfg.n)] for k in KINDS})
     best = best_homogeneous()
-    claims.append(claim("P3 could fit the four points: least L of any radial-equivariant f < .001", "0", best,
-                        (best, best), high=1e-3))
+    over = best / models[PAIRS["P3"][0], main["P3"]]["L"]
+    claims.append(claim("P3 could fit as well: least L of any such f, over baseline, < 1.1", "1",
+                        over.mean(), interval(over), high=1.1))
     mix = [np.stack([models[PAIRS[p][1], main[p]][k] for k in KINDS]) for p in PAIRS]          # of (4, K)
     apart = np.max([np.abs(a - b).sum(0) / 2 for a in mix for b in mix], axis=0)
     claims.append(claim("P1-P3 the three PATs' samples are alike: total variation of the kinds < .1", "0", apart.mean(),
@@ -427,7 +441,8 @@ def caption(results):
         f"{a['models']['equivariant MLP']['L']:.4f}; no radial-equivariant model gets below "
         f"{a['best_homogeneous']:.4f}.",
         f"Brackets: 95%, {cfg['n']:,} samples; bars: 95%, {cfg['nets']} repetitions. Fields: arrows are "
-        "$(x_\\theta - z)/3$; colour says what $x_\\theta$ would be as a sample."])
+        "$(x_\\theta - z)/3$; colour says what $x_\\theta$ would be",
+        "as a sample. Right of the dotted lines: the models drawn above, with other margins around the points."])
 
 
 def draw_model(axes, m, cfg, times):
@@ -463,17 +478,22 @@ def draw_model(axes, m, cfg, times):
 def draw_sweep(axes, rows):
     """PAT minus baseline in every setting, a column each; the side that C4 claims is shaded. Last, both L."""
     x, main = np.arange(len(rows)), [s["label"] == s["pair"] for s in rows]
+    counted = x[[s["label"] == "margin" for s in rows]]      # the models that are drawn once more
     for ax, k, colour, sign in zip(axes, CLAIMS, (RED, GREEN, GREY), (-1, 1, 1), strict=False):
         base, pat, low, high = np.array([s[k] for s in rows]).T
         ax.axhspan(0, sign * 9, color="#E8E8E8", lw=0)
         ax.axhline(0, color="black", lw=0.8)
+        if len(counted): ax.axvline(counted[0] - 0.5, color=GREY, lw=0.8, ls=":")
+        change = pat - base
+        bars = np.maximum([change - low, high - change], 0)  # of no width, their ends may be rounded past each other
         for i, marker in enumerate("D" if m else "o" for m in main):
-            ax.errorbar(i, pat[i] - base[i], [[pat[i] - base[i] - low[i]], [high[i] - pat[i] + base[i]]], fmt=marker,
-                        color=colour, ms=6 if main[i] else 4, capsize=2.5, lw=1.3)
+            ax.errorbar(i, change[i], bars[:, [i]], fmt=marker, color=colour, ms=6 if main[i] else 4, capsize=2.5,
+                        lw=1.3)
     base, pat, _, _ = np.array([s["L"] for s in rows]).T
     axes[3].plot(x, base, "o", x, pat, "s", color=BLUE, ms=5)
     axes[3].get_lines()[0].set(mfc="white")
-    size = lambda s: (f"{s['size']}" if s["pair"] != "P2" else "equal\nL" if s["label"] == "P2 at equal L," else
+    size = lambda s: (f"{s['size']:g}"[1:] if s["label"] == "margin" else f"{s['size']}" if s["pair"] != "P2" else
+                      "equal\nL" if s["label"] == "P2 at equal L," else
                       "{:g}\n$10^{{{:.0f}}}$".format(s["size"][0], np.log10(s["size"][1])))
     axes[3].set(yscale="log", xlim=(-0.6, len(rows) - 0.4))
     axes[3].set_xticks(x, [size(s) for s in rows])
@@ -519,10 +539,11 @@ def plot(path):
             row[0].set_ylim(min(-0.1, *ends) - 0.05, max(0.1, *ends) + 0.05)
         for ax in row:
             ax.tick_params(labelsize=8.5, left=ax is row[0])
-    axes[0, 1].text(0.99, 0.08, "shaded: what C4 claims", fontsize=8.5, ha="right", transform=axes[0, 1].transAxes)
+    axes[0, 2].text(0.99, 0.08, "shaded: what C4 claims", fontsize=8.5, ha="right", transform=axes[0, 2].transAxes)
     axes[3, 1].text(0.99, 0.75, "circle: baseline, square: PAT", fontsize=8.5, ha="right", color=BLUE,
                     transform=axes[3, 1].transAxes)
-    for ax, label in zip(axes[3], ("width", "bandwidth h, and ridge below it", "width"), strict=True):
+    for ax, label in zip(axes[3], ("width; margin", "bandwidth h, and ridge below it; margin", "width; margin"),
+                         strict=True):
         ax.set_xlabel(label, fontsize=9)
     fig.text(0.02, 0.008, caption(results), fontsize=9, linespacing=1.35)
     fig.savefig(tmp := Path(path).with_suffix(".tmp.png"), dpi=130)

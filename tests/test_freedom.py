@@ -201,7 +201,7 @@ def test_results_follow_the_contract(tiny):
         assert row["verdict"] in ("holds", "not resolved", "contradicted")
         assert row["claim"] in printed and len(row["claim"]) <= 74
         assert all(map(np.isfinite, (row["ours"], *row["ci95"]))) and row["ci95"][0] <= row["ci95"][1]
-    assert len(results["claims"]) == 4 + 2 * (1 + (importlib.util.find_spec("faiss") is not None))
+    assert len(results["claims"]) == 6 + 2 * (1 + (importlib.util.find_spec("faiss") is not None))
     assert results["arrays"]["ratio"] == [1, 4] and results["arrays"]["d_score"] == 50
     assert all(f"target {kind}" in printed for kind in results["arrays"]["targets"])
     assert str(out / "results.png") in printed and (out / "results.png").stat().st_size > 20_000

@@ -185,8 +185,9 @@ NUMBERS = {
         "warmup label-dropout seed", "contrast lr ema label-dropout threshold"),
     f"exp_gaussian.py {ONCE}": ("seeds d depth width iterations lr batch slowdown eval-every n-eval", "seed",
                                 "lr slowdown"),
-    f"exp_toy2d.py {ONCE}": ("nets n times width steps batch lr points bandwidth ridge widths bandwidths ridges margin",
-                             "seed", "lr bandwidth ridge margin bandwidths"),
+    f"exp_toy2d.py {ONCE}": ("nets n times width steps batch lr points bandwidth ridge widths bandwidths ridges margin "
+                             "margins",
+                             "seed", "lr bandwidth ridge margin margins bandwidths"),
 }
 
 

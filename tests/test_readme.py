@@ -24,7 +24,9 @@ def test_prose_says_what_the_verdicts_say():
     for script, start, verdict in (
             ("exp_shells", "C2", "holds"), ("exp_shells", "control: new real", "contradicted"),
             ("exp_shells", "control: trajectories are farther", "holds"),
-            ("exp_cfg_paradox", "control: learned gap on training", "contradicted"),
+            ("exp_cfg_paradox", "control: learned gap, training", "contradicted"),
+            ("exp_shells", "Fig 4 memorization ratio at t = 0.5", "holds"),
+            ("exp_shells", "Fig 4 memorization ratio at t = 0.75", "contradicted"),
             ("exp_scaling", "Fig 3 supervision error per decade", "holds"),
             ("exp_scaling", "Fig 3 extrapolation error per decade", "contradicted"),
             ("exp_scaling", "Fig 7c FD at equal L, U-Net, attention", "holds"),

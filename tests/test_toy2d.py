@@ -182,7 +182,7 @@ def test_results_follow_the_contract(tiny):
     assert set(results) == {"script", "preset", "seed", "device", "seconds", "commit", "versions", "config", "claims",
                             "arrays"}
     assert results["script"] == "exp_toy2d" and results["preset"] == "laptop" and results["config"]["width"] == 32
-    assert len(results["claims"]) == 17
+    assert len(results["claims"]) == 20
     for row in results["claims"]:
         assert set(row) == {"claim", "paper", "ours", "ci95", "verdict"}
         assert row["verdict"] in ("holds", "not resolved", "contradicted")
@@ -220,7 +220,8 @@ def test_bad_input_is_one_line(argv, message, tmp_path):
     (dict(ridges=(1e-6, 0.0)), "ridges must be positive, not 0"),
     (dict(lr=float("nan")), "lr must be positive, not nan"),
     (dict(nets=1), "nets must be 2 to 10"),
-    (dict(margin=0.2), "margin must lie between 0 and .2"),
+    (dict(margin=0.2), "margins must lie between 0 and .2"),
+    (dict(margins=(0.02, 0.3)), "margins must lie between 0 and .2"),
     (dict(times=1), "times must be at least 2"),
     (dict(device="tpu"), "device 'tpu' is not available here"),
 ])

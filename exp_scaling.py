@@ -889,7 +889,7 @@ def work(cfg):
     count = sum(len(job.lengths) for job in todo)
     world, later, writing = max(int(os.environ.get("WORLD_SIZE", 1)), cfg.workers), 0, 0
     for net in nets:             # the last to be trained come first; one in training takes 8 copies more (train.py)
-        size = 4 * sum(p.numel() for p in train.build_on_meta(net[0]).parameters())
+        size = train.weight_bytes(net[0])
         writing, later = max(writing, 8 * world * size - later), later + net[4] * size
     return dict(data=data, nets=nets, images=images, processes=world,
                 files=writing + 2 * 4 * count * cfg.n_trajectories * 400,

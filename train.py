@@ -359,6 +359,10 @@ def build_on_meta(args):                                     # shapes without nu
         return build_model(**args)
 
 
+def weight_bytes(args):                                      # of build_model's network, in fp32
+    return 4 * sum(p.numel() for p in build_on_meta(args).parameters())
+
+
 def sizes(data):
     """build_model's arguments that a data set decides on."""
     return dict(input_size=data["x"].shape[2], in_channels=data["x"].shape[1], num_classes=data["meta"]["num_classes"])
@@ -567,7 +571,7 @@ def forecast(data, folder, device, nets=(), images=(), queries=0, points=None, f
     for net in nets: groups.setdefault(json.dumps(net[:3]), []).append(net)
     for alike in groups.values():
         (args, at_once, batch), (steps, kept) = alike[0][:3], (sum(net[k] for net in alike) for k in (3, 4))
-        weights = 4 * sum(p.numel() for p in build_on_meta(args).parameters())
+        weights = weight_bytes(args)
         _, step, kept_by_one = rates(tuple(args.items()), device)
         # weights, average, gradients, two moments of AdamW; on a GPU, a copy in bf16
         need = held + (5.5 if device.type == "cuda" else 5) * weights + at_once * kept_by_one

@@ -178,9 +178,9 @@ def presets():
             loss.backward()
         return train.activations(step, 2)
 
-    weights = lambda args: 4 * sum(p.numel() for p in train.build_on_meta(args).parameters())
+    train.fits = lambda x, device: x.nbytes <= 80e9 / 3      # as on a GPU of 80 GB
     # weights, average, gradients, two moments, a copy in bf16; and the data, which live on the GPU
-    need = lambda args, at_once: 5.5 * weights(args) + at_once * activations(tuple(args.items()))
+    need = lambda args, at_once: 5.5 * train.weight_bytes(args) + at_once * activations(tuple(args.items()))
     count = lambda args, k: train.step_flops(tuple(args.items()), 1)[k]
 
     def counted(script, preset):
@@ -198,7 +198,7 @@ def presets():
             sampling=sum(count(a, 1) * n for a, n in w["images"]),
             score=2 * w.get("queries", 0) * w.get("points", len(x)) * x[0].size * 2,
             memory=max(need(a, at_once) for a, at_once, *_ in w["nets"]) + w.get("held", x.nbytes),
-            disk=sum(weights(a) * kept for a, *_, kept in w["nets"]) + w.get("files", 0))
+            disk=sum(train.weight_bytes(a) * kept for a, *_, kept in w["nets"]) + w.get("files", 0))
 
     def foretold(script, preset):
         """Small enough for a CPU: what the dry run says after measuring this one, the least of three, since what else

@@ -434,7 +434,8 @@ def measure(cfg):
     own = {arch: np.array([np.mean(np.array(done[arch, "dsm", last, s]["own"]) < cfg.threshold) for s in seeds])
            for arch in fraction}                             # (seeds,)
     claims += [train.claim(f"control, plain DSM, {getattr(cfg, arch).model}: copies of all its own images: < .05",
-                           "not shown", f.mean(), interval(f, cfg.n_samples), high=0.05) for arch, f in own.items()]
+                           "not shown", f.mean(), np.clip(interval(f, cfg.n_samples), 0, 1), high=0.05)
+               for arch, f in own.items()]
     claims += [row(f"targets: fraction of copies with {kind} minus exact: within .1", "0",
                    (targets["exact"], targets[kind]), low=-0.1, high=0.1) for kind in kinds[1:]]
     if cfg.compare_seeds > 2:                                # two have one distance, and no interval

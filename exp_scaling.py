@@ -99,7 +99,7 @@ class Config:
     plateau_seeds: int = 5  # networks of each model of the plateau: there, a seed changes as much as size does
     # Figures 6 and 7, on digits: SiTs, with every lambda
     fig7: Ladder = field(default_factory=lambda: Ladder(("SiT-nano/2", "SiT-micro/2"), (300, 600)))
-    larger: tuple[str, ...] = ()  # SiTs of Figure 7c alone, without REPA, after the lengths of fig7
+    larger: tuple[str, ...] = ()  # SiTs of Figure 7c alone, without REPA, measured at fig7's lengths
     # Figure 7c: each with attention, and without
     unets: Ladder = field(default_factory=lambda: Ladder(("UNet-pico", "UNet-nano"), (100, 200)))
     # for each of the amounts
@@ -602,8 +602,8 @@ def part_fig3(cfg):
     a = ladder(cfg, data, models, (1,) if cfg.model_path else cfg.fig3.lengths)
     sup, ext, slope, claims = a["sup_x"], a["ext_x"], a["ext_x"]["slope"], []
     if "all" in slope:                                       # else all are of one size
-        alone = {"size": "length", "length": "size"}.items() if "length" in slope else ()    # else size is all
-        ends = [published(cfg, data, models[k]) for k in (-1, 0)]
+        alone = (("size", "length"), ("length", "size")) if "length" in slope else ()        # else size is all
+        ends = [published(cfg, data, models[k]) for k in (-1, 0)]        # after 400K iterations
         said = [f"{large - small:+.4f}" for large, small in zip(*ends, strict=True)] if all(ends) else ("< 0", "> 0")
         claims = [falls(f"Fig 3 supervision error per decade of compute, {what}", sup["slope"]["all"]),
                   grows(f"Fig 3 extrapolation error per decade of compute, {what}", slope["all"]),
@@ -640,6 +640,7 @@ def given_claims(a, largest, levels):
     for k, name in enumerate(a["models"]):
         print(f"{name:40s}" + "".join("{:>12.5f} [{:.5f}, {:.5f}]".format(*a[f"{key}_{space}"]["ci"][k][0])
                                       for space in "xv" for key in ("sup", "ext")))
+    name = a["models"][-1]
     return [grows(f"Fig 3 E^ext minus E^sup, {name}", mean_ci(largest["ext"].mean(1) - largest["sup"].mean(1))),
             *[row(f"Fig 3 E^{key}, {name}: within 5% of {value:.4f}", f"{value:.4f}", a[f"{key}_x"]["ci"][-1][-1],
                   low=0.95 * value, high=1.05 * value)
@@ -708,17 +709,18 @@ def part_fig6(cfg):
     said = f"Fig 6 change by REPA ({cfg.lambdas[-1]:g}), trajectories over training points"
     return arrays, [
         row(f"{said}: > 1", "> 1", of(strong, ratio), low=1.0),
-        row("Fig 6 the same: REPA greatly alters one, barely the other: > 1.5", "greatly", of(strong, ratio), low=1.5),
+        row("Fig 6 the same ratio, \"greatly\" read as: > 1.5", "greatly", of(strong, ratio), low=1.5),
         row("Fig 6 control: that ratio over the ratio of a change of seed: > 1", "not shown", excess, low=1.0)]
 
 
-def shift(one, two):
+def shift(one, two, at=0.5):
     """Vertical distance, line of recipe `one` minus line of `two`, at equal x. Each (x (m,), y (m,), x (R, m), y (R,
-    m)): as measured, and resampled. -> (3,), at the middle of where both ranges of x overlap (or of the gap between).
+    m)): as measured, and resampled. -> (3,), at the middle (.5) or the end (1) of where both ranges of x overlap (or of
+    the gap between).
 
     The interval has the error of the samples (bootstrap, paired) and the scatter of the points about the lines."""
     low, high = (f([g(one[0]), g(two[0])]) for f, g in ((max, np.min), (min, np.max)))
-    at = (low + high) / 2
+    at = low + at * (high - low)
     line = lambda x, y: np.polyval(np.polyfit(x, y, 1), at)
     estimate = line(*one[:2]) - line(*two[:2])
     spread = np.std([line(*draw[:2]) - line(*draw[2:]) for draw in zip(*one[2:], *two[2:], strict=True)], ddof=1)
@@ -790,22 +792,24 @@ def part_fig7(cfg, resamples=100):
                 points.append((np.log10(true * steps), L.mean(), FD, [L[i].mean() for i in draws], spread))
                 table.append(dict(recipe=name, model=job.model, steps=steps, compute=true * steps, L=L.mean(),
                                   compute_paper=paper * steps, FD=FD, FD_half=half, FD_sd=float(np.std(spread))))
-        C, *columns = (np.array(column).T for column in zip(*points, strict=True))
-        L, FD, more_L, more_FD = columns                     # (m,) and, resampled, (resamples, m)
+        C, L, FD, more_L, more_FD = (np.array(column).T for column in zip(*points, strict=True))
         C_too = np.tile(C, (resamples, 1))                   # log10 of compute has no error
-        lines[name] = dict(FD_of_L=columns, L_of_C=(C, L, C_too, more_L), FD_of_C=(C, FD, C_too, more_FD))
+        lines[name] = dict(FD_of_L=(L, FD, more_L, more_FD), L_of_C=(C, L, C_too, more_L),
+                           FD_of_C=(C, FD, C_too, more_FD))  # (m,) and, resampled, (resamples, m)
+    plain, attention, conv = f"SiT, REPA {cfg.lambdas[0]:g}", "U-Net, attention", "U-Net, conv only"
+    # Figure 7b has not the larger SiTs of 7c
+    few = len(cfg.fig7.models) * len(cfg.fig7.lengths)
+    lines["SiT, 7b"] = dict(FD_of_L=[v[..., :few] for v in lines[plain]["FD_of_L"]])
     arrays |= dict(table=table, fits={name: np.polyfit(*of["FD_of_L"][:2], 1) for name, of in lines.items()})
-    plain, (*_, attention, conv) = f"SiT, REPA {cfg.lambdas[0]:g}", lines
-    less = lambda one, two, what="FD_of_L": shift(lines[one][what], lines[two][what])
-    few = len(cfg.fig7.models) * len(cfg.fig7.lengths)       # Figure 7b has not the larger SiTs of 7c
-    lines["none"] = dict(FD_of_L=[v[..., :few] for v in lines[plain]["FD_of_L"]])
-    claims = [falls(f"Fig 7b FD at equal L, REPA {lam:g} minus none", less(f"SiT, REPA {lam:g}", "none"))
+    minus = lambda one, two, what="FD_of_L", at=0.5: shift(lines[one][what], lines[two][what], at)
+    claims = [falls(f"Fig 7b FD at equal L, REPA {lam:g} minus none", minus(f"SiT, REPA {lam:g}", "SiT, 7b"))
               for lam in cfg.lambdas[1:]]
-    claims += [falls(f"Fig 7c FD at equal L, {name} minus SiT", less(name, plain)) for name in (attention, conv)]
-    claims.append(falls("Fig 7c FD at equal L, U-Net conv only minus with attention", less(conv, attention)))
-    # Section 5.1: by L, and taking both together, SiTs make more of their compute
-    claims += [grows(f"Fig 7c {what} at equal compute, {name} minus SiT", less(name, plain, f"{what}_of_C"))
-               for what in ("L", "FD") for name in (attention, conv)]
+    claims += [falls(f"Fig 7c FD at equal L, {name} minus SiT", minus(name, plain)) for name in (attention, conv)]
+    claims.append(falls("Fig 7c FD at equal L, U-Net conv only minus with attention", minus(conv, attention)))
+    # Section 5.1: by L, and taking both together, SiTs make more of their compute, in the middle and at the most of it
+    claims += [grows(f"Fig 7c {what} at equal compute, {where}, {name} minus SiT",
+                     minus(name, plain, f"{what}_of_C", at))
+               for what in ("L", "FD") for where, at in (("middle", 0.5), ("most", 1)) for name in (attention, conv)]
     return arrays, [c for c in claims if not np.isnan(c["ours"])]        # without FD, those of L alone
 
 
@@ -844,7 +848,7 @@ def check(cfg):
             raise ValueError(f"{path} predicts {net.prediction}: Figure 3 is of networks that predict v")
     for name, shape in shapes.items() if not cfg.model_path else ():
         models, lengths = (rungs := getattr(cfg, name)).models, rungs.lengths
-        if name == "fig7": models += cfg.larger
+        if name == "fig7": models += cfg.larger              # the errors below name these as fig7's, too
         if len(models) < 2 and name not in ("fig7", "unets") or not models or not lengths:
             raise ValueError(f"{name} needs two models at least, and a length")
         if len(set(models)) < len(models):
@@ -1026,7 +1030,7 @@ def draw_fig6(axes, a):
 
 
 def draw_fig7(axes, a):
-    recipes = list(a["fits"])
+    recipes = [name for name in a["fits"] if name != "SiT, 7b"]
     repa, colours = [r for r in recipes if "REPA" in r], {recipes[0]: "black"}
     colours |= {r: (0.8, 0.75 - 0.6 * k / len(repa), 0.7) for k, r in enumerate(repa[1:])}
     colours |= dict(zip(recipes[-2:], ("#009E73", "#999933"), strict=True))
@@ -1034,13 +1038,17 @@ def draw_fig7(axes, a):
               (recipes, "(f) L against compute (colours: d, e)"))
     for ax, (names, title) in zip(axes, panels, strict=True):
         for name in names:
-            C, L, FD = np.array([[r[k] for k in ("compute", "L", "FD")] for r in a["table"] if r["recipe"] == name]).T
+            rows = [r for r in a["table"] if r["recipe"] == name]
+            if ax is axes[0]:                                # Figure 7b has but the models that have REPA, too
+                rows = [r for r in rows if r["model"] in {q["model"] for q in a["table"] if q["recipe"] == repa[-1]}]
+            C, L, FD = np.array([[r[k] for k in ("compute", "L", "FD")] for r in rows]).T
             if ax is axes[2]:
                 ax.plot(*np.array([C, L])[:, np.argsort(C)], "o-", color=colours[name], ms=4, lw=1)
                 continue
             ax.scatter(L, FD, 12 + 25 * (np.log10(C) - 10).clip(0), color=[colours[name]], alpha=0.8, label=name)
             ends = np.array([L.min(), L.max()])
-            ax.plot(ends, np.polyval(a["fits"][name], ends), color=colours[name], lw=1.3)
+            of = "SiT, 7b" if ax is axes[0] and name == recipes[0] else name
+            ax.plot(ends, np.polyval(a["fits"][of], ends), color=colours[name], lw=1.3)
         ax.set(xlabel="supervision loss L (v-space)", ylabel="Fréchet distance", title=title)
     for ax, what in zip(axes, ("REPA lower", "U-Nets lower"), strict=False):
         room_above(ax, 0.6)
@@ -1103,8 +1111,9 @@ def caption(results):
                               "(paper: falls, rises).")
     if c := starting("Fig 6"):
         end = {"holds": "more than", "contradicted": "less than", "not resolved": "not told apart from what"}
+        (control,) = starting("Fig 6 control")
         out["results"].append(f"Fig. 6: REPA changes the network {c[0]['ours']:.2f} times as much along trajectories "
-                              f"as on training points (paper: greatly): {end[c[2]['verdict']]} another seed does "
+                              f"as on training points (paper: greatly): {end[control['verdict']]} another seed does "
                               "(grey band).")
     if repa := starting("Fig 7b"):
         unet, by = starting("Fig 7c")[0], [c["ours"] for c in repa]
@@ -1114,8 +1123,11 @@ def caption(results):
                               "sure).")
     if c := starting("Fig 7c L at equal compute"):
         end = {"holds": "higher", "contradicted": "lower", "not resolved": "not told apart"}
-        out["results"].append(f"At equal compute L of U-Nets (attention) minus that of SiTs is {c[0]['ours']:+.2g}: "
-                              f"{end[c[0]['verdict']]} (paper: higher).")
+        middle, most = (starting(f"Fig 7c L at equal compute, {where}, U-Net, attention")[0] for where in
+                        ("middle", "most"))
+        out["results"].append("L of U-Nets (attention) minus that of SiTs at equal compute (paper: higher): "
+                              f"{middle['ours']:+.2g} in the middle ({end[middle['verdict']]}), {most['ours']:+.2g} at "
+                              f"the most of it ({end[most['verdict']]}).")
     if c := starting("Fig 3 plateau"):
         plateau, seeds = results["arrays"]["fig3"]["plateau"], results["config"]["plateau_seeds"]
         out["results_when"].append(f"Plateau (half the contrast, {seeds} of each network): "

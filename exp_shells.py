@@ -53,7 +53,8 @@ class Config:
     preset: Literal["laptop", "gpu", "paper"] = "laptop"  # where the defaults of all other fields come from
     train: Training = field(default_factory=Training)  # the model: trained by train.py, or found in out/
     model_path: str = ""  # official SiT weights or a run's folder: measure it, and train nothing
-    n_points: int = 500  # training points, and at most as many held-out ones, behind the medians of r_*
+    # behind the medians of r_*, and at most as many held-out ones; from 381 up, all inside shows that 99% are
+    n_points: int = 500  # training points
     n_trajectories: int = 200  # sampling trajectories
     n_lines: int = 100  # how many of each are drawn
     n_times: int = 50  # times t = 1/n_times, 2/n_times .. 1
@@ -213,7 +214,7 @@ def measure(cfg):
     claims = [
         train.claim("C1 training points lie on a shell: worst |median r_* - 1| is below .01", "0",
                     off(r["training"]), train.bootstrap(r["training"], off), high=0.01),
-        train.claim(f"C1 in a shell, sharp: fraction of them, at the worst t, at least {1 - cfg.delta:g}", "1",
+        train.claim(f"C1 training points in a sharp shell: fraction at the worst t, >= {1 - cfg.delta:g}", "1",
                     inside / (n := len(r["training"])), train.wilson(inside, n), low=1 - cfg.delta),
         train.claim("C2 sampling leaves the shells: median r_* at t = .3 is above 1.3", "> 1",
                     np.median(r["inference"][:, at(0.3)]), train.bootstrap(r["inference"][:, at(0.3)]), low=1.3),

@@ -23,7 +23,7 @@ L here is E_t E_{z ~ p_t} |x_theta - x_*|^2 over the variance of the data, so th
 perfect fit, 1 is what predicting the mean would get. The file is longer than 300 lines since it carries its
 own intervals, results file and command line: it works without train.py, sample.py and model.py.
 
-Try this; the answers are in the table that is printed last.
+Try this; the answers are in the table that is printed last, or in the figure.
 1. python exp_toy2d.py --bandwidth 2        Does knowing the angle help whatever the kernel is? See P2's first row: its
    verdict turns round. A kernel this wide blends -.2 and .2 in any coordinates.
 2. python exp_toy2d.py --steps 200          Is it extrapolation alone? See P1's "nearly perfect" row, which fails, and
@@ -382,13 +382,13 @@ def measure(cfg):
         print(f"P2 at equal L is left out: no ridge between {cfg.ridge:g} and 1 gives the PAT the baseline's L")
     for pair, (baseline, pat) in PAIRS.items():              # the same samples, counted otherwise
         rows[pair] += [("margin", m, *(models[name, main[pair]] | fractions(models[name, main[pair]]["samples"], m)
-                                       for name in (baseline, pat))) for m in cfg.margins]
+                                       for name in (baseline, pat))) for m in sorted({*cfg.margins} - {cfg.margin})]
     claims, sweep, shown = [], [], {}
-    for pair, label, size, base, pat in ((p, *row) for p in PAIRS for row in rows[p]):
-        row = {k: [base[k].mean(), pat[k].mean(), *interval(pat[k] - base[k])] for k in ("L", *CLAIMS)}
-        sweep.append(row | dict(pair=pair, size=size, label=label))
+    for pair, (label, size, base, pat) in ((p, row) for p in PAIRS for row in rows[p]):
+        entry = {k: [base[k].mean(), pat[k].mean(), *interval(pat[k] - base[k])] for k in ("L", *CLAIMS)}
+        sweep.append(entry | dict(pair=pair, size=size, label=label))
         for k, (text, bound) in CLAIMS.items() if label.startswith(pair) else ():
-            claims.append(claim(f"{label} {text}", text[-3:], row[k][1] - row[k][0], row[k][2:], **bound))
+            claims.append(claim(f"{label} {text}", text[-3:], entry[k][1] - entry[k][0], entry[k][2:], **bound))
         if label == pair:
             worse = np.maximum(base["L"], pat["L"])
             claims.append(claim(f"{pair} supervision is nearly perfect: L of the worse of both < .01", "0",
@@ -436,13 +436,12 @@ def caption(results):
     good = say("more good", {"holds": "more", "not resolved": "no difference resolved", "contradicted": "fewer"})
     return "\n".join([
         f"PAT against baseline, where drawn (diamonds). Bad samples: {bad}. Good samples:",
-        f"{good}. In the sweep: fewer bad ones in {count('bad', -1)} of {len(sweep)} settings, more good",
-        f"ones in {count('good', 1)}, a larger share of good ones in {count('share', 1)}. P3's L is "
-        f"{a['models']['equivariant MLP']['L']:.4f}; no radial-equivariant model gets below "
-        f"{a['best_homogeneous']:.4f}.",
-        f"Brackets: 95%, {cfg['n']:,} samples; bars: 95%, {cfg['nets']} repetitions. Fields: arrows are "
-        "$(x_\\theta - z)/3$; colour says what $x_\\theta$ would be",
-        "as a sample. Right of the dotted lines: the models drawn above, with other margins around the points."])
+        f"{good}. In the sweep: fewer bad ones in {count('bad', -1)} of {len(sweep)} settings, more good ones in "
+        f"{count('good', 1)}, a larger share",
+        f"of good ones in {count('share', 1)} (right of the dotted lines: the models drawn, other margins). P3's L is "
+        f"{a['models']['equivariant MLP']['L']:.4f};",
+        f"no equivariant model gets below {a['best_homogeneous']:.4f}. Brackets: 95%, {cfg['n']:,} samples; bars: 95%, "
+        f"{cfg['nets']} repetitions. Fields: arrows are $(x_\\theta - z)/3$; colour: $x_\\theta$ as a sample."])
 
 
 def draw_model(axes, m, cfg, times):
@@ -492,8 +491,8 @@ def draw_sweep(axes, rows):
     base, pat, _, _ = np.array([s["L"] for s in rows]).T
     axes[3].plot(x, base, "o", x, pat, "s", color=BLUE, ms=5)
     axes[3].get_lines()[0].set(mfc="white")
-    size = lambda s: (f"{s['size']:g}"[1:] if s["label"] == "margin" else f"{s['size']}" if s["pair"] != "P2" else
-                      "equal\nL" if s["label"] == "P2 at equal L," else
+    size = lambda s: (f"{s['size']:g}".lstrip("0") if s["label"] == "margin" else
+                      f"{s['size']}" if s["pair"] != "P2" else "equal\nL" if s["label"] == "P2 at equal L," else
                       "{:g}\n$10^{{{:.0f}}}$".format(s["size"][0], np.log10(s["size"][1])))
     axes[3].set(yscale="log", xlim=(-0.6, len(rows) - 0.4))
     axes[3].set_xticks(x, [size(s) for s in rows])

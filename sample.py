@@ -60,8 +60,9 @@ def velocity(model, z, t, y, w=1.0):
         return v_c + (w - 1) * (v_c - v_u)
     # a few at once: activations stay in a CPU's caches, and those of large networks fit beside a GPU's data
     at_once = min(256, max(1, 2**16 // z[0].numel())) if z.device.type == "cpu" else 256
-    labels = [None] * len(z) if y is None else y.split(at_once)
-    out = torch.cat([model(zb, t, yb) for zb, yb in zip(z.split(at_once), labels, strict=False)])
+    pieces = z.split(at_once)
+    labels = [None] * len(pieces) if y is None else y.split(at_once)
+    out = torch.cat([model(zb, t, yb) for zb, yb in zip(pieces, labels, strict=True)])
     return out if model.prediction == "v" else (z - out) / t
 
 

@@ -51,7 +51,8 @@ GALLERY = {
          "control: more so than another seed": "Fig 6 control",
          "REPA is better at equal L": "Fig 7b FD at equal L, REPA 1",
          "U-Nets are better at equal L": "Fig 7c FD at equal L, U-Net, attention",
-         "U-Nets have a higher L at equal compute": "Fig 7c L at equal compute, U-Net, attention"}),
+         "U-Nets have a higher L at equal compute": "Fig 7c L at equal compute, middle, U-Net, attention",
+         "at the most compute too": "Fig 7c L at equal compute, most, U-Net, attention"}),
     "exp_toy2d": (
         "Perception-aligned training", ("exp_toy2d.png", "exp_toy2d.gif"),
         "Four training points on a line, two on each side: samples between the sides are bad (orange-red), those "

@@ -202,6 +202,10 @@ def test_results_follow_the_contract(tiny):
         assert row["claim"] in printed and len(row["claim"]) <= 74
         assert all(map(np.isfinite, (row["ours"], *row["ci95"]))) and row["ci95"][0] <= row["ci95"][1]
     assert len(results["claims"]) == 6 + 2 * (1 + (importlib.util.find_spec("faiss") is not None))
+    for p in (out / "runs").glob("*_dsm_*.json"):            # D_region is D_score at ratio 1, more at ratio 4
+        got = json.loads(p.read_text())
+        if "_dsm_1_" in p.name: assert got["own"] == pytest.approx(got["score"], rel=1e-6)
+        else: assert np.all(np.array(got["own"]) != got["score"])
     assert results["arrays"]["ratio"] == [1, 4] and results["arrays"]["d_score"] == 50
     assert all(f"target {kind}" in printed for kind in results["arrays"]["targets"])
     assert str(out / "results.png") in printed and (out / "results.png").stat().st_size > 20_000

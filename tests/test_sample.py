@@ -554,3 +554,20 @@ def test_a_bad_reference_is_found_before_sampling(run, tmp_path, monkeypatch):
         with pytest.raises((ValueError, OSError), match=message):
             export(run, tmp_path / "a.npz", fid=str(tmp_path / reference))
     assert not list(tmp_path.glob("a.npz*"))                 # not a batch was drawn
+
+
+def test_velocity_is_of_a_few_images_at_once():
+    """Whatever their number, each with its label, in order."""
+    seen = []
+
+    class Label:                                             # v is the label
+        prediction, num_classes = "v", 700
+
+        def __call__(self, z, t, y):
+            seen.append(len(z))
+            return z * 0 + (torch.full((len(z),), 700) if y is None else y).view(-1, 1, 1, 1)
+    z, y = torch.randn(600, 1, 4, 4), torch.arange(600)
+    assert (velocity(Label(), z, 0.5, y)[:, 0, 0, 0] == y).all() and seen == [256, 256, 88]
+    assert (velocity(Label(), z, 0.5, None) == 700).all()
+    guided = velocity(Label(), z, 0.5, y, w=3)             # y + 2 (y - 700)
+    assert (guided[:, 0, 0, 0] == 3 * y - 1400).all() and max(seen) == 256

@@ -170,6 +170,8 @@ def test_shift_of_a_line_at_equal_loss():
     one, two = line(np.linspace(0.7, 0.9, 6), -3.0, 0), line(np.linspace(0.8, 1.0, 6), 0.0, 0)
     value, low, high = shift(one, two)
     assert abs(value + 3) < 1e-9 and low < -3 < high and high - low < 0.2
+    bent = (one[0], one[1] + 10 * (one[0] - 0.85), one[2], one[3])       # 50 instead of 40 a unit of L: by .05 and .1
+    assert abs(shift(bent, two)[0] + 3) < 1e-9 and abs(shift(bent, two, 1)[0] + 2.5) < 1e-9
     hit = [low <= -3 <= high for low, high in (shift(line(one[0], -3, 0.5), line(two[0], 0, 0.5))[1:]
                                                for _ in range(300))]
     assert np.mean(hit) > 0.92                               # the scatter of the points is in the interval
@@ -296,6 +298,12 @@ def test_another_data_set_and_its_fid(tmp_path, monkeypatch, capsys):
     assert images.shape == (6, 8, 8, 3)
     f = images.reshape(6, -1) @ W
     assert row["FD"] == pytest.approx(frechet(f.mean(0), np.cov(f.T), np.zeros(5), np.eye(5)), rel=1e-3)
+    # Figure 7b is of the models with REPA alone, and so as if there were no larger ones
+    said = lambda: {c["claim"]: c for c in exp_scaling.part_fig7(cfg)[1]}
+    with_larger, cfg = said(), replace(cfg, larger=())
+    without, cfg = said(), replace(cfg, larger=("SiT-micro/4",))
+    same = [with_larger[k]["ours"] == without[k]["ours"] for k in without]
+    assert all(s == ("Fig 7b" in k or "minus with attention" in k) for s, k in zip(same, without, strict=True))
     assert "Inception" in results["arrays"]["fig7"]["how"] and any("Fig 7c" in c["claim"] for c in results["claims"])
     exp_scaling.measure(replace(cfg, reference=""))          # all networks are found; and FID is for others to compute
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -361,6 +369,7 @@ def test_levels_beside_the_published_ones(monkeypatch, capsys):
     args = dict(name="SiT-XL/2", in_channels=4, input_size=32, num_classes=1000)
     monkeypatch.setattr(exp_scaling, "model_args", lambda cfg, data, model: args)
     levels = exp_scaling.published(Config(), "imagenet", "SiT-XL/2")
+    assert levels == (0.1834, 0.5359)
     errors = dict(sup=np.full((5, 3), 0.19), ext=np.full((5, 3), 0.6) + np.arange(5)[:, None] / 1e4)
     claims = exp_scaling.given_claims(a, errors, levels)
     assert [(c["paper"], c["verdict"]) for c in claims] == [("> 0", "holds"), ("0.1834", "holds"),
@@ -381,18 +390,20 @@ def test_a_figure_is_drawn_from_its_json_alone(tiny, tmp_path):
 def test_a_captions_words_are_its_claims():
     """Each claim turned round turns its words round."""
     names = ["Fig 3 supervision error: < 0", "Fig 3 extrapolation error: > 0", "Fig 6 change", "Fig 6 the same",
-             "Fig 6 control", "Fig 7b REPA", "Fig 7c U-Net", "Fig 7c L at equal compute", "Fig 3 plateau, sup",
+             "Fig 6 control", "Fig 7b REPA", "Fig 7c U-Net", "Fig 7c L at equal compute, middle, U-Net, attention",
+             "Fig 7c L at equal compute, most, U-Net, attention", "Fig 3 plateau, sup",
              "Fig 3 plateau, ext", "Fig 3 plateau after 5 steps",
              "dial", *["onset"] * 3]
     found = dict(arrays=dict(fig3=dict(plateau=dict(lengths=[5]))), config=dict(n_onset=9, plateau_seeds=2))
     def says(low, high, verdict):
-        claims = [dict(claim=n, ours=(low + high) / 2, ci95=[low, high], verdict=verdict) for n in names]
+        claims = [dict(claim=n, ours=(low + high) / 2, ci95=[low, high],         # the sentence is the control's
+                       verdict="not resolved" if n == "Fig 6 the same" else verdict) for n in names]
         return "\n".join(exp_scaling.caption(dict(claims=claims, **found)).values())
     up, down, open_ = says(1, 2, "holds"), says(-2, -1, "contradicted"), says(-1, 1, "not resolved")
     assert "it rises after 5 steps." in up and "it falls after 5 steps." in down
     assert "rises on" in up and "falls" not in up.replace("(paper: falls, rises)", "").replace("falls with size", "")
     assert "falls on" in down and "less than another seed" in down and "more than another seed" in up
-    assert "is +1.5: higher" in up and "is -1.5: lower" in down
+    assert "+1.5 in the middle (higher)" in up and "-1.5 at the most of it (lower)" in down
     assert "does not clearly change" in open_ and "not told apart" in open_ and "in 0 of 1 mixtures" in open_
 
 
@@ -404,6 +415,8 @@ def test_a_captions_words_are_its_claims():
     (dict(unets=Ladder(("SiT-nano/2",), (1, 2, 3))), "unets.models are U-Nets"),
     (dict(fig7=Ladder(("SiT-nano/2",), (1, 2))), "a line through the points of fig7 needs three"),
     (dict(fig7=Ladder(("SiT-nano/2", "SiT-nano/4"), (1, 2))), "one patch size"),
+    (dict(larger=("UNet-nano",)), "fig7.models are SiTs"),
+    (dict(larger=("SiT-nano/2",)), "fig7.models must differ"),
     (dict(repa_depth=3), "repa_depth 3 is more than the 2 blocks of SiT-nano/2"),
     (dict(lambdas=(0.25, 0.5)), "lambdas must ascend from 0"),
     (dict(amounts=(0, 2)), "amounts of field lie between 0 and 1"),

@@ -192,6 +192,10 @@ def test_results_follow_the_contract(tiny):
         assert len(model["samples"]) == 200 and abs(sum(f[0] for f in model["fraction"].values()) - 1) < 1e-3
         kinds = toy.kind_of(torch.tensor(model["samples"], dtype=torch.float64), 0.1).bincount(minlength=4) / 200
         assert (kinds - torch.tensor([f[0] for f in model["fraction"].values()])).abs().max() < 0.011   # rounded x
+    for entry in (e for e in results["arrays"]["sweep"] if e["label"] == "margin"):      # the drawn samples, recounted
+        for name, bad in zip(toy.PAIRS[entry["pair"]], entry["bad"], strict=False):
+            samples = torch.tensor(results["arrays"]["models"][name]["samples"], dtype=torch.float64)
+            assert abs((toy.kind_of(samples, entry["size"]) == 0).double().mean() - bad) < 0.011
     assert str(out / "results.png") in printed and (out / "results.png").stat().st_size > 20_000
     assert all((out / f"results.{kind}").stat().st_size < 300_000 for kind in ("json", "png"))
 

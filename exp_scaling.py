@@ -32,9 +32,10 @@ x_theta of the true density has an E^ext too, which all these networks reach fro
 memorization, which lowers it. Fields of half the contrast hold the networks up on a *plateau* before they learn any
 structure; E^ext changes over size by half a percent to two there. So small a change is what another seed does as well,
 but over five networks of each kind it falls, too; for either length alone they do not tell.
-*Fig. 6:* REPA changes the network more along trajectories than on training points, and so does a change of seed. *Fig.
-7:* U-Nets have a far lower distance than transformers at equal L, as the paper says; REPA does not (it is one block
-deep here, its teacher a small classifier, the runs short). *Dial:* E^ext falls with size at every a.
+*Fig. 6:* REPA changes the network a little more along trajectories than on training points (not "greatly"), and so does
+a change of seed. *Fig. 7:* U-Nets have a far lower distance than transformers at equal L, as the paper says, and a
+higher L at equal compute, though not at the most of it; REPA changes neither (it is one block deep here, its teacher a
+small classifier, the runs short). *Dial:* E^ext falls with size at every a.
 *Onset:* on 1,000 crops E^ext falls from the start, mostly before the first copy: no mark of memorization.
 
 Networks and their measurements are kept in out/exp_scaling/<preset>/runs/, named by what they depend on: the same

@@ -192,8 +192,8 @@ def test_claims_on_mnist5k(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         claims |= {row["claim"]: row for row in json.loads((out / "results.json").read_text())["claims"]}
     find = lambda start: next(row for text, row in claims.items() if text.startswith(start))
-    for start in ("C1 training", "C1 in a shell", "C2 ", "Fig 4 memorization", "Fig 2 empirical", "Fig 2 learned",
-                  "why: "):
+    for start in ("C1 training points lie", "C1 training points in", "C2 ", "Fig 4 memorization", "Fig 2 empirical",
+                  "Fig 2 learned", "why: "):
         assert find(start)["verdict"] == "holds", find(start)
     assert find("C1 ")["ci95"][1] < 0.01 and find("C2 ")["ci95"][0] > 1.3
     assert find("Fig 2 empirical")["ci95"][1] < 1e-3 and find("Fig 2 learned")["ci95"][0] > 0.3

@@ -31,7 +31,9 @@ def test_prose_says_what_the_verdicts_say():
             ("exp_scaling", "Fig 3 extrapolation error per decade", "contradicted"),
             ("exp_scaling", "Fig 7c FD at equal L, U-Net, attention", "holds"),
             ("exp_scaling", "Fig 3 plateau, half the contrast: extrapolation", "contradicted"),
-            ("exp_scaling", "Fig 6 control", "not resolved")):
+            ("exp_scaling", "Fig 7c L at equal compute, middle, U-Net, attention", "holds"),
+            ("exp_scaling", "Fig 7c L at equal compute, most, U-Net, attention", "not resolved"),
+            ("exp_scaling", "Fig 6 the same", "contradicted"), ("exp_scaling", "Fig 6 control", "not resolved")):
         assert readme.one(script, start)["verdict"] == verdict, start
     assert {c["verdict"] for c in readme.claims("exp_scaling", "Fig 3 plateau after")} == {"not resolved"}
     for start in ("dial", "onset, textures: extrapolation"):

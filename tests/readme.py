@@ -38,7 +38,8 @@ GALLERY = {
         "noisy images of a larger and larger set, D_region: are more samples copies then (blue)? The control (black) "
         "is ordinary training on the same images.",
         {"C3, for the transformer": "C3 SiT", "C3, for the U-Net": "C3 UNet",
-         "control: plain training does not copy more": "control, plain DSM, SiT",
+         "control: plain training does not copy more": "control, plain DSM, SiT-micro/4: the same",
+         "nor what it was trained on itself": "control, plain DSM, SiT-micro/4: copies",
          "sampled and exact targets agree": "targets: fraction of copies with sampled"}),
     "exp_scaling": (
         "Selective underfitting, REPA and the scaling law", ("exp_scaling.png", "exp_scaling_when.png"),

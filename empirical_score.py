@@ -516,8 +516,8 @@ class EmpiricalScore:
             d2[alpha == a] = torch.cdist(q[alpha == a], a * rows, compute_mode="donot_use_mm_for_euclid_dist").square_()
         return d2
 
-    def _far(self, q, alpha):                                # from all points
-        return q.norm(dim=1) > 2 * alpha * self.radius
+    def _far(self, length, alpha):                           # from all points, of a query of this length
+        return length > 2 * alpha * self.radius
 
     @staticmethod
     def _table(b, B, *columns):
@@ -546,7 +546,7 @@ class EmpiricalScore:
                                                                 .mul_(x.sub_(take(x_0, b))).sum(1))
         (e,), _ = self._table(b, len(q), (rate[b] * relative, -torch.inf))
         near = -(q - alpha[:, None] * x_0).square().sum(1) / (2 * var)
-        base = torch.where(self._far(q, alpha), rate * (x_0 * middle).sum(1), near)
+        base = torch.where(self._far(q.norm(dim=1), alpha), rate * (x_0 * middle).sum(1), near)
         top = e.amax(1)                                      # not 0, where bounds took another point for the nearest
         struck = (n - count).double().log() - math.log(self.N / self.tau)
         return done, index[done], (e - top[:, None])[done], struck[done], (base + top)[done]
@@ -574,7 +574,7 @@ class EmpiricalScore:
                 if done.any(): yield ask[done], index, None, *found
                 rest = rest[~torch.isin(rest, ask[done])]
         # All points, by a product, in fp32 or float64; or, where too much cancels even so, by differences.
-        far = self._far(q, alpha)
+        far = self._far(length, alpha)
         ill = ~far & (size * 2.0**-50 > 1e-7)
         none, base = torch.full_like(t, -torch.inf), torch.where(far, 0, -q.square().sum(1) / (2 * var))
         for dtype, ask in ((torch.float32, rest[fine[rest]]), (torch.float64, rest[(~fine & ~ill)[rest]]),

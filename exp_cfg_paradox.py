@@ -19,7 +19,7 @@ one training point has all the weight of the softmax, with the label or without 
 Try this; the answers are in the table that is printed last, or in the figure.
 1. python exp_cfg_paradox.py --w 4          Does guidance lead to where there is more to guide? See the learned gap on
    trajectories, which falls, and that on training points over it, which rises. Guidance uses up what it feeds on.
-2. In measure, take x from data["x_heldout"][i % 500] and its labels from data["y_heldout"][i % 500]. Is it the shells
+2. In measure, take the images of i with train.images_of(data, i % 500, device, "x_heldout"). Is it the shells
    that make the empirical gap vanish? See the first row, which holds for images that nobody trained on, too: at small
    t the softmax collapses on one image wherever it is asked.
 3. python exp_cfg_paradox.py --redraw       As t grows, where does a second image get a say first, on training points or
@@ -126,9 +126,8 @@ def measure(cfg):
     t = np.linspace(1 / cfg.n_times, 1, cfg.n_times)
 
     i = np.random.default_rng(cfg.seed).choice(E.N, min(cfg.n, E.N), replace=False)
-    x = torch.from_numpy(data["x"][i]).to(device).float()
-    labels = {"supervision": torch.from_numpy(data["y"][i].astype(np.int64)).to(device),
-              "extrapolation": torch.arange(cfg.n, device=device) % model.num_classes}
+    x, y = train.images_of(data, i, device)
+    labels = {"supervision": y, "extrapolation": torch.arange(cfg.n, device=device) % model.num_classes}
     eps = noise(range(len(x)), E.shape, cfg.seed + 1).to(device)
     path, stats = [], {}
     for i in torch.arange(cfg.n).split(cfg.batch):
@@ -189,7 +188,7 @@ def plot(path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     results = json.loads(Path(path).read_text())
-    a, claims, model = results["arrays"], results["claims"], results["config"]["train"]
+    a, model = results["arrays"], results["config"]["train"]
     name = Path(results["config"].get("model_path", "")).name or model["model"]
     t = np.array(a["t"])
     fig, axes = plt.subplots(1, 2, figsize=(10, 5.6), width_ratios=(1.35, 1))
@@ -228,7 +227,7 @@ def plot(path):
     ax.legend(handles=[plt.Line2D([], [], color="black", ls=ls, label=label) for ls, label in
                        (("-", "among those of the class"), ("--", "among all"))], fontsize=9, loc="upper left")
 
-    (ratio,) = (c for c in claims if c["claim"].startswith("control: learned gap, training points over"))
+    (ratio,) = train.starting(results, "control: learned gap, training points over")
     meaning = {"contradicted": "So this network misses the empirical score inside the shells too: extrapolation alone "
                                "does not explain the gap.",
                "holds": "Most of the gap is made by extrapolation, as the paper's argument assumes.",

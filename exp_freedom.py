@@ -214,8 +214,7 @@ def fit(cfg, net, kind, ratio, seed, device, path):
     A long training goes on from its checkpoint `path`."""
     data = train.load_data(cfg.data)
     score, region = subsets(data["y"], cfg.per_class, ratio, cfg.seed, cfg.balanced)
-    x_score, y_score = (torch.from_numpy(data[k][score]).to(device, dtype) for k, dtype in (("x", torch.float32),
-                                                                                           ("y", torch.int64)))
+    x_score, y_score = train.images_of(data, score, device)
     arrays = [train.resident(data[k], device) for k in "xy"]
     index = lambda step: region[train.step_indices(step, net.batch, len(region), seed)]
     shape, classes = tuple(x_score.shape[1:]), data["meta"]["num_classes"]
@@ -470,12 +469,11 @@ def caption(results):
     lines = [f"{cfg[arch]['model']} in the largest region against the smallest: {rises[rise['verdict']]}, "
              f"{number(rise)}; by plain DSM {other[control['verdict']]}, {number(control)}."
              for rise, control, arch in zip(c[:2], c[2:4], STYLE, strict=True)]
-    starting = lambda start: [row for row in c if row["claim"].startswith(start)]
-    own = [next(row for row in starting(f"control, plain DSM, {cfg[arch]['model']}: copies from")) for arch in STYLE]
+    own = [train.starting(results, f"control, plain DSM, {cfg[arch]['model']}: copies from")[0] for arch in STYLE]
     lines.append(f"Samples of plain DSM at ratio {a['ratio'][-1]:.3g} that copy any image that it was trained on: " +
                  "; ".join("{:.3f} [{:.3f}, {:.3f}]".format(r["ours"], *r["ci95"]) for r in own) + ".")
     same = "; ".join(f"exact and {k} {agree[row['verdict']]}" for k in a["targets"]
-                     for row in starting(f"targets: fraction of copies with {k} "))
+                     for row in train.starting(results, f"targets: fraction of copies with {k} "))
     copies = ", ".join(f"{k} {np.mean(f):.2f}" for k, f in a["targets"].items())
     lines += [f"Copies by target, after {cfg['compare']['steps']:,} steps: {copies} ({same})." if same else "",
               f"{cfg['data']}, $|D_{{score}}|$ = {a['d_score']:,}, {a['n_seeds']} seed(s), {cfg['n_samples']} images "

@@ -160,9 +160,7 @@ def measure(cfg):
 
     def pick(name, n):                                       # n random images with labels, and their rows
         i = rng.choice(len(data[name]), min(n, len(data[name])), replace=False)
-        y = data[name.replace("x", "y")]
-        x, y = torch.from_numpy(data[name][i]).to(device).float(), torch.from_numpy(y[i].astype(np.int64)).to(device)
-        return x, y, torch.from_numpy(i)
+        return *train.images_of(data, i, device, name), torch.from_numpy(i)
 
     # C1, C2: r_* of training points, of held-out images noised in the same way, and along inference (Fig 1b)
     t = times(1 / cfg.n_times, cfg.n_times, 0.3)
@@ -268,11 +266,10 @@ def mosaic(image, pictures):
 def caption(results):
     """What the figure says, in words and numbers that follow from the claims."""
     a, model = results["arrays"], results["config"]["train"]
-    starting = lambda start: [c for c in results["claims"] if c["claim"].startswith(start)]
-    name, (out,) = Path(results["config"].get("model_path", "")).name or model["model"], starting("C2")
+    name, (out,) = Path(results["config"].get("model_path", "")).name or model["model"], train.starting(results, "C2")
     lines = [f"{name} on {a['N']:,} images of {model['data']}, d = {a['d']}. At t = .3 the median of $r_*$ is "
              f"{out['ours']:.2f} along sampling trajectories (paper: above 1)."]
-    if controls := starting("control"):
+    if controls := train.starting(results, "control"):
         stay, more = controls
         lines += [f"Control: new real images, noised afresh, are at {stay['ours']:.2f} [{stay['ci95'][0]:.2f}, "
                   f"{stay['ci95'][1]:.2f}], trajectories {more['ours']:+.2f} from that [{more['ci95'][0]:+.2f}, "

@@ -269,13 +269,19 @@ def dsm_loss(model, x, y, t, eps, prediction):
     return (model(z, t, y).float() - target).square().mean()
 
 
+def images_of(data, i, device, part="x"):
+    """Images `i` (n,), indices of NumPy, of a part of a data set ("x", "x_heldout"), and their labels, on the device ->
+    (n, C, H, W) fp32, (n,) int64."""
+    return tuple(torch.from_numpy(data[name][i]).to(device, dtype)
+                 for name, dtype in ((part, torch.float32), (part.replace("x", "y", 1), torch.int64)))
+
+
 @torch.no_grad()
 def heldout_loss(model, data, device, prediction):
     """The same loss on images that training never saw, with the same noise each time. None if nothing is held out."""
     if "x_heldout" not in data:
         return None
-    x = torch.from_numpy(data["x_heldout"][:512].astype(np.float32)).to(device)
-    y = torch.from_numpy(data["y_heldout"][:512].astype(np.int64)).to(device)
+    x, y = images_of(data, np.arange(min(512, len(data["x_heldout"]))), device, "x_heldout")
     eps = noise(range(len(x)), x.shape[1:], seed=1).to(device)
     t = torch.from_numpy((np.random.default_rng(0).permutation(len(x)) + 0.5) / len(x)).float().to(device)
     return dsm_loss(model, x, y, t, eps, prediction).item()
@@ -854,6 +860,10 @@ def claim(text, paper, ours, ci95, low=-np.inf, high=np.inf):
     inside, outside = low <= ci95[0] and ci95[1] <= high, ci95[1] < low or ci95[0] > high
     return dict(claim=text, paper=paper, ours=float(ours), ci95=[float(c) for c in ci95],
                 verdict="holds" if inside else "contradicted" if outside else "not resolved")
+
+
+def starting(results, start):                                # the claims in a results.json that begin so
+    return [c for c in results["claims"] if c["claim"].startswith(start)]
 
 
 def phases():

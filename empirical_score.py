@@ -393,25 +393,28 @@ class EmpiricalScore:
                     low.shape[1] * 2.0**-122 * (1 + length + self.radius),
                     torch.maximum((length + size + 1) * (self.radius + 1), qq + self.radius**2) < 1e36)
 
-    def _columns(self, at, level):                           # (3, n); |x| also bounds |c|, which is rounded
+    def _columns(self, at, level):                           # (n, 3); |x| also bounds |c|, which is rounded
         sq = self.sq[at]
-        return torch.stack([sq, sq.sqrt() * (1 + 2**-7), 0 * sq if level.V is None else level.beyond[at]]).float()
+        beyond = 0 * sq if level.V is None else level.beyond[at]
+        return torch.stack([sq, sq.sqrt() * (1 + 2**-7), beyond], 1).float()
 
     def _bounds(self, side, level, members, done):
         """Chunk by chunk, for the queries that are not given up, yield their rows (b,), the same as an index, the
-        indices of the points (n,), their columns (3, n), and lower bounds (b, n) on |q - alpha x|^2 - |q|^2."""
+        indices of the points (n,), their columns (n, 3), and lower bounds (b, n) on |q - alpha x|^2 - |q|^2; these lie
+        point by point, which a product writes faster."""
         for index, at, rows in self._chunks(members, level.dtype, level.c):
             live = done.nonzero()[:, 0]
             if not len(live): return
             part, point = slice(None) if len(live) == len(done) else live, self._columns(at, level)
-            lower = side.lower[part] @ point
-            if rows.dtype == lower.dtype: lower.addmm_(side.low[part], rows.T, alpha=-1)
-            else: lower.sub_(side.low[part] @ rows.T)
-            yield live, part, index.to(self.device), point, lower
+            lower = point @ side.lower[part].T
+            if rows.dtype == lower.dtype: lower.addmm_(rows, side.low[part].T, alpha=-1)
+            else: lower.sub_(rows @ side.low[part].T)
+            yield live, part, index.to(self.device), point, lower.T
 
     def _search(self, q, alpha, slack, share, side, level, members, done):
         """Look at the point of the least lower bound exactly -> its |q - alpha x|^2 (B, 1). `done` becomes False where
-        much more than `share` (B,) of the first chunk is as near as the nearest, within slack."""
+        far more than `share` (B,) of the first chunk would survive, if no point were nearer than in it: where this is a
+        third of them or more; a pass over all points takes long for few queries, too. Then only clear cases stay."""
         least, likely = torch.full_like(q[:, 0], torch.inf).float(), torch.zeros_like(q[:, 0], dtype=torch.int64)
         d2 = q.new_full((len(q), 1), torch.inf)
         for i, (live, part, index, _, lower) in enumerate(self._bounds(side, level, members, done)):
@@ -419,8 +422,10 @@ class EmpiricalScore:
             better = (here < least[part]).nonzero()[:, 0]
             likely[live[better]], least[part] = index[lower[better].argmin(1)], here.minimum(least[part])
             if i == 0:
-                near = (lower <= (here + slack[part]).float()[:, None]).sum(1)
-                done[live] = near <= 32 + 8 * share[part] * len(index)
+                cut = self._each(live, likely[live], self._distance(q, alpha)) - q[part].square().sum(1) + slack[part]
+                near, many = (lower <= cut.float()[:, None]).sum(1), 32 + 6 * share[part] * len(index)
+                clear = near <= many / 8
+                done[live] = clear & (clear.sum() > len(live) / 8) | ((near > many).sum() <= len(live) / 3)
         live = done.nonzero()[:, 0]
         d2[live, 0] = self._each(live, likely[live], self._distance(q, alpha))
         return d2
@@ -433,6 +438,7 @@ class EmpiricalScore:
         limit (B,) points survived, or 4 limit where those of all queries are few (no pairs then)."""
         B, most = len(q), max(k, SURVIVORS // max(1, len(q)))
         limit = limit.clamp(min=max(32, k), max=most)
+        every = len(self.shard) if members is None else len(members)
         few, most = limit.sum() // 2, (4 * limit).clamp(max=most)
         side, qq = self._side(q, alpha, level), q.square().sum(1)
         done, best = side.fits.clone(), q.new_full((B, k), torch.inf)
@@ -455,13 +461,12 @@ class EmpiricalScore:
             return take(b, keep), take(i, keep), take(value, keep)
 
         search = level.V is not None and not measure
-        every = len(self.shard) if members is None else len(members)
         if search: best = self._search(q, alpha, slack, limit / every, side, level, members, done)   # it is cheap
         for live, part, index, point, lower in self._bounds(side, level, members, done):
             order = lower
             if measure:                                      # it wants bounds on the distance itself
                 ends = (a[part, None].float() for a in ((1 - 2**-21) * qq - side.tiny, (1 + 2**-21) * qq + side.tiny))
-                bounds = lower, torch.addmm(lower, side.upper[part], point)
+                bounds = lower, torch.addmm(lower.T, point, side.upper[part].T).T
                 lower, order = measure(*(a.add_(end) for a, end in zip(bounds, ends, strict=True)), part)
             if not search and k == 1:                        # the likeliest is looked at exactly: the cut sinks farther
                 least = order.amin(1)
@@ -473,8 +478,13 @@ class EmpiricalScore:
             elif k > 1:
                 new = order.topk(min(k, len(index)), largest=False).values.double()
                 best[part] = torch.cat([best[part], new], 1).topk(k, largest=False).values
-            hit = lower <= cutoff()[part, None]
-            here, passed = hit.sum(1), passed + len(index)
+            # Most stretches of 8 points have none below the cut: it is quick to look at their minima first.
+            cut, size, passed = cutoff()[part], math.gcd(len(index), 8), passed + len(index)
+            lower = lower.T.view(-1, size, len(live))
+            stretch, row = (lower.amin(1) <= cut).nonzero(as_tuple=True)
+            there = lower[stretch, :, row]                                                       # (stretches, size)
+            hit = there <= cut[row, None]
+            here = torch.zeros_like(live).index_add_(0, row, hit.sum(1))
             count[part] += here
             share = min(1, 8 * passed / every) if search else 1
             if crowded(share).any():                         # still so, without those that the cut has passed by?
@@ -483,20 +493,18 @@ class EmpiricalScore:
                 count[part] += here
                 done &= ~crowded(share)
                 (b, i, value), count[~done] = prune(), 0
-            some = (done[part] & (here > 0)).nonzero()[:, 0]                                     # few, as a rule
-            row, column = hit[some].nonzero(as_tuple=True)
-            row = some[row]
-            b, i = torch.cat([b, live[row]]), torch.cat([i, index[column]])
-            value = torch.cat([value, lower[row, column]])
+            of, place = hit.logical_and_(done[live[row], None]).nonzero(as_tuple=True)
+            b, i = torch.cat([b, live[row[of]]]), torch.cat([i, index[stretch[of] * size + place]])
+            value = torch.cat([value, there[of, place]])
         b, i, value = prune()
         if level is not self._levels[-1] and not measure:    # the same for these pairs, in fp32 along all directions
             level = self._levels[-1]
             side, point = self._side(q, alpha, level), self._columns(self._at(i), level)
             value = self._each(b, i, lambda b, x: take(side.low, b).mul_(x).sum(1), torch.float32)
-            value = (side.lower[b] * point.T).sum(1) - value
+            value = (side.lower[b] * point).sum(1) - value
             keep = (value <= cutoff()[b]) | ~side.fits[b]
             b, i, value = b[keep], i[keep], value[keep]
-        order = b.argsort(stable=True)
+        order = (b * self.N + i).argsort()
         return b[order], i[order], value[order], done
 
     def _each(self, b, i, f, dtype=torch.float64):
@@ -614,6 +622,7 @@ class EmpiricalScore:
                 weighted, (r, c) = p.weighted.new_zeros(len(b), self.D), w.nonzero(as_tuple=True)
                 for rr, cc in zip(r.split(self.piece), c.split(self.piece), strict=True):
                     weighted.index_add_(0, rr, w[rr, cc][:, None] * self._rows(index[rr, cc]))
+            b = b if len(b) < len(z) else slice(None)        # which takes no copies
             p.add(b, Posterior(m.double() + base, w.sum(1), w.square().sum(1), weighted, dropped))
         before = torch.zeros_like(p.sum)
         for i in range(0, len(z), self.block) if self.world > 1 else ():         # one process has nothing to merge

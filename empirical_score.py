@@ -461,6 +461,7 @@ class EmpiricalScore:
             return take(b, keep), take(i, keep), take(value, keep)
 
         search = level.V is not None and not measure
+        sharp = level.V is None and level.dtype == torch.float32 and not measure         # then its bound will do
         if search: best = self._search(q, alpha, slack, limit / every, side, level, members, done)   # it is cheap
         for live, part, index, point, lower in self._bounds(side, level, members, done):
             order = lower
@@ -468,12 +469,14 @@ class EmpiricalScore:
                 ends = (a[part, None].float() for a in ((1 - 2**-21) * qq - side.tiny, (1 + 2**-21) * qq + side.tiny))
                 bounds = lower, torch.addmm(lower.T, point, side.upper[part].T).T
                 lower, order = measure(*(a.add_(end) for a, end in zip(bounds, ends, strict=True)), part)
-            if not search and k == 1:                        # the likeliest is looked at exactly: the cut sinks farther
+            if not search and k == 1:                        # the likeliest is looked at: the cut sinks farther
                 least = order.amin(1)
                 near = (least < promise[part]).nonzero()[:, 0]
                 promise[part] = torch.minimum(promise[part], least)
-                d2, likely = q.new_full((len(live), 1), torch.inf), order[near].argmin(1)
-                d2[near, 0] = self._each(live[near], index[likely], self._distance(q, alpha))
+                d2, likely, at = q.new_full((len(live), 1), torch.inf), order[near].argmin(1), live[near]
+                upper = least[near] + (side.upper[at] * point[likely]).sum(1) if sharp else None
+                d2[near, 0] = (upper + (1 + 2**-20) * qq[at] + side.tiny[at] if sharp else
+                               self._each(at, index[likely], self._distance(q, alpha)))
                 best[part] = torch.minimum(best[part], measure(d2, d2, part)[1] if measure else d2)
             elif k > 1:
                 new = order.topk(min(k, len(index)), largest=False).values.double()

@@ -604,7 +604,8 @@ def part_fig3(cfg):
     if "all" in slope:                                       # else all are of one size
         alone = (("size", "length"), ("length", "size")) if "length" in slope else ()        # else size is all
         ends = [published(cfg, data, models[k]) for k in (-1, 0)]        # after 400K iterations
-        said = [f"{large - small:+.4f}" for large, small in zip(*ends, strict=True)] if all(ends) else ("< 0", "> 0")
+        known = all(ends) and (cfg.model_path or cfg.fig3.lengths[-1] == 400_000)
+        said = [f"{large - small:+.4f}" for large, small in zip(*ends, strict=True)] if known else ("< 0", "> 0")
         claims = [falls(f"Fig 3 supervision error per decade of compute, {what}", sup["slope"]["all"]),
                   grows(f"Fig 3 extrapolation error per decade of compute, {what}", slope["all"]),
                   *[grows(f"Fig 3 the same over {k} alone, at equal {other}", slope[k])
@@ -850,18 +851,19 @@ def check(cfg):
             raise ValueError(f"{path} predicts {net.prediction}: Figure 3 is of networks that predict v")
     for name, shape in shapes.items() if not cfg.model_path else ():
         models, lengths = (rungs := getattr(cfg, name)).models, rungs.lengths
-        if name == "fig7": models += cfg.larger              # the errors below name these as fig7's, too
+        where = f"{name}.models"
+        if name == "fig7" and cfg.larger: models, where = models + cfg.larger, f"{where}, with larger,"
         if len(models) < 2 and name not in ("fig7", "unets") or not models or not lengths:
             raise ValueError(f"{name} needs two models at least, and a length")
         if len(set(models)) < len(models):
-            raise ValueError(f"{name}.models must differ, not {models}")
+            raise ValueError(f"{where} must differ, not {models}")
         if min(lengths) < 1 or list(lengths) != sorted(set(lengths)):
             raise ValueError(f"{name}.lengths must be positive and ascend, not {lengths}")
         if len(rungs.models) * len(lengths) < 3 and name in ("fig7", "unets"):
             raise ValueError(f"a line through the points of {name} needs three, models x lengths, not fewer")
         for model in models:
             if "SiT" not in model and name == "fig7":
-                raise ValueError(f"fig7.models are SiTs, which have the tokens that REPA aligns, not {model}")
+                raise ValueError(f"{where} are SiTs, which have the tokens that REPA aligns, not {model}")
             if "UNet" not in model and name == "unets":
                 raise ValueError(f"unets.models are U-Nets, not {model}")
             with torch.device("meta"):
@@ -869,7 +871,7 @@ def check(cfg):
             if name == "fig7" and cfg.repa_depth > len(net.blocks):
                 raise ValueError(f"repa_depth {cfg.repa_depth} is more than the {len(net.blocks)} blocks of {model}")
             if name == "fig7" and model.split("/")[1] != models[0].split("/")[1]:
-                raise ValueError(f"fig7.models must have one patch size, that of the teacher's tokens, not {models}")
+                raise ValueError(f"{where} must have one patch size, that of the teacher's tokens, not {models}")
             if name == "fig7" and cfg.data and cfg.only in ("all", "fig6", "fig7"):
                 train.check_repa(SimpleNamespace(repa_depth=cfg.repa_depth, model=model, data=cfg.data), data, net)
     if len(cfg.lambdas) < 2 or cfg.lambdas[0] != 0 or list(cfg.lambdas) != sorted(set(cfg.lambdas)):

@@ -380,6 +380,16 @@ def test_levels_beside_the_published_ones(monkeypatch, capsys):
     assert "0.19000 [0.18990, 0.19010]" in capsys.readouterr().out
 
 
+def test_published_differences_stand_beside_networks_trained_as_long_as_the_papers(monkeypatch):
+    one, errors = [0.0, -1.0, 1.0], lambda: dict(slope=dict(all=[0.0, -1.0, 1.0]), over_smallest=[[[0.0, -1.0, 1.0]]])
+    monkeypatch.setattr(exp_scaling, "ladder", lambda *a: dict(sup_x=errors(), ext_x=errors(), v_over_x=one))
+    monkeypatch.setattr(exp_scaling, "published", lambda cfg, data, m: dict(a=(0.2, 0.5), b=(0.19, 0.51))[m])
+    for last, want in ((400_000, ["-0.0100", "+0.0100"]), (400, ["< 0", "> 0"])):
+        cfg = Config(data="latents", fig3=exp_scaling.Ladder(("a", "b"), (200, last)))
+        claims = {c["claim"]: c["paper"] for c in exp_scaling.part_fig3(cfg)[1]}
+        assert [v for k, v in claims.items() if "largest minus smallest" in k] == want
+
+
 def test_a_figure_is_drawn_from_its_json_alone(tiny, tmp_path):
     (tmp_path / "results.json").write_bytes((tiny[0] / "results.json").read_bytes())
     exp_scaling.plot(tmp_path / "results.json")
@@ -415,8 +425,8 @@ def test_a_captions_words_are_its_claims():
     (dict(unets=Ladder(("SiT-nano/2",), (1, 2, 3))), "unets.models are U-Nets"),
     (dict(fig7=Ladder(("SiT-nano/2",), (1, 2))), "a line through the points of fig7 needs three"),
     (dict(fig7=Ladder(("SiT-nano/2", "SiT-nano/4"), (1, 2))), "one patch size"),
-    (dict(larger=("UNet-nano",)), "fig7.models are SiTs"),
-    (dict(larger=("SiT-nano/2",)), "fig7.models must differ"),
+    (dict(larger=("UNet-nano",)), "fig7.models, with larger, are SiTs"),
+    (dict(larger=("SiT-nano/2",)), "fig7.models, with larger, must differ"),
     (dict(repa_depth=3), "repa_depth 3 is more than the 2 blocks of SiT-nano/2"),
     (dict(lambdas=(0.25, 0.5)), "lambdas must ascend from 0"),
     (dict(amounts=(0, 2)), "amounts of field lie between 0 and 1"),

@@ -125,6 +125,7 @@ class Side(NamedTuple):
     upper: torch.Tensor       # (B, 3)  times a point's columns: by this the upper bound is higher
     tiny: torch.Tensor        # (B,)    underflow
     fits: torch.Tensor        # (B,)    False where numbers are so large that p could overflow
+    qq: torch.Tensor          # (B,)    |q|^2, float64
 
 
 def exactly(method):
@@ -391,7 +392,7 @@ class EmpiricalScore:
         return Side(low, torch.cat([(1 - 2 * sums) * a2, -width], 1).float(),
                     torch.cat([4 * sums * a2, 2 * width], 1).float(),
                     low.shape[1] * 2.0**-122 * (1 + length + self.radius),
-                    torch.maximum((length + size + 1) * (self.radius + 1), qq + self.radius**2) < 1e36)
+                    torch.maximum((length + size + 1) * (self.radius + 1), qq + self.radius**2) < 1e36, qq)
 
     def _columns(self, at, level):                           # (n, 3); |x| also bounds |c|, which is rounded
         sq = self.sq[at]
@@ -422,7 +423,7 @@ class EmpiricalScore:
             better = (here < least[part]).nonzero()[:, 0]
             likely[live[better]], least[part] = index[lower[better].argmin(1)], here.minimum(least[part])
             if i == 0:
-                cut = self._each(live, likely[live], self._distance(q, alpha)) - q[part].square().sum(1) + slack[part]
+                cut = self._each(live, likely[live], self._distance(q, alpha)) - side.qq[part] + slack[part]
                 near, many = (lower <= cut.float()[:, None]).sum(1), 32 + 6 * share[part] * len(index)
                 clear = near <= many / 8
                 done[live] = clear & (clear.sum() > len(live) / 8) | ((near > many).sum() <= len(live) / 3)
@@ -438,9 +439,9 @@ class EmpiricalScore:
         limit (B,) points survived, or 4 limit where those of all queries are few (no pairs then)."""
         B, most = len(q), max(k, SURVIVORS // max(1, len(q)))
         limit = limit.clamp(min=max(32, k), max=most)
-        every = len(self.shard) if members is None else len(members)
         few, most = limit.sum() // 2, (4 * limit).clamp(max=most)
-        side, qq = self._side(q, alpha, level), q.square().sum(1)
+        side = self._side(q, alpha, level)
+        qq = side.qq
         done, best = side.fits.clone(), q.new_full((B, k), torch.inf)
         promise = torch.full_like(qq, torch.inf).float()     # without a search: of what was looked at, the least bound
         b = i = torch.zeros(0, dtype=torch.int64, device=self.device)
@@ -461,6 +462,7 @@ class EmpiricalScore:
             return take(b, keep), take(i, keep), take(value, keep)
 
         search = level.V is not None and not measure
+        every = len(self.shard) if members is None else len(members)
         sharp = level.V is None and level.dtype == torch.float32 and not measure         # then its bound will do
         if search: best = self._search(q, alpha, slack, limit / every, side, level, members, done)   # it is cheap
         for live, part, index, point, lower in self._bounds(side, level, members, done):
@@ -474,9 +476,10 @@ class EmpiricalScore:
                 near = (least < promise[part]).nonzero()[:, 0]
                 promise[part] = torch.minimum(promise[part], least)
                 d2, likely, at = q.new_full((len(live), 1), torch.inf), order[near].argmin(1), live[near]
-                upper = least[near] + (side.upper[at] * point[likely]).sum(1) if sharp else None
-                d2[near, 0] = (upper + (1 + 2**-20) * qq[at] + side.tiny[at] if sharp else
-                               self._each(at, index[likely], self._distance(q, alpha)))
+                if sharp:
+                    upper = least[near] + (side.upper[at] * point[likely]).sum(1)
+                    d2[near, 0] = upper + (1 + 2**-20) * qq[at] + side.tiny[at]
+                else: d2[near, 0] = self._each(at, index[likely], self._distance(q, alpha))
                 best[part] = torch.minimum(best[part], measure(d2, d2, part)[1] if measure else d2)
             elif k > 1:
                 new = order.topk(min(k, len(index)), largest=False).values.double()

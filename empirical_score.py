@@ -33,7 +33,9 @@ not by t. (Screening, streaming and several processes make this longer than its 
 """
 import functools
 import math
+import platform
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -103,6 +105,19 @@ def low_precision(device):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     fast = any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
     return torch.bfloat16 if fast and torch.backends.mkldnn.is_available() else torch.float32
+
+
+@functools.cache
+def amd():
+    cpus = Path("/proc/cpuinfo")
+    return "AuthenticAMD" in (cpus.read_text() if cpus.exists() else platform.processor())
+
+
+def product(a, b):
+    """a @ b.T. On an AMD CPU in fp32 by oneDNN, which torch has too: MKL, which it would ask, takes twice as long there."""
+    if a.device.type != "cpu" or a.dtype != torch.float32 or not amd(): return a @ b.T
+    linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)      # private, but the same from torch 2.0 on
+    return linear(a, b, None, "none", [], "") if linear else a @ b.T
 
 
 class Level(NamedTuple):
@@ -408,9 +423,7 @@ class EmpiricalScore:
             if not len(live): return
             part, point = slice(None) if len(live) == len(done) else live, self._columns(at, level)
             lower = point @ side.lower[part].T
-            if rows.dtype == lower.dtype: lower.addmm_(rows, side.low[part].T, alpha=-1)
-            else: lower.sub_(rows @ side.low[part].T)
-            yield live, part, index.to(self.device), point, lower.T
+            yield live, part, index.to(self.device), point, lower.sub_(product(rows, side.low[part])).T
 
     def _search(self, q, alpha, slack, share, side, level, members, done):
         """Look at the point of the least lower bound exactly -> its |q - alpha x|^2 (B, 1). `done` becomes False where
@@ -593,9 +606,9 @@ class EmpiricalScore:
         none, base = torch.full_like(t, -torch.inf), torch.where(far, 0, -q.square().sum(1) / (2 * var))
         for dtype, ask in ((torch.float32, rest[fine[rest]]), (torch.float64, rest[(~fine & ~ill)[rest]]),
                            (None, rest[ill[rest]])):
-            query, bias = (rate[ask] * q[ask].T).to(dtype), (-alpha * rate / 2)[ask].to(dtype)
+            query, bias = (rate[ask, None] * q[ask]).to(dtype), (-alpha * rate / 2)[ask].to(dtype)
             for index, at, rows in self._chunks(members, dtype or torch.float64) if n and len(ask) else ():
-                if dtype: e = (rows @ query).addcmul_(self.sq[at].to(dtype)[:, None], bias).T    # (b, n)
+                if dtype: e = product(rows, query).addcmul_(self.sq[at].to(dtype)[:, None], bias).T    # (b, n)
                 else: e = self._apart(q[ask], alpha[ask], rows).div_(-2 * var[ask, None])
                 if label is not None: e = e.where(label[ask, None] == self.labels[index], -torch.inf)
                 yield ask, index, rows, e, none[ask], base[ask] if dtype else 0 * base[ask]
@@ -621,7 +634,7 @@ class EmpiricalScore:
             top = m.where(m > -torch.inf, 0)
             w, dropped = e.sub_(top[:, None]).exp_(), torch.exp(struck - top.double())           # (b, n), (b,)
             if rows is not None:
-                weighted = w @ rows
+                weighted = product(w, rows.T)
             else:                                            # survivors: most weigh nothing, once that is known exactly
                 light = (w > 0) & (w < self.tau / self.N)
                 dropped, w = dropped + light.sum(1) * self.tau / self.N, w.masked_fill_(light, 0)

@@ -57,15 +57,17 @@ cases = st.fixed_dictionaries(dict(
     scale=st.sampled_from([1e-6, 1.0, 1e3]), offset=st.sampled_from([0.0, 3.0, 1e4]),
     t=st.sampled_from([1e-3, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.999]), far=st.sampled_from([1.0, 1.0, 30.0]),
     low=st.sampled_from([torch.bfloat16, torch.float32]), stored=st.sampled_from([torch.float32, torch.bfloat16]),
-    chunk=st.sampled_from([7, 64, 1000]), directions=st.sampled_from([0, 1, 5, 40])))
+    chunk=st.sampled_from([7, 64, 1000]), directions=st.sampled_from([0, 1, 5, 40]), amd=st.booleans()))
 
 
 @pytest.fixture(autouse=True)
 def screened(monkeypatch):
     monkeypatch.setattr(es, "SMALL", 0)
+    monkeypatch.setattr(es, "amd", es.amd)                   # which build changes
 
 
 def build(c):
+    es.amd = lambda: c["amd"]                                # fp32 products by oneDNN, or by MKL
     x = random_set(c["seed"], c["N"], c["D"], c["kind"], c["scale"], c["offset"], c["stored"])
     before, es.low_precision = es.low_precision, lambda device: c["low"]
     try:
@@ -313,9 +315,23 @@ def test_whole_numbers_beyond_fp32(monkeypatch):
     assert torch.equal(E.posterior_mean((1 - t) * xd[:20], t), xd[:20])
 
 
+@pytest.mark.parametrize("amd", [False, True])
+@pytest.mark.parametrize("n, b, k", [(2048, 256, 784), (37, 5, 4096), (1, 1, 1), (0, 3, 8), (3, 0, 8)])
+def test_a_product_errs_by_no_more_than_the_bounds_allow(n, b, k, amd, monkeypatch):
+    """Of any memory layout, MKL's or oneDNN's; the sums all of one sign, so that they grow."""
+    monkeypatch.setattr(es, "amd", lambda: amd)
+    g = torch.Generator().manual_seed(0)
+    x, q = torch.rand(n, k, generator=g), torch.rand(b, k, generator=g)
+    bound = (k + 20) * 2.0**-23 * x.double().norm(dim=1)[:, None] * q.double().norm(dim=1)
+    for rows, queries in ((x, q), (x.T.contiguous().T, q.T.contiguous().T)):
+        assert ((es.product(rows, queries) - x.double() @ q.double().T).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("amd", [False, True])
 @pytest.mark.parametrize("D", [784, 12_288])
-def test_a_dense_stream_in_fp32_at_its_limit(D):
+def test_a_dense_stream_in_fp32_at_its_limit(D, amd, monkeypatch):
     """Data and queries as large as the estimate lets pass: x_* errs by 1e-5 at most, in many dimensions too."""
+    monkeypatch.setattr(es, "amd", lambda: amd)
     g, t = torch.Generator().manual_seed(1), 0.5
     x = torch.randn(300, D, generator=g, dtype=torch.float64)
     z = torch.nn.functional.normalize(torch.randn(8, D, generator=g, dtype=torch.float64))

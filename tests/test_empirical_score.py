@@ -14,15 +14,16 @@ from empirical_score import EmpiricalScore, score_from_x, velocity_from_x
 TIMES = [1e-3, 1e-2, 0.05, 0.3, 0.7, 0.95, 0.999, 1.0]
 
 
-PATHS = {"float64": (es.SMALL, torch.float32), "screened in fp32": (0, torch.float32),
-         "screened in bf16": (0, torch.bfloat16)}
+PATHS = {"float64": (es.SMALL, torch.float32, False), "screened in fp32": (0, torch.float32, False),
+         "screened in fp32 by oneDNN": (0, torch.float32, True), "screened in bf16": (0, torch.bfloat16, False)}
 
 
 @pytest.fixture(autouse=True, params=PATHS)
 def path(request, monkeypatch):
-    """Every test three times: as small problems are answered, and as large ones are, with and without fast bf16."""
-    small, low = PATHS[request.param]
+    """Every test four times: as small problems are answered, and as large ones, with fast bf16, without, and on AMD."""
+    small, low, amd = PATHS[request.param]
     monkeypatch.setattr(es, "SMALL", small)
+    monkeypatch.setattr(es, "amd", lambda: amd)
     monkeypatch.setattr(es, "low_precision", lambda device: low)
     return request.param
 
@@ -384,8 +385,8 @@ def several_ranks(rank, folder):
     groups = {3: dist.group.WORLD, 2: dist.new_group([0, 1])}
     for world, path, split in itertools.product(groups, PATHS, ("queries", "points")):
         if rank >= world: continue
-        es.SMALL, low = PATHS[path]
-        es.low_precision = lambda device, low=low: low
+        es.SMALL, low, amd = PATHS[path]
+        es.low_precision, es.amd = lambda device, low=low: low, lambda amd=amd: amd
         E = EmpiricalScore(x, y, chunk=150, process_group=groups[world], split=split)
         z, t, labels = queries(x, 0.8), torch.full((24,), 0.8), torch.zeros(24, dtype=torch.int64)
         bad = z.clone()

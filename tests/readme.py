@@ -182,7 +182,11 @@ def score():
     largest = {c["D"]: c for c in bench["growth"] if c["t"] == 0.3}
     gains = ", ".join(f"{c['posterior mean'] / c['fp32 product']:.2f} for {c['N']:,} of {D:,} dimensions"
                       for D, c in largest.items())
-    ranks = ", ".join(f"{r['one'] / r['two']:.2f} times as fast at t = {r['t']}" for r in bench["ranks"])
+    first = bench["ranks"][0]
+    ranks = ", ".join(f"{r['one'] / r['two']:.2f} times as fast at t = {r['t']} (with the points divided, not the "
+                      f"queries: {r['one'] / r['two_points']:.2f} times)" for r in bench["ranks"])
+    ranks = (f"Two processes of one thread are {ranks} as one, with {first['B']:,} queries and {first['N']:,} digits; "
+             f"the bare product, divided alike, is {first['product'] / first['two_product']:.2f} times as fast.")
     memory, most = bench["memory"], max(m["MiB"] for m in bench["memory"])
     directions = bench["setup"]["directions"]
     directions = f" and {directions:.1f} s to find their directions" if directions else ""
@@ -195,8 +199,8 @@ def score():
                ", ".join(f"{r['mean'] / r['product']:.2f} ({r['mean']:.2g} s) at t = {r['t']:g}" for r in last) + ".")
     rows += ["", f"In multiples of the bare product it takes {each}; and once, for all queries, "
              f"{bench['setup']['points']:.1f} s to read the points{directions}. With more points it gains: {gains} "
-             "(Gaussian points, t = .3; in the figure the variance of direction j falls as 1/j, as in natural images). "
-             f"Two processes of one thread are {ranks} as one. Beside the data, posterior means, "
+             "(Gaussian points in bf16, t = .3; the variance of direction j falls as 1/j, as in natural images). "
+             f"{ranks} Beside the data, posterior means, "
              f"r_\\* and neighbours of {memory[0]['B']:,} queries took at most {most} MiB, for "
              f"{' and '.join(format(m['N'], ',') for m in memory)} points. {gpu}"]
     return "\n".join(rows)

@@ -114,7 +114,7 @@ def amd():
 
 
 def product(a, b):
-    """a @ b.T. On an AMD CPU in fp32 by oneDNN, which torch has too: MKL, which it would ask, takes twice as long there."""
+    """a @ b.T. In fp32 on an AMD CPU by oneDNN: MKL, which torch would ask, takes twice as long there."""
     if a.device.type != "cpu" or a.dtype != torch.float32 or not amd(): return a @ b.T
     linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)      # private, but the same from torch 2.0 on
     return linear(a, b, None, "none", [], "") if linear else a @ b.T

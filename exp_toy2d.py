@@ -45,6 +45,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -434,14 +435,13 @@ def caption(results):
     count = lambda k, sign: sum(min(sign * s[k][2], sign * s[k][3]) > 0 for s in sweep)
     bad = say("fewer bad", {"holds": "fewer", "not resolved": "no difference resolved", "contradicted": "more"})
     good = say("more good", {"holds": "more", "not resolved": "no difference resolved", "contradicted": "fewer"})
-    return "\n".join([
-        f"PAT against baseline, where drawn (diamonds). Bad samples: {bad}. Good samples:",
-        f"{good}. In the sweep: fewer bad ones in {count('bad', -1)} of {len(sweep)} settings, more good ones in "
-        f"{count('good', 1)}, a larger share",
-        f"of good ones in {count('share', 1)} (right of the dotted lines: the models drawn, other margins). P3's L is "
-        f"{a['models']['equivariant MLP']['L']:.4f};",
-        f"no equivariant model gets below {a['best_homogeneous']:.4f}. Brackets: 95%, {cfg['n']:,} samples; bars: 95%, "
-        f"{cfg['nets']} repetitions. Fields: arrows are $(x_\\theta - z)/3$; colour: $x_\\theta$ as a sample."])
+    return textwrap.fill(
+        f"PAT against baseline, where drawn (diamonds). Bad samples: {bad}. Good samples: {good}. In the sweep: fewer "
+        f"bad ones in {count('bad', -1)} of {len(sweep)} settings, more good ones in {count('good', 1)}, a larger "
+        f"share of good ones in {count('share', 1)} (right of the dotted lines: the models drawn, other margins). P3's "
+        f"L is {a['models']['equivariant MLP']['L']:.4f}; no equivariant model gets below {a['best_homogeneous']:.4f}. "
+        f"Brackets: 95%, {cfg['n']:,} samples; bars: 95%, {cfg['nets']} repetitions. Fields: arrows are "
+        "$(x_\\theta - z)/3$; colour: $x_\\theta$ as a sample.", 156)
 
 
 def draw_model(axes, m, cfg, times):

@@ -9,7 +9,7 @@ BIN := .venv/bin
 # a quick one first, the long ones last
 EXPERIMENTS := $(wildcard exp_toy2d.py exp_cfg_paradox.py exp_shells.py exp_gaussian.py exp_freedom.py exp_scaling.py)
 
-.PHONY: figures test lint notebooks assets readme bench clean
+.PHONY: figures test lint notebooks assets rerun readme bench clean
 
 figures: .venv/ready
 	@for script in $(EXPERIMENTS); do echo "== $$script"; $(BIN)/python $$script $(FLAGS) || exit 1; done
@@ -40,6 +40,11 @@ assets:
 	  cp out/$$script/laptop/results.gif assets/$$script.gif || exit 1; done
 	cp out/bench.json out/bench_score.json out/bench_score.png assets/
 	if [ -f out/bench_score_gpu.json ]; then cp out/bench_score_gpu.json assets/; fi
+	$(MAKE) readme
+
+# The same on a second machine, after `make bench` there: its verdicts beside those of the first.
+rerun:
+	cp out/rerun.json assets/
 	$(MAKE) readme
 
 readme: .venv/ready

@@ -147,7 +147,7 @@ def rerun():
             if (script, c["claim"]) in here]                 # a row may be newer than that run
     other = [(a, b) for a, b in both if a["verdict"] != b["verdict"]]
     within = sum(a["ci95"][0] - 1e-6 <= b["ours"] <= a["ci95"][1] + 1e-6 for a, b in both)
-    text = (f"Every experiment was run again on a second machine ({again['machine']}), whose rounding differs, and with "
+    text = (f"Every experiment ran again on a second machine ({again['machine']}), whose rounding differs, and with "
             f"it what is trained: {len(both) - len(other)} of {len(both)} verdicts are the same, and {within} of the "
             "numbers lie within the intervals above.")
     if other:

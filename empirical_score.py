@@ -109,15 +109,21 @@ def low_precision(device):
 
 @functools.cache
 def amd():
+    """An AMD CPU with AVX-512: MKL, which torch asks for fp32 products, takes twice as long as oneDNN (on Zen 5)."""
     cpus = Path("/proc/cpuinfo")
-    return "AuthenticAMD" in (cpus.read_text() if cpus.exists() else platform.processor())
+    maker = cpus.read_text() if cpus.exists() else platform.processor()
+    return "AuthenticAMD" in maker and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def product(a, b):
-    """a @ b.T. In fp32 on an AMD CPU by oneDNN: MKL, which torch would ask, takes twice as long there."""
-    if a.device.type != "cpu" or a.dtype != torch.float32 or not amd(): return a @ b.T
+    """a @ b.T. oneDNN, which a CPU's bf16 products are left to, compiles a kernel for every shape that it meets, and
+    keeps a thousand of them, of a megabyte each: so rows are filled up to multiples of 16, which are fewer."""
     linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)      # private, but the same from torch 2.0 on
-    return linear(a, b, None, "none", [], "") if linear else a @ b.T
+    fp32 = linear and a.dtype == torch.float32 and a.shape[1] % 16 == 0 and amd()
+    if a.device.type != "cpu" or not (fp32 or a.dtype == torch.bfloat16): return a @ b.T
+    n, m = len(a), len(b)
+    a, b = (torch.nn.functional.pad(x, (0, 0, 0, -len(x) % 16)) if len(x) % 16 else x for x in (a, b))
+    return (linear(a, b, None, "none", [], "") if fp32 else a @ b.T)[:n, :m]
 
 
 class Level(NamedTuple):
@@ -194,7 +200,8 @@ class EmpiricalScore:
         self.shape, self.x, self.tau, self.dropped = tuple(x.shape[1:]), x.reshape(len(x), -1), tau, None
         self.N, self.D = self.x.shape                                                            # x (N, D), a view
         gpu = self.device.type == "cuda"                     # there, a matrix product must be large to be fast; on a
-        self.chunk = chunk or max(1, min(2**(27 if gpu else 22) // self.D, 2**(16 if gpu else 11)))  # CPU, fit caches
+        most = max(1, min(2**(27 if gpu else 22) // self.D, 2**(16 if gpu else 11)))             # CPU, fit caches
+        self.chunk = chunk or most - most % (16 if most > 16 else 1)                             # see `product`
         self.piece = min(self.chunk, max(256, self.chunk // 16))         # pairs of query and point at once
         self.block = max(1, 2**(26 if gpu else 20) // self.chunk)                                # queries at once
         sample = self.x[:1] if torch.is_tensor(x) else torch.from_numpy(np.array(self.x[:1]))

@@ -441,7 +441,7 @@ def caption(results):
         f"share of good ones in {count('share', 1)} (right of the dotted lines: the models drawn, other margins). P3's "
         f"L is {a['models']['equivariant MLP']['L']:.4f}; no equivariant model gets below {a['best_homogeneous']:.4f}. "
         f"Brackets: 95%, {cfg['n']:,} samples; bars: 95%, {cfg['nets']} repetitions. Fields: arrows are "
-        "$(x_\\theta - z)/3$; colour: $x_\\theta$ as a sample.", 156)
+        "$(x_\\theta{-}z)/3$; colour: $x_\\theta$ as a sample.", 156)
 
 
 def draw_model(axes, m, cfg, times):

@@ -305,7 +305,7 @@ def score(N=50_000, B=256):
         fs = {"one bare fp32 product": lambda z=z: z @ x.T, "this project": lambda z=z, t=t: E.posterior_mean(z, t),
               "this project, r_*": lambda z=z, t=t: E.r_star(z, t),
               "this project, 50 nearest": lambda z=z, t=t: E.nearest(z, 50)}
-        if amd(): fs["bare fp32 product by oneDNN"] = lambda z=z: product(x, z)        # twice as fast as MKL's there
+        if amd(): fs["bare fp32 product by oneDNN"] = lambda z=z: product(x, z)        # MKL's takes twice as long
         slow = {name: lambda f=f, z=z, t=t: f(z, t) for name, f in peers(x).items()}
         done = fastest(fs) | (fastest(slow, 1) if t in (0.3, 0.95) else {})
         bare = done["one bare fp32 product"][0]
@@ -432,8 +432,8 @@ def rank_time(rank, world, split, folder, t, seconds, N, B):
 
 def ranks(N=200_000, B=512):
     """Two processes of one thread each beside one of them: the queries divided, as by default here, or the points. And
-    the bare product, divided alike: no more can be had from these two cores. Of fewer queries and points, what a chunk
-    costs whoever asks, and what the ranks send each other, is a larger part."""
+    the bare product, divided alike, to compare with. Of fewer queries and points, what a chunk costs whoever asks, and
+    what the ranks send each other, is a larger part."""
     def timed(world, split, t):
         seconds = torch.multiprocessing.get_context("spawn").Value("d", 1e9)
         with tempfile.TemporaryDirectory() as folder:

@@ -194,7 +194,8 @@ def test_values_that_overflow_a_fast_product_are_answered_all_the_same():
         assert i[:, 0].tolist() == [0, 1, 2, 3] and (d2 == 0).all()
 
 
-def test_the_precision_that_the_caller_has_set_changes_nothing():
+def test_the_precision_that_the_caller_has_set_changes_nothing(monkeypatch):
+    monkeypatch.setattr(es, "amd", lambda: True)             # by oneDNN, which would take bf16 where there is AMX
     x = random_set(0, 500, 64, "alike", 1.0, 0.0)
     z, E = random_queries(x, 0.9, 8, 0, 1.0), EmpiricalScore(x)
     want, before = E.posterior_mean(z, 0.9), torch.get_float32_matmul_precision()
@@ -208,8 +209,10 @@ def test_the_precision_that_the_caller_has_set_changes_nothing():
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch 2.9 and later")
-def test_the_precision_set_in_the_newer_way_is_put_back():
+def test_the_precision_set_in_the_newer_way_is_put_back(monkeypatch):
     """Then torch refuses to tell it in the older way."""
+    seen, product = [], es.product
+    monkeypatch.setattr(es, "product", lambda a, b: seen.append([b.fp32_precision for b in backends]) or product(a, b))
     x = random_set(0, 500, 64, "alike", 1.0, 0.0)
     backends = [b.matmul for b in (torch.backends.cuda, torch.backends.mkldnn)]
     before = [b.fp32_precision for b in backends]
@@ -217,6 +220,7 @@ def test_the_precision_set_in_the_newer_way_is_put_back():
         for b in backends: b.fp32_precision = "tf32"
         EmpiricalScore(x).posterior_mean(x[:4], 0.9)
         assert [b.fp32_precision for b in backends] == ["tf32", "tf32"]
+        assert seen and all(p == ["ieee", "ieee"] for p in seen)
     finally:
         for b, p in zip(backends, before, strict=True): b.fp32_precision = p
 
@@ -318,12 +322,13 @@ def test_whole_numbers_beyond_fp32(monkeypatch):
 @pytest.mark.parametrize("amd", [False, True])
 @pytest.mark.parametrize("n, b, k", [(2048, 256, 784), (37, 5, 4096), (1, 1, 1), (0, 3, 8), (3, 0, 8)])
 def test_a_product_errs_by_no_more_than_the_bounds_allow(n, b, k, amd, monkeypatch):
-    """Of any memory layout, MKL's or oneDNN's; the sums all of one sign, so that they grow."""
+    """By rows, by columns or with gaps, MKL's or oneDNN's; the sums all of one sign, so that they grow."""
     monkeypatch.setattr(es, "amd", lambda: amd)
     g = torch.Generator().manual_seed(0)
     x, q = torch.rand(n, k, generator=g), torch.rand(b, k, generator=g)
     bound = (k + 20) * 2.0**-23 * x.double().norm(dim=1)[:, None] * q.double().norm(dim=1)
-    for rows, queries in ((x, q), (x.T.contiguous().T, q.T.contiguous().T)):
+    gaps = lambda a: a.repeat_interleave(2, 1)[:, ::2]
+    for rows, queries in ((x, q), (x.T.contiguous().T, q.T.contiguous().T), (gaps(x), gaps(q))):
         assert ((es.product(rows, queries) - x.double() @ q.double().T).abs() <= bound).all()
 
 

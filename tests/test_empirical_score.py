@@ -192,7 +192,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_memory_is_bounded_by_the_chunk_not_by_n(monkeypatch):
     monkeypatch.setattr(es, "SURVIVORS", 3000)                              # as large a matrix as those of a chunk
-    N, d, B, chunk = 20_000, 16, 32, 100
+    N, d, B, chunk = 20_000, 16, 32, 112                    # a multiple of 16, as by default
     x = np.random.default_rng(0).standard_normal((N, d)).astype(np.float32)
     y, z = np.arange(N) % 4, torch.randn(B, d)
     E = EmpiricalScore(x, y, chunk=chunk)

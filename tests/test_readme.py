@@ -41,6 +41,20 @@ def test_prose_says_what_the_verdicts_say():
     assert "holds" not in {c["verdict"] for c in readme.claims("exp_scaling", "Fig 7b")}         # REPA
 
 
+def test_a_second_machine_that_disagrees_is_shown(monkeypatch):
+    load, again = readme.load, readme.load("rerun")
+    row = again["claims"]["exp_shells"][0]
+    row["verdict"] = {"holds": "contradicted"}.get(row["verdict"], "holds")
+    del again["claims"]["exp_toy2d"]
+    monkeypatch.setattr(readme, "load", lambda name: again if name == "rerun" else load(name))
+    text = readme.rerun()
+    assert row["claim"][:12] in text.split("The others:")[1]
+    assert f"{len(readme.claims('exp_toy2d'))} claims are newer" in text
+    again["machine"] = load("bench")["machine"]
+    with pytest.raises(AssertionError):
+        readme.rerun()
+
+
 def test_links_and_pictures_exist():
     for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
         if not target.startswith("http"):

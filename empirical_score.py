@@ -200,8 +200,8 @@ class EmpiricalScore:
         self.shape, self.x, self.tau, self.dropped = tuple(x.shape[1:]), x.reshape(len(x), -1), tau, None
         self.N, self.D = self.x.shape                                                            # x (N, D), a view
         gpu = self.device.type == "cuda"                     # there, a matrix product must be large to be fast; on a
-        most = max(1, min(2**(27 if gpu else 22) // self.D, 2**(16 if gpu else 11)))             # CPU, fit caches
-        self.chunk = chunk or most - most % (16 if most > 16 else 1)                             # see `product`
+        fits = max(1, min(2**(27 if gpu else 22) // self.D, 2**(16 if gpu else 11)))             # CPU, fit caches
+        self.chunk = chunk or fits // 16 * 16 or fits                                            # see `product`
         self.piece = min(self.chunk, max(256, self.chunk // 16))         # pairs of query and point at once
         self.block = max(1, 2**(26 if gpu else 20) // self.chunk)                                # queries at once
         sample = self.x[:1] if torch.is_tensor(x) else torch.from_numpy(np.array(self.x[:1]))

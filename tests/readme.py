@@ -94,6 +94,12 @@ def one(script, start):
     return found
 
 
+def beside(script, found):
+    """Pairs of a claim as the assets have it and as another run found it; a row may be newer than that run."""
+    there = {c["claim"]: c for c in found}
+    return [(c, there[c["claim"]]) for c in claims(script) if c["claim"] in there]
+
+
 def outcome(c):
     """What came out of a claim, as cells of a table: the number, the verdict."""
     verdict = c["verdict"] if c["verdict"] == "holds" else f"**{c['verdict']}**"
@@ -143,15 +149,14 @@ def rerun():
     """The same claims on a second machine, assets/rerun.json, whose rounding leads training elsewhere."""
     again = load("rerun")
     assert again["machine"] != load("bench")["machine"], "assets/rerun.json is of the first machine"
-    here = {(script, c["claim"]): c for script in FIGURES for c in claims(script)}
-    both = [(here[script, c["claim"]], c) for script, found in again["claims"].items() for c in found
-            if (script, c["claim"]) in here]                 # a row may be newer than that run
+    both = [pair for script, found in again["claims"].items() for pair in beside(script, found)]
+    newer = sum(len(claims(script)) for script in FIGURES) - len(both)
     other = [(a, b) for a, b in both if a["verdict"] != b["verdict"]]
     within = sum(a["ci95"][0] - 1e-6 <= b["ours"] <= a["ci95"][1] + 1e-6 for a, b in both)
     text = (f"Every experiment ran again on a second machine ({again['machine']}), whose rounding differs, and with "
             f"it what is trained: {len(both) - len(other)} of {len(both)} verdicts are the same, and {within} of the "
             "numbers lie within the intervals above." +
-            f" {len(here) - len(both)} claims are newer than that run." * (len(both) < len(here)))
+            f" {newer} claims are newer than that run." * (newer > 0))
     if other:
         rows = [f"| {cells(a)} | {outcome(b)} |" for a, b in other]
         text += "\n".join([" The others:", "", "| claim | paper | above | verdict | second run | verdict |",
@@ -250,9 +255,9 @@ def gpu():
         took = f"{r['minutes']:.0f} on a CPU" if "minutes" in r else f"{work / RATE / 60:.0f}"
         status = "not run: no GPU was at hand"
         if (ROOT / "assets" / f"{script}_gpu.json").exists():
-            done, laptop = load(f"{script}_gpu"), {c["claim"]: c["verdict"] for c in claims(script)}
-            both = [c for c in done["claims"] if c["claim"] in laptop]           # a row may be newer than that run
-            same = sum(laptop[c["claim"]] == c["verdict"] for c in both)
+            done = load(f"{script}_gpu")
+            both = beside(script, done["claims"])
+            same = sum(a["verdict"] == b["verdict"] for a, b in both)
             where = done["device"].replace("cpu,", "a CPU,")
             status = (f"run on {where}, in {minutes(done['seconds'])}: {same} of {len(both)} verdicts as "
                       f"above ([figure](assets/{script}_gpu.png))")

@@ -320,7 +320,7 @@ def test_whole_numbers_beyond_fp32(monkeypatch):
 
 
 @pytest.mark.parametrize("amd", [False, True])
-@pytest.mark.parametrize("n, b, k", [(2048, 256, 784), (37, 5, 4096), (1, 1, 1), (0, 3, 8), (3, 0, 8)])
+@pytest.mark.parametrize("n, b, k", [(2048, 256, 784), (37, 5, 4096), (1, 1, 1), (1, 1, 16), (0, 3, 16), (3, 0, 16)])
 def test_a_product_errs_by_no_more_than_the_bounds_allow(n, b, k, amd, monkeypatch):
     """By rows, by columns or with gaps, MKL's or oneDNN's; the sums all of one sign, so that they grow."""
     monkeypatch.setattr(es, "amd", lambda: amd)

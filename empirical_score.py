@@ -45,7 +45,8 @@ import torch.distributed as dist
 SMALL = 2**24   # queries x points x dimensions below which one float64 product is quicker than anything cleverer; of
 #                 points on a GPU, 2**13 times that
 SURVIVORS = 2**20   # pairs of query and point that may be looked at one by one, so that they fit into memory
-FEW = {torch.float32: 16, torch.bfloat16: 256}   # an eighth of D: of less, a product is quicker than reading its result
+FEW = {torch.float32: 16, torch.bfloat16: 256, torch.float16: 256}   # an eighth of D: of less, a product is quicker
+#                 than reading its result
 LOSS = 5e-5     # of an exponent, in fp32, by the estimate in _exponents; x_* then errs by 1e-5 at most, as measured
 CACHE = 3 * 2**27   # bytes that copies of the data may take; thrice that on a GPU. Beyond: made anew each time
 
@@ -99,10 +100,17 @@ class Posterior(NamedTuple):
             mine[b] = part.addcmul_(others.double(), (new**power).view(columns))
 
 
-def low_precision(device):
-    """bf16 where a product in it is faster than in fp32 and its sums are kept in fp32 all the same; else fp32."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+def wide(device):
+    """Do products of 16-bit numbers come in fp32 here, as they are added up? On Nvidia's GPUs, from torch 2.8 on."""
+    return device.type == "cuda" and "dtype" in torch.ops.aten.mm.overloads() and not torch.version.hip
+
+
+def low_precision(device, stored=None):
+    """bf16 where a product in it is faster than in fp32 and its sums are kept in fp32 all the same; else fp32. Or fp16,
+    which rounds to an eighth of it, where the data are stored so: where the product does not come in fp16, too."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16 if stored == torch.float16 and wide(device) else torch.bfloat16
+    if device.type == "cuda": return torch.float32
     fast = any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
     return torch.bfloat16 if fast and torch.backends.mkldnn.is_available() else torch.float32
 
@@ -117,13 +125,21 @@ def amd():
 
 def product(a, b):
     """a @ b.T. oneDNN, which a CPU's bf16 products are left to, compiles a kernel for every shape that it meets, and
-    keeps a thousand of them, of a megabyte each: so rows are filled up to multiples of 16, which are fewer."""
+    keeps a thousand of them, of a megabyte each: so rows are filled up to multiples of 16, which are fewer. A GPU's
+    tensor cores want multiples of 8."""
     linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)      # private, but the same from torch 2.0 on
-    fp32 = linear and a.dtype == torch.float32 and a.shape[1] % 16 == 0 and amd()
-    if a.device.type != "cpu" or not (fp32 or a.dtype == torch.bfloat16): return a @ b.T
+    fp32 = a.device.type == "cpu" and linear and a.dtype == torch.float32 and a.shape[1] % 16 == 0 and amd()
+    in_fp32 = a.itemsize == 2 and wide(a.device)
+    if not (fp32 or in_fp32 or a.device.type == "cpu" and a.dtype == torch.bfloat16): return a @ b.T
     n, m = len(a), len(b)
     a, b = (torch.nn.functional.pad(x, (0, 0, 0, -len(x) % 16)) if len(x) % 16 else x for x in (a, b))
+    if in_fp32: return torch.mm(a, b.T, out_dtype=torch.float32)[:n, :m]
     return (linear(a, b, None, "none", [], "") if fp32 else a @ b.T)[:n, :m]
+
+
+def round_to(a, dtype):
+    """In that precision; of fp16, which ends at 65504, the largest number for what is larger: the bounds know it."""
+    return (a.clamp(-65504, 65504) if dtype == torch.float16 and a.dtype != dtype else a).to(dtype)
 
 
 class Level(NamedTuple):
@@ -150,12 +166,14 @@ class Side(NamedTuple):
 
 
 def exactly(method):
-    """Run a method without gradients and autocast, with fp32 products in fp32 (not TF32) and sums of bf16 products in
-    fp32 (not bf16), whatever the caller has set: the error bounds rest on it."""
+    """Run a method without gradients and autocast, with fp32 products in fp32 (not TF32) and sums of 16-bit products in
+    fp32 (not 16 bits), whatever the caller has set: the error bounds rest on it."""
     @functools.wraps(method)
     def run(self, *args, **kwargs):
         gpu = torch.backends.cuda.matmul
-        reduced, gpu.allow_bf16_reduced_precision_reduction = gpu.allow_bf16_reduced_precision_reduction, False
+        sums = "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation"
+        allowed = {name: getattr(gpu, name) for name in sums if hasattr(gpu, name)}          # the last since torch 2.7
+        for name in allowed: setattr(gpu, name, False)
         backends = [b for b in (gpu, getattr(torch.backends.mkldnn, "matmul", gpu)) if hasattr(b, "fp32_precision")]
         before = [b.fp32_precision for b in backends]        # torch 2.9 and later keep it in two ways, which may differ
         try: legacy = torch.get_float32_matmul_precision()
@@ -167,7 +185,7 @@ def exactly(method):
         finally:
             torch.set_float32_matmul_precision(legacy)
             for b, precision in zip(backends, before, strict=True): b.fp32_precision = precision
-            gpu.allow_bf16_reduced_precision_reduction = reduced
+            for name, value in allowed.items(): setattr(gpu, name, value)
     return run
 
 
@@ -207,7 +225,7 @@ class EmpiricalScore:
         sample = self.x[:1] if torch.is_tensor(x) else torch.from_numpy(np.array(self.x[:1]))
         exact = sample.is_floating_point() and sample.itemsize <= 4 or sample.itemsize <= 2      # in fp32
         self.work = torch.float32 if exact else torch.float64
-        self.low, self.copies = low_precision(self.device), {}                                   # {dtype: (n, D)}
+        self.low, self.copies = low_precision(self.device, sample.dtype), {}                     # {dtype: (n, D)}
         most, size = CACHE * (3 if gpu else 1), self.D * self.low.itemsize
 
         # Each rank has queries `turn` and points `shard`. All must choose alike, or they would wait for ever.
@@ -246,7 +264,7 @@ class EmpiricalScore:
         # Of every point, about the centre: |x|^2; and of all, the largest |low(x) - x| / |x|, rounded up
         self.sq, self.kappa = torch.empty(len(self.shard), dtype=torch.float64, device=self.device), 0.0
         for _, i, rows in self._chunks():
-            low = rows.to(self.work).to(self.low)
+            low = round_to(rows.to(self.work), self.low)
             for dtype, copy in made.items(): copy[i] = low if dtype == self.low else rows.to(dtype)
             self.sq[i] = rows.square().sum(1)
             err = (rows - low.double()).norm(dim=1) / self.sq[i].sqrt().clamp(min=1e-150)
@@ -285,10 +303,10 @@ class EmpiricalScore:
         """Points at `index` -> (n, D), centred."""
         if dtype in self.copies: return take(self.copies[dtype], self._at(index))
         rows = (self._read(index) if read is None else read).to(self.device, non_blocking=True)
-        if not self.off_centre: return rows.to(dtype)
+        if not self.off_centre: return round_to(rows, dtype)
         work = torch.float64 if dtype == torch.float64 else self.work
         centre, own = self.centre.to(work), rows.dtype != work or torch.is_tensor(index)         # own: a copy already
-        return (rows.to(work).sub_(centre) if own else rows - centre).to(dtype)
+        return round_to(rows.to(work).sub_(centre) if own else rows - centre, dtype)
 
     def _chunks(self, members=None, dtype=torch.float64, c=None):
         """Yield (indices (n,), their places in the shard, centred points (n, D)) over this rank's shard, or its points
@@ -381,7 +399,7 @@ class EmpiricalScore:
         beyond, kappa = torch.empty(len(self.shard), device=self.device), 0.0
         for _, i, rows in self._chunks():
             exact = rows @ V                                                                     # (n, k)
-            c[i] = exact.to(self.low)
+            c[i] = round_to(exact, self.low)
             low, sq = c[i].double(), self.sq[i]
             size = low.square().sum(1)
             rest = sq - 2 * (low * exact).sum(1) + (1 + eta) * size + lose * (sq + size)         # >= |x - V c|^2
@@ -399,15 +417,15 @@ class EmpiricalScore:
             | p - u.x | <= |u~| |x~| + kappa |V^T u| |x|        Cauchy-Schwarz, beyond V and on it
                            + |a - V^T u| |c|                    the query's rounding
                            + (k + 20) 2^-23 |a| |c|             sums in fp32, in any order: twice what they can lose
-                           + 1.02 2^-8 |a| |c|                  in bf16, rounding p
+                           + 1.02 2^-8 |a| |c|                  where p comes in bf16
 
         hence bounds on the distance, linear in p and three numbers of a point, its `_columns` |x|^2, |x| and |x~|."""
         qq, u = q.square().sum(1), 2 * alpha[:, None] * q
         inside = u if level.V is None else u @ level.V                                           # (B, k)
         length, beyond = u.norm(dim=1), 0 * qq if level.V is None else (u - inside @ level.V.T).norm(dim=1)
-        low = inside.to(level.dtype)
+        low = round_to(inside, level.dtype)
         size, sums = low.double().norm(dim=1), (low.shape[1] + 20) * 2.0**-23
-        share = sums + (1.02 * 2.0**-8 if level.dtype == torch.bfloat16 else 0)
+        share = sums + (1.02 * 2.0**-8 if level.dtype == torch.bfloat16 and not wide(self.device) else 0)
         at_x = (low.double() - inside).norm(dim=1) + share * size + level.kappa * inside.norm(dim=1)
         width = torch.stack([at_x, beyond], 1) + level.lose * length[:, None]                    # (B, 2)
         width, a2 = width * (1 + 2**-18 + 2 * sums), alpha[:, None]**2
@@ -599,7 +617,7 @@ class EmpiricalScore:
         fine = size * max(1, self.D / 2e5)**0.5 * 2.0**-23 < tolerance
         fine &= rate * torch.maximum(length, alpha) < 1e36   # no overflow
         for level in self._levels if n and not small else ():
-            ask = rest if level.V is not None or level.dtype == torch.bfloat16 else rest[~fine[rest]]
+            ask = rest if level.V is not None or level.dtype.itemsize == 2 else rest[~fine[rest]]
             if len(ask):
                 # about where a dense stream (fp32, float64), or all directions (fp32, bf16) would be quicker
                 few = n // (64 if level.dtype == torch.float32 else 512)
@@ -738,7 +756,7 @@ class EmpiricalScore:
         found = [(rest[:0], rest[:0], q[:0, 0])]             # queries, points, squared distances by differences
         for level in self._levels if len(q) * n * self.D > SMALL else ():
             if level.V is not None and k > 1: continue       # only the best is looked at exactly, else bounds are wide
-            limit = torch.full_like(rest, n // (64 if level.V is not None or level.dtype == torch.bfloat16 else 16))
+            limit = torch.full_like(rest, n // (64 if level.V is not None or level.dtype.itemsize == 2 else 16))
             b, i, _, done = self._screen(q[rest], alpha[rest], None, level, limit, k,
                                          measure=lambda lo, hi, part, rest=rest: measure(lo, hi, rest[part]))
             found.append((rest[b], i, self._each(rest[b], i, self._distance(q, alpha))))

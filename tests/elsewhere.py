@@ -25,6 +25,22 @@ BOTH = {T.copy_, T.to, T.cpu, T.type_as, T.data.__set__, T.grad.__set__, torch._
 ON_HOST = {T.numpy, T.__array__}
 
 
+def tensor_core(a, b, at_once=16, guard=2):
+    """a (n, k) @ b (k, m) of 16-bit numbers, in fp32, as an H100 adds up: 16 products at a time, which are exact, and the
+    sum so far are cut off at two bits below the last one of the largest of them, added, and cut off to fp32. (After
+    Khattak and Mikaitis, arXiv 2512.07004. Nothing is rounded to nearest, so that sums of one sign always lose.)"""
+    a, b, total = a.double(), b.double(), torch.zeros(len(a), b.shape[1], dtype=torch.float64)
+
+    def cut(s, largest, bits):
+        unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - bits)
+        return (s / unit).trunc() * unit
+    for k in range(0, a.shape[1], at_once):
+        terms = torch.cat([total[..., None], a[:, None, k:k + at_once] * b.T[None, :, k:k + at_once]], 2)
+        total = cut(terms, terms.abs().amax(2, keepdim=True), 24 + guard).sum(2)
+        total = cut(total, total, 24)
+    return total.float()
+
+
 class Generator(torch.Generator):
     """Draws on the CPU, and says that it is on the device asked for."""
     def __new__(cls, device="cpu"):
@@ -79,6 +95,9 @@ class Elsewhere(TorchFunctionMode):
         self.need_one_place(f, args, tensors, places)
         if f is T.to and places[0]:
             self.put(torch.empty(0, dtype=f(args[0][:0] if args[0].ndim else args[0], *args[1:], **kwargs).dtype))
+        if f is torch.mm and any(places) and kwargs.pop("out_dtype", None):      # fp32 for 16 bits, which no CPU has
+            assert args[0].dtype == args[1].dtype in (torch.bfloat16, torch.float16)
+            f = tensor_core
         out = f(*args, **kwargs)
         if f is T.to and asked not in (None, places[0]) and out is args[0]:
             out = out.clone()                                # another place is another storage

@@ -6,6 +6,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from elsewhere import tensor_core
 from hypothesis import HealthCheck, given, settings
 
 import empirical_score as es
@@ -56,20 +57,24 @@ cases = st.fixed_dictionaries(dict(
     kind=st.sampled_from(["plain", "alike", "duplicates", "norms", "ties", "spikes"]),
     scale=st.sampled_from([1e-6, 1.0, 1e3]), offset=st.sampled_from([0.0, 3.0, 1e4]),
     t=st.sampled_from([1e-3, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.999]), far=st.sampled_from([1.0, 1.0, 30.0]),
-    low=st.sampled_from([torch.bfloat16, torch.float32]), stored=st.sampled_from([torch.float32, torch.bfloat16]),
+    low=st.sampled_from([torch.bfloat16, torch.float32, torch.float16]), gpu=st.booleans(),
+    stored=st.sampled_from([torch.float32, torch.bfloat16]),
     chunk=st.sampled_from([7, 64, 1000]), directions=st.sampled_from([0, 1, 5, 40]), amd=st.booleans()))
 
 
 @pytest.fixture(autouse=True)
 def screened(monkeypatch):
     monkeypatch.setattr(es, "SMALL", 0)
-    monkeypatch.setattr(es, "amd", es.amd)                   # which build changes
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype=None: tensor_core(a, b) if out_dtype else mm(a, b))
+    for name in ("amd", "wide"): monkeypatch.setattr(es, name, getattr(es, name))            # which build changes
 
 
 def build(c):
     es.amd = lambda: c["amd"]                                # fp32 products by oneDNN, or by MKL
+    es.wide = lambda _: c["gpu"] or c["low"] == torch.float16        # 16-bit products as tensor cores make them
     x = random_set(c["seed"], c["N"], c["D"], c["kind"], c["scale"], c["offset"], c["stored"])
-    before, es.low_precision = es.low_precision, lambda device: c["low"]
+    before, es.low_precision = es.low_precision, lambda *_: c["low"]
     try:
         E = EmpiricalScore(x, chunk=c["chunk"])
     finally:
@@ -173,7 +178,7 @@ def test_nearest_and_r_star_miss_nothing(c, k):
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float32])
 def test_the_fuzz_has_teeth(low, directions, monkeypatch):
     """With the middle of the bounds for both, the first pass strikes points that matter: the tests above would see."""
-    monkeypatch.setattr(es, "low_precision", lambda device: low)
+    monkeypatch.setattr(es, "low_precision", lambda *_: low)
     middle = lambda lower, upper, part: [(lower.double() + upper) / 2] * 2
     wrong = 0
     for seed in range(20):

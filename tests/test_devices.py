@@ -66,7 +66,7 @@ def test_the_device_refuses_what_a_real_one_does(kind):
     (torch.float16, 0, torch.bfloat16), (torch.bfloat16, 0, torch.bfloat16)])
 def test_the_empirical_score(kind, dtype, small, low, monkeypatch):
     monkeypatch.setattr(es, "SMALL", small)
-    monkeypatch.setattr(es, "low_precision", lambda device: low)
+    monkeypatch.setattr(es, "low_precision", lambda *_: low)
     g = torch.Generator().manual_seed(0)
     y = torch.arange(600) % 10
     x = (2 * torch.randn(10, 3, 4, 4, generator=g)[y] + torch.randn(600, 3, 4, 4, generator=g)).to(dtype)
@@ -149,7 +149,7 @@ def test_the_bench_of_a_gpu(monkeypatch, tmp_path):
     import bench
     monkeypatch.setattr(bench, "ROOT", tmp_path)
     monkeypatch.setattr(es, "SMALL", 0)
-    monkeypatch.setattr(es, "low_precision", lambda device: torch.bfloat16)
+    monkeypatch.setattr(es, "low_precision", lambda *_: torch.bfloat16)
     with elsewhere("cuda"):
         bench.on_gpu((500, 3000), 64, 32)
     found = json.loads((tmp_path / "out" / "bench_score_gpu.json").read_text())

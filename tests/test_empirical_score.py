@@ -24,7 +24,7 @@ def path(request, monkeypatch):
     small, low, amd = PATHS[request.param]
     monkeypatch.setattr(es, "SMALL", small)
     monkeypatch.setattr(es, "amd", lambda: amd)
-    monkeypatch.setattr(es, "low_precision", lambda device: low)
+    monkeypatch.setattr(es, "low_precision", lambda *_: low)
     return request.param
 
 
@@ -386,7 +386,7 @@ def several_ranks(rank, folder):
     for world, path, split in itertools.product(groups, PATHS, ("queries", "points")):
         if rank >= world: continue
         es.SMALL, low, amd = PATHS[path]
-        es.low_precision, es.amd = lambda device, low=low: low, lambda amd=amd: amd
+        es.low_precision, es.amd = lambda *_, low=low: low, lambda amd=amd: amd
         E = EmpiricalScore(x, y, chunk=150, process_group=groups[world], split=split)
         z, t, labels = queries(x, 0.8), torch.full((24,), 0.8), torch.zeros(24, dtype=torch.int64)
         bad = z.clone()

@@ -27,9 +27,10 @@ product is in bf16, where that is fast, or along an eighth of the directions, th
 where there are thousands): what rounding and the other directions can change is bounded, not estimated. Where too many
 are left, it is done along all directions. The second pass takes the few that survive in float64. What was struck weighs
 less than tau = 1e-7 of the total; `E.dropped` has the bound that was reached. Queries whose weights are spread (t near
-1) keep too many points: they get a dense stream, in fp32 where that loses less than 1e-5, else in float64, or by the
-differences z - alpha x, where an outlier makes even float64 cancel. The choice is made for each query by what survives,
-not by t. (Screening, streaming and several processes make this longer than its budget of 350 lines.)
+1) keep too many points: they get a dense stream, in fp32 where that loses less than 1e-5 (a GPU: in fp16, numbers in
+two halves, for its tensor cores), else in float64, or by the differences z - alpha x, where an outlier makes even
+float64 cancel. The choice is made for each query by what survives, not by t. (Screening, streaming and several
+processes make this longer than its budget of 350 lines.)
 """
 import functools
 import math
@@ -45,8 +46,7 @@ import torch.distributed as dist
 SMALL = 2**24   # queries x points x dimensions below which one float64 product is quicker than anything cleverer; of
 #                 points on a GPU, 2**13 times that
 SURVIVORS = 2**20   # pairs of query and point that may be looked at one by one, so that they fit into memory
-FEW = {torch.float32: 16, torch.bfloat16: 256, torch.float16: 256}   # an eighth of D: of less, a product is quicker
-#                 than reading its result
+FEW = {2: 256, 4: 16}   # an eighth of D, by bytes a number: of less, a product is quicker than reading its result
 LOSS = 5e-5     # of an exponent, in fp32, by the estimate in _exponents; x_* then errs by 1e-5 at most, as measured
 CACHE = 3 * 2**27   # bytes that copies of the data may take; thrice that on a GPU. Beyond: made anew each time
 
@@ -142,6 +142,34 @@ def round_to(a, dtype):
     return (a.clamp(-65504, 65504) if dtype == torch.float16 and a.dtype != dtype else a).to(dtype)
 
 
+def halves(a, top):
+    """a, of numbers up to top, () or (rows, 1), as a sum of numbers in fp16, of 11 bits each: two; one, where a itself
+    is of 16 bits. -> these, the larger first, and the power of two by which to multiply them."""
+    scale, parts = torch.ldexp(torch.ones_like(top), torch.frexp(top).exponent - 15), []
+    rest = a / scale
+    for _ in range(1 if a.itemsize == 2 else 2):
+        parts.append(rest.half())
+        rest = rest - parts[-1]
+    return parts, scale
+
+
+def by_halves(a, b):
+    """a @ b.T in fp32, by the halves of both; a lower one times a lower is 2^-22 of it. In pieces, since tensor cores
+    cut sums off, where others round them: long ones would lose."""
+    total = 0
+    for k in range(0, a[0].shape[1], 2048):
+        for x, y in [*((x, b[0]) for x in a), *((a[0], y) for y in b[1:])]:
+            total = product(x[:, k:k + 2048], y[:, k:k + 2048]) + total
+    return total
+
+
+def weigh(w, x):
+    """w (b, n) times the points x (n, D), or their halves -> (b, D)."""
+    if torch.is_tensor(x): return product(w, x.T)
+    (x, unit), (w, one) = x, halves(w, w.new_tensor(1))
+    return by_halves(w, [half.T for half in x]) * (unit * one)
+
+
 class Level(NamedTuple):
     """What a first pass multiplies with: the coordinates c of the points along k directions, in low precision.
 
@@ -171,7 +199,7 @@ def exactly(method):
     @functools.wraps(method)
     def run(self, *args, **kwargs):
         gpu = torch.backends.cuda.matmul
-        sums = "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation"
+        sums = (*(f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")), "allow_fp16_accumulation")
         allowed = {name: getattr(gpu, name) for name in sums if hasattr(gpu, name)}          # the last since torch 2.7
         for name in allowed: setattr(gpu, name, False)
         backends = [b for b in (gpu, getattr(torch.backends.mkldnn, "matmul", gpu)) if hasattr(b, "fp32_precision")]
@@ -194,7 +222,8 @@ class EmpiricalScore:
 
     x        a tensor, an array or a memory map, of any floating or integer type; read in chunks; copied whole only
              where it is small, as a low-precision and a centred fp32 copy of at most CACHE bytes.
-             Fastest: bf16, where the hardware has it. Points of a class are read faster where they lie together.
+             Fastest: bf16, where the hardware has it; on a GPU fp16, too. Points of a class are read faster where they
+             lie together.
     device   where the arithmetic is done (default: where x is). MPS has no float64: there it is done on the CPU.
     chunk    data points per step. The other memory is a few matrices of queries x chunk, whatever N is.
     process_group   divide the work over its ranks. Every rank passes all of x and the *same* queries, and gets the same
@@ -383,7 +412,7 @@ class EmpiricalScore:
         all of them."""
         n = len(self.shard)
         k = min(self.D // 8, n // 32, 512, 2**24 // self.D, self.room // max(1, n * self.low.itemsize))
-        levels = [self._principal(k)] if k >= 16 and self.D // 8 >= FEW[self.low] else []
+        levels = [self._principal(k)] if k >= 16 and self.D // 8 >= FEW[self.low.itemsize] else []
         return levels + [Level(self.low, self.kappa)] + [Level(torch.float32, 2.0**-22)] * (self.low != torch.float32)
 
     def _principal(self, k):
@@ -625,18 +654,48 @@ class EmpiricalScore:
                 done, index, *found = self._survivors(q[ask], alpha[ask], var[ask], members, level, limit)
                 if done.any(): yield ask[done], index, None, *found
                 rest = rest[~torch.isin(rest, ask[done])]
-        # All points, by a product, in fp32 or float64; or, where too much cancels even so, by differences.
+        # All points, by a product, of halves, in fp32 or float64; or, where too much cancels even so, by differences.
         far = self._far(length, alpha)
         ill = ~far & (size * 2.0**-50 > 1e-7)
         none, base = torch.full_like(t, -torch.inf), torch.where(far, 0, -q.square().sum(1) / (2 * var))
-        for dtype, ask in ((torch.float32, rest[fine[rest]]), (torch.float64, rest[(~fine & ~ill)[rest]]),
-                           (None, rest[ill[rest]])):
-            query, bias = (rate[ask, None] * q[ask]).to(dtype), (-alpha * rate / 2)[ask].to(dtype)
-            for index, at, rows in self._chunks(members, dtype or torch.float64) if n and len(ask) else ():
-                if dtype: e = product(rows, query).addcmul_(self.sq[at].to(dtype)[:, None], bias).T    # (b, n)
-                else: e = self._apart(q[ask], alpha[ask], rows).div_(-2 * var[ask, None])
+        rest, halved = rest if n else rest[:0], torch.zeros_like(fine)
+        ask = rest[fine[rest]]
+        if len(ask) and wide(self.device): halved[ask] = self._halves_do(q[ask], alpha[ask], var[ask], members)
+        for dtype, those in ((torch.float16, halved), (torch.float32, fine & ~halved), (torch.float64, ~fine & ~ill),
+                             (None, ill)):
+            ask = rest[those[rest]]
+            for index, rows, e in self._dense(q[ask], alpha[ask], var[ask], members, dtype) if len(ask) else ():
                 if label is not None: e = e.where(label[ask, None] == self.labels[index], -torch.inf)
                 yield ask, index, rows, e, none[ask], base[ask] if dtype else 0 * base[ask]
+
+    def _dense(self, q, alpha, var, members, dtype):
+        """Yield (indices (n,), points (n, D), exponents (b, n)), chunk by chunk: by products in this dtype; fp16: of
+        halves, and the points as halves, too; None: by differences."""
+        query, bias, of = (alpha / var)[:, None] * q, -alpha**2 / (2 * var), dtype or torch.float64
+        if dtype == torch.float16:
+            query, scale = halves(query, query.abs().amax(1, keepdim=True))
+            of = self.low if self.kappa <= 2**-22 else torch.float32                     # where that is exact
+        else: query = query.to(of)
+        for index, at, rows in self._chunks(members, of):
+            if dtype is None: e = self._apart(q, alpha, rows).div_(-2 * var[:, None])
+            else:
+                if dtype != torch.float16: e = product(rows, query)                              # (n, b)
+                else:
+                    rows = halves(rows, self.radius)
+                    e = by_halves(rows[0], query) * (scale.T * rows[1]).float()
+                e = e.addcmul_(self.sq[at].to(e.dtype)[:, None], bias.to(e.dtype)).T
+            yield index, rows, e
+
+    def _halves_do(self, q, alpha, var, members):
+        """(b,): do exponents by halves err by less than half of LOSS? That depends on how the hardware cuts sums off,
+        so it is tried, at 64 points; what is common to all does no harm. At this limit x_* errs by 9e-6 at most (as
+        measured, with an H100's sums emulated)."""
+        index, _, e = next(self._dense(q, alpha, var, members, torch.float16))
+        some = slice(None, None, max(1, len(index) // 64))
+        x = self._rows(index[some])
+        exact = (alpha / var)[:, None] * (q @ x.T - alpha[:, None] / 2 * x.square().sum(1))
+        off = e[:, some] - exact
+        return off.amax(1) - off.amin(1) < LOSS / 2
 
     def _stream(self, z, t, y):
         """Yield what `_exponents` does, group by group, for the queries that are this rank's turn."""
@@ -659,7 +718,7 @@ class EmpiricalScore:
             top = m.where(m > -torch.inf, 0)
             w, dropped = e.sub_(top[:, None]).exp_(), torch.exp(struck - top.double())           # (b, n), (b,)
             if rows is not None:
-                weighted = product(w, rows.T)
+                weighted = weigh(w, rows)
             else:                                            # survivors: most weigh nothing, once that is known exactly
                 light = (w > 0) & (w < self.tau / self.N)
                 dropped, w = dropped + light.sum(1) * self.tau / self.N, w.masked_fill_(light, 0)

@@ -26,9 +26,9 @@ ON_HOST = {T.numpy, T.__array__}
 
 
 def tensor_core(a, b, at_once=16, guard=2):
-    """a (n, k) @ b (k, m) of 16-bit numbers, in fp32, as an H100 adds up: 16 products at a time, which are exact, and the
-    sum so far are cut off at two bits below the last one of the largest of them, added, and cut off to fp32. (After
-    Khattak and Mikaitis, arXiv 2512.07004. Nothing is rounded to nearest, so that sums of one sign always lose.)"""
+    """a (n, k) @ b (k, m) of 16-bit numbers, in fp32, much as an H100 adds up (Khattak and Mikaitis, arXiv 2512.07004):
+    16 products at a time, which are exact, and the sum so far are cut off two bits below the last one of the largest of
+    them, added, and cut off to fp32. Nothing is rounded to nearest, so that sums of one sign always lose."""
     a, b, total = a.double(), b.double(), torch.zeros(len(a), b.shape[1], dtype=torch.float64)
 
     def cut(s, largest, bits):

@@ -27,10 +27,9 @@ product is in bf16, where that is fast, or along an eighth of the directions, th
 where there are thousands): what rounding and the other directions can change is bounded, not estimated. Where too many
 are left, it is done along all directions. The second pass takes the few that survive in float64. What was struck weighs
 less than tau = 1e-7 of the total; `E.dropped` has the bound that was reached. Queries whose weights are spread (t near
-1) keep too many points: they get a dense stream, in fp32 where that loses less than 1e-5 (a GPU: in fp16, numbers in
-two halves, for its tensor cores), else in float64, or by the differences z - alpha x, where an outlier makes even
-float64 cancel. The choice is made for each query by what survives, not by t. (Screening, streaming and several
-processes make this longer than its budget of 350 lines.)
+1) keep too many points: they get a dense stream, in fp32 where that loses less than 1e-5, else in float64, or by the
+differences z - alpha x, where an outlier makes even float64 cancel. The choice is made for each query by what survives,
+not by t. (Screening, streaming and several processes make this longer than its budget of 350 lines.)
 """
 import functools
 import math
@@ -140,34 +139,6 @@ def product(a, b):
 def round_to(a, dtype):
     """In that precision; of fp16, which ends at 65504, the largest number for what is larger: the bounds know it."""
     return (a.clamp(-65504, 65504) if dtype == torch.float16 and a.dtype != dtype else a).to(dtype)
-
-
-def halves(a, top):
-    """a, of numbers up to top, () or (rows, 1), as a sum of numbers in fp16, of 11 bits each: two; one, where a itself
-    is of 16 bits. -> these, the larger first, and the power of two by which to multiply them."""
-    scale, parts = torch.ldexp(torch.ones_like(top), torch.frexp(top).exponent - 15), []
-    rest = a / scale
-    for _ in range(1 if a.itemsize == 2 else 2):
-        parts.append(rest.half())
-        rest = rest - parts[-1]
-    return parts, scale
-
-
-def by_halves(a, b):
-    """a @ b.T in fp32, by the halves of both; a lower one times a lower is 2^-22 of it. In pieces, since tensor cores
-    cut sums off, where others round them: long ones would lose."""
-    total = 0
-    for k in range(0, a[0].shape[1], 2048):
-        for x, y in [*((x, b[0]) for x in a), *((a[0], y) for y in b[1:])]:
-            total = product(x[:, k:k + 2048], y[:, k:k + 2048]) + total
-    return total
-
-
-def weigh(w, x):
-    """w (b, n) times the points x (n, D), or their halves -> (b, D)."""
-    if torch.is_tensor(x): return product(w, x.T)
-    (x, unit), (w, one) = x, halves(w, w.new_tensor(1))
-    return by_halves(w, [half.T for half in x]) * (unit * one)
 
 
 class Level(NamedTuple):
@@ -463,10 +434,10 @@ class EmpiricalScore:
                     low.shape[1] * 2.0**-122 * (1 + length + self.radius),
                     torch.maximum((length + size + 1) * (self.radius + 1), qq + self.radius**2) < 1e36, qq)
 
-    def _columns(self, at, level):                           # (n, 3); |x| also bounds |c|, which is rounded
+    def _columns(self, at, level):                           # (n, 3); |x| also bounds |c|, rounded (tiny fp16: by much)
         sq = self.sq[at]
         beyond = 0 * sq if level.V is None else level.beyond[at]
-        return torch.stack([sq, sq.sqrt() * (1 + 2**-7), beyond], 1).float()
+        return torch.stack([sq, sq.sqrt() * (1 + max(2**-7, 1.01 * level.kappa)), beyond], 1).float()
 
     def _bounds(self, side, level, members, done):
         """Chunk by chunk, for the queries that are not given up, yield their rows (b,), the same as an index, the
@@ -654,48 +625,18 @@ class EmpiricalScore:
                 done, index, *found = self._survivors(q[ask], alpha[ask], var[ask], members, level, limit)
                 if done.any(): yield ask[done], index, None, *found
                 rest = rest[~torch.isin(rest, ask[done])]
-        # All points, by a product, of halves, in fp32 or float64; or, where too much cancels even so, by differences.
+        # All points, by a product, in fp32 or float64; or, where too much cancels even so, by differences.
         far = self._far(length, alpha)
         ill = ~far & (size * 2.0**-50 > 1e-7)
         none, base = torch.full_like(t, -torch.inf), torch.where(far, 0, -q.square().sum(1) / (2 * var))
-        rest, halved = rest if n else rest[:0], torch.zeros_like(fine)
-        ask = rest[fine[rest]]
-        if len(ask) and wide(self.device): halved[ask] = self._halves_do(q[ask], alpha[ask], var[ask], members)
-        for dtype, those in ((torch.float16, halved), (torch.float32, fine & ~halved), (torch.float64, ~fine & ~ill),
-                             (None, ill)):
-            ask = rest[those[rest]]
-            for index, rows, e in self._dense(q[ask], alpha[ask], var[ask], members, dtype) if len(ask) else ():
+        for dtype, ask in ((torch.float32, rest[fine[rest]]), (torch.float64, rest[(~fine & ~ill)[rest]]),
+                           (None, rest[ill[rest]])):
+            query, bias = (rate[ask, None] * q[ask]).to(dtype), (-alpha * rate / 2)[ask].to(dtype)
+            for index, at, rows in self._chunks(members, dtype or torch.float64) if n and len(ask) else ():
+                if dtype: e = product(rows, query).addcmul_(self.sq[at].to(dtype)[:, None], bias).T    # (b, n)
+                else: e = self._apart(q[ask], alpha[ask], rows).div_(-2 * var[ask, None])
                 if label is not None: e = e.where(label[ask, None] == self.labels[index], -torch.inf)
                 yield ask, index, rows, e, none[ask], base[ask] if dtype else 0 * base[ask]
-
-    def _dense(self, q, alpha, var, members, dtype):
-        """Yield (indices (n,), points (n, D), exponents (b, n)), chunk by chunk: by products in this dtype; fp16: of
-        halves, and the points as halves, too; None: by differences."""
-        query, bias, of = (alpha / var)[:, None] * q, -alpha**2 / (2 * var), dtype or torch.float64
-        if dtype == torch.float16:
-            query, scale = halves(query, query.abs().amax(1, keepdim=True))
-            of = self.low if self.kappa <= 2**-22 else torch.float32                     # where that is exact
-        else: query = query.to(of)
-        for index, at, rows in self._chunks(members, of):
-            if dtype is None: e = self._apart(q, alpha, rows).div_(-2 * var[:, None])
-            else:
-                if dtype != torch.float16: e = product(rows, query)                              # (n, b)
-                else:
-                    rows = halves(rows, self.radius)
-                    e = by_halves(rows[0], query) * (scale.T * rows[1]).float()
-                e = e.addcmul_(self.sq[at].to(e.dtype)[:, None], bias.to(e.dtype)).T
-            yield index, rows, e
-
-    def _halves_do(self, q, alpha, var, members):
-        """(b,): do exponents by halves err by less than half of LOSS? That depends on how the hardware cuts sums off,
-        so it is tried, at 64 points; what is common to all does no harm. At this limit x_* errs by 9e-6 at most (as
-        measured, with an H100's sums emulated)."""
-        index, _, e = next(self._dense(q, alpha, var, members, torch.float16))
-        some = slice(None, None, max(1, len(index) // 64))
-        x = self._rows(index[some])
-        exact = (alpha / var)[:, None] * (q @ x.T - alpha[:, None] / 2 * x.square().sum(1))
-        off = e[:, some] - exact
-        return off.amax(1) - off.amin(1) < LOSS / 2
 
     def _stream(self, z, t, y):
         """Yield what `_exponents` does, group by group, for the queries that are this rank's turn."""
@@ -718,7 +659,7 @@ class EmpiricalScore:
             top = m.where(m > -torch.inf, 0)
             w, dropped = e.sub_(top[:, None]).exp_(), torch.exp(struck - top.double())           # (b, n), (b,)
             if rows is not None:
-                weighted = weigh(w, rows)
+                weighted = product(w, rows.T)
             else:                                            # survivors: most weigh nothing, once that is known exactly
                 light = (w > 0) & (w < self.tau / self.N)
                 dropped, w = dropped + light.sum(1) * self.tau / self.N, w.masked_fill_(light, 0)

@@ -356,43 +356,23 @@ def test_a_dense_stream_in_fp32_at_its_limit(D, amd, monkeypatch):
     assert close(E.posterior_mean(z, t), w, xl) < 1e-5
 
 
-@pytest.mark.parametrize("stored, low", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16),
-                                         (torch.float16, torch.float16)])
-@pytest.mark.parametrize("D, t", [(784, 0.9), (784, 0.98), (4096, 0.98)])
-def test_a_dense_stream_by_halves(stored, low, D, t, monkeypatch):
-    """As a GPU's tensor cores add up, x_* errs by 1e-5 at most, and 16-bit points take two products where others take
-    three; where hardware adds up so badly that halves will not do, fp32 takes over."""
-    monkeypatch.setattr(es, "low_precision", lambda *_: low)
+def test_numbers_too_small_for_fp16(monkeypatch):
+    """Rounding doubles them, or makes them 0: the bounds must hold for what was made of them."""
+    monkeypatch.setattr(es, "low_precision", lambda *_: torch.float16)
     monkeypatch.setattr(es, "wide", lambda _: True)
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(1500, D, generator=g).to(stored)
-    z = (1 - t) * x[:8].float() + t * torch.randn(8, D, generator=g)
-    E, (_, w, xl) = EmpiricalScore(x), truth(x, z, t)
-    passes, taken, dense, by_halves, mm = [], set(), EmpiricalScore._dense, es.by_halves, torch.mm
-    monkeypatch.setattr(EmpiricalScore, "_dense", lambda self, *a: passes.append(a[-1]) or dense(self, *a))
-    monkeypatch.setattr(es, "by_halves", lambda a, b: taken.add((len(a), len(b))) or by_halves(a, b))
-    for guard, expected in ((2, [torch.float16] * 2), (-7, [torch.float16, torch.float32])):   # first, a trial
-        passes.clear()
-        monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype=None, guard=guard:
-                            tensor_core(a, b, guard=guard) if out_dtype else mm(a, b))
-        assert close(E.posterior_mean(z, t), w, xl) < 1e-5
-        assert passes == expected
-    assert taken == ({(2, 2)} if stored == torch.float32 else {(1, 2), (2, 1)})
-
-
-def test_halves_are_the_number_to_22_bits():
-    g = torch.Generator().manual_seed(0)
-    for a in (torch.randn(50, 60, generator=g) * 10.0**torch.arange(-8, 9, 8).repeat_interleave(20),
-              1e-20 * torch.randn(5, 7, generator=g).double(), torch.zeros(2, 3)):
-        top = a.abs().amax(1, keepdim=True)
-        (hi, lo), scale = es.halves(a, top)
-        assert hi.dtype == torch.float16 and hi.isfinite().all()
-        off = (scale.double() * (hi.double() + lo.double()) - a.double()).abs()
-        assert (off <= 2.0**-22 * a.abs() + 2.0**-38 * top).all()
-    for kind in (torch.float16, torch.bfloat16):
-        a = torch.randn(50, 60, generator=g).to(kind)
-        (only,), scale = es.halves(a, a.abs().amax())
-        assert torch.equal(only.double() * scale.double(), a.double())
+    tiny = torch.tensor(2.0**-24)
+    x = (tiny * (torch.arange(1, 1002) % 2)[:, None] * torch.ones(1001, 64)).half()
+    E, alpha = EmpiricalScore(x), torch.ones(2, dtype=torch.float64)
+    q = tiny.double() * torch.tensor([[0.251], [-0.251]]).double() * torch.ones(2, 64)
+    d2 = torch.cdist(q, E._rows(torch.arange(1001)), compute_mode="donot_use_mm_for_euclid_dist").square()
+    side = E._side(q, alpha, E._levels[0])
+    found = [(index, point, lower) for _, _, index, point, lower in
+             E._bounds(side, E._levels[0], None, torch.ones(2, dtype=torch.bool))]
+    index, point, lower = (torch.cat(a) if i < 2 else torch.cat(a, 1) for i, a in enumerate(zip(*found, strict=True)))
+    room = 2**-22 * side.qq[:, None] + side.tiny[:, None]
+    upper = lower + (point @ side.upper.T).T
+    assert E.low == torch.float16 and (lower <= d2[:, index] - side.qq[:, None] + room).all()
+    assert (upper >= d2[:, index] - side.qq[:, None] - room).all()
 
 
 def test_a_query_beyond_fp32_has_an_answer():

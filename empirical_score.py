@@ -107,9 +107,9 @@ def wide(device):
 def low_precision(device, stored=None):
     """bf16 where a product in it is faster than in fp32 and its sums are kept in fp32 all the same; else fp32. Or fp16,
     which rounds to an eighth of it, where the data are stored so: where the product does not come in fp16, too."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+    if device.type == "cuda":
+        if not torch.cuda.is_bf16_supported(including_emulation=False): return torch.float32
         return torch.float16 if stored == torch.float16 and wide(device) else torch.bfloat16
-    if device.type == "cuda": return torch.float32
     fast = any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
     return torch.bfloat16 if fast and torch.backends.mkldnn.is_available() else torch.float32
 
@@ -127,9 +127,9 @@ def product(a, b):
     keeps a thousand of them, of a megabyte each: so rows are filled up to multiples of 16, which are fewer. A GPU's
     tensor cores want multiples of 8."""
     linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)      # private, but the same from torch 2.0 on
-    fp32 = a.device.type == "cpu" and linear and a.dtype == torch.float32 and a.shape[1] % 16 == 0 and amd()
-    in_fp32 = a.itemsize == 2 and wide(a.device)
-    if not (fp32 or in_fp32 or a.device.type == "cpu" and a.dtype == torch.bfloat16): return a @ b.T
+    cpu, in_fp32 = a.device.type == "cpu", a.itemsize == 2 and wide(a.device)
+    fp32 = cpu and linear and a.dtype == torch.float32 and a.shape[1] % 16 == 0 and amd()
+    if not (in_fp32 or fp32 or cpu and a.dtype == torch.bfloat16): return a @ b.T
     n, m = len(a), len(b)
     a, b = (torch.nn.functional.pad(x, (0, 0, 0, -len(x) % 16)) if len(x) % 16 else x for x in (a, b))
     if in_fp32: return torch.mm(a, b.T, out_dtype=torch.float32)[:n, :m]

@@ -7,8 +7,8 @@ A device that this machine does not have, for tests: "cuda" or "mps" by name, th
 Every call of torch is looked at. Whether a tensor is on the device is a matter of its storage, so that views, changes
 in place and parameters follow by themselves; a result is where the inputs are. What a device refuses is refused:
 tensors of two places in one call, numpy() of what is not here, a generator of another place; on "mps", any float64. So
-mistakes that only a machine with a GPU would show, show on all. What it does not show: memory, speed, other rounding,
-missing kernels, torch.compile, calls that python does not see (the backward pass), several GPUs.
+mistakes that only a machine with a GPU would show, show on all. What it does not show: memory, speed, rounding but that
+of tensor cores, missing kernels, torch.compile, calls that python does not see (the backward pass), several GPUs.
 """
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +25,7 @@ BOTH = {T.copy_, T.to, T.cpu, T.type_as, T.data.__set__, T.grad.__set__, torch._
 ON_HOST = {T.numpy, T.__array__}
 
 
-def tensor_core(a, b, at_once=16, guard=2):
+def tensor_core(a, b):
     """a (n, k) @ b (k, m) of 16-bit numbers, in fp32, much as an H100 adds up (Khattak and Mikaitis, arXiv 2512.07004):
     16 products at a time, which are exact, and the sum so far are cut off two bits below the last one of the largest of
     them, added, and cut off to fp32. Nothing is rounded to nearest, so that sums of one sign always lose."""
@@ -34,9 +34,9 @@ def tensor_core(a, b, at_once=16, guard=2):
     def cut(s, largest, bits):
         unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - bits)
         return (s / unit).trunc() * unit
-    for k in range(0, a.shape[1], at_once):
-        terms = torch.cat([total[..., None], a[:, None, k:k + at_once] * b.T[None, :, k:k + at_once]], 2)
-        total = cut(terms, terms.abs().amax(2, keepdim=True), 24 + guard).sum(2)
+    for k in range(0, a.shape[1], 16):
+        terms = torch.cat([total[..., None], a[:, None, k:k + 16] * b.T[None, :, k:k + 16]], 2)
+        total = cut(terms, terms.abs().amax(2, keepdim=True), 24 + 2).sum(2)
         total = cut(total, total, 24)
     return total.float()
 

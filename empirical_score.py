@@ -208,6 +208,7 @@ class EmpiricalScore:
     """
 
     def __init__(self, x, y=None, *, device=None, chunk=None, process_group=None, split=None, tau=1e-7):
+        need(hasattr(x, "shape"), f"the data must be a tensor, an array or a memory map, not {type(x).__name__}")
         need(len(x) > 0, "the data set is empty")
         need(x.ndim > 1, f"the data must have shape (N, *shape), not {tuple(x.shape)}")
         need(chunk is None or chunk > 0, f"chunk must be at least 1, not {chunk}")
@@ -344,11 +345,12 @@ class EmpiricalScore:
         queries by chunk would become too large. Where all is small, one group has all classes, and the labels (b,) of
         its queries, whose exponents at points of another class are -inf then: that is quicker than class by class.
         """
+        need(torch.is_tensor(z), f"the queries z must be a tensor, not {type(z).__name__}")
         B, t = len(z), double(t, self.device)
         need(z.shape[1:] == self.shape, f"queries must have shape (B, {str(self.shape)[1:]}, not {tuple(z.shape)}")
         need(z.is_floating_point(), f"the queries z must be floating point, not {z.dtype}")
         need(z.isfinite().all(), "the queries z hold nan or inf")
-        need(t.shape in ((), (B,)), f"{B} queries need one t or {B}, not {t.numel()}")
+        need(t.shape in ((), (B,)), f"{B} queries need t of shape () or ({B},), not {tuple(t.shape)}")
         bad, t = t.reshape(-1)[~((t >= 1e-18) & (t <= 1)).reshape(-1)].tolist(), t.expand(B)     # t^2 is an fp32
         need(not bad, f"t must lie in (0, 1] (1e-18 on), not {bad[:1]}: at t = 0 a finite set of points has no score")
         mine = torch.zeros(B, dtype=torch.bool)
@@ -357,7 +359,7 @@ class EmpiricalScore:
         if y is not None:
             need(self.members is not None, "labels were asked for, but the data set was given without labels")
             y = self._integers(y)
-            need(y.shape in ((), (B,)), f"{B} queries need {B} labels, not {y.numel()}")
+            need(y.shape in ((), (B,)), f"{B} queries need labels of shape () or ({B},), not {tuple(y.shape)}")
             y = y.expand(B)
             self._need_labels(y.tolist())
             ends = torch.tensor([self.shard.start, self.shard.stop])     # members ascend: a slice lies in the shard
@@ -632,9 +634,12 @@ class EmpiricalScore:
         for dtype, ask in ((torch.float32, rest[fine[rest]]), (torch.float64, rest[(~fine & ~ill)[rest]]),
                            (None, rest[ill[rest]])):
             query, bias = (rate[ask, None] * q[ask]).to(dtype), (-alpha * rate / 2)[ask].to(dtype)
+            # Averages of points want less than their exponents do: fp32, where that is 1e-5 sigma / alpha or less
+            roughly = (size[ask] * 2.0**-23 < 64 * tolerance).all()
             for index, at, rows in self._chunks(members, dtype or torch.float64) if n and len(ask) else ():
                 if dtype: e = product(rows, query).addcmul_(self.sq[at].to(dtype)[:, None], bias).T    # (b, n)
                 else: e = self._apart(q[ask], alpha[ask], rows).div_(-2 * var[ask, None])
+                if dtype == torch.float64 and roughly: rows = rows.float()
                 if label is not None: e = e.where(label[ask, None] == self.labels[index], -torch.inf)
                 yield ask, index, rows, e, none[ask], base[ask] if dtype else 0 * base[ask]
 
@@ -659,7 +664,7 @@ class EmpiricalScore:
             top = m.where(m > -torch.inf, 0)
             w, dropped = e.sub_(top[:, None]).exp_(), torch.exp(struck - top.double())           # (b, n), (b,)
             if rows is not None:
-                weighted = product(w, rows.T)
+                weighted = product(w.to(rows.dtype), rows.T)
             else:                                            # survivors: most weigh nothing, once that is known exactly
                 light = (w > 0) & (w < self.tau / self.N)
                 dropped, w = dropped + light.sum(1) * self.tau / self.N, w.masked_fill_(light, 0)
@@ -686,7 +691,9 @@ class EmpiricalScore:
         x = p.weighted / p.sum[:, None] + self.centre                                            # (B, D), float64
         if convert:                                         # in float64: alpha x_* - z is a small difference at small t
             x = convert(x, z.flatten(1).to(self.device).to(torch.float64), t)
-        return x.view(-1, *self.shape).to(z.dtype).to(z.device), (p.sum**2 / p.sum_sq).to(z.dtype).to(z.device)
+        x, finite = x.to(z.dtype), x.isfinite().all()        # fp16 ends at 65504, which a score passes at small t
+        need(x.isfinite().all() or not finite, f"the answer overflows {z.dtype}: ask with z.float()")
+        return x.view(-1, *self.shape).to(z.device), (p.sum**2 / p.sum_sq).to(z.dtype).to(z.device)
 
     def posterior_mean(self, z, t, y=None):
         """x_*(z, t) = sum_i w_i x_i, the best guess of the clean image. (B, *shape)."""

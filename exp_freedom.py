@@ -9,27 +9,35 @@ empirical score is equivalent; D_region defines where the network is asked for i
 A larger D_region leaves the target as it is, and says more about it: between the images of D_score, where the network
 was free to make something up, it is now told what the empirical score does there, which is to collapse on D_score.
 
-    python exp_freedom.py                        # trains 54 small networks; about 12 minutes on 2 CPU cores
+    python exp_freedom.py                        # trains 58 small networks; about 12 minutes on 2 CPU cores
     python exp_freedom.py --target sampled       # the paper's target, an image drawn from the posterior (also: faiss)
 
-What you should see. At |D_region| = |D_score| few generated images are copies from D_score (a): much closer to one of
-its images than to the fifty closest on average, "calibrated l2" below .25. At 8 times that, most are (b). The curves
-rise for both architectures (c), as the paper's do (grey). The control that the paper leaves out is ordinary training on
-the same D_region ("plain DSM": the target is the image x itself; black). It does not rise: more images alone do not
-make a network copy D_score, nor the rest of what it was trained on ("copies from all of D_region").
-The drawn targets have the same minimiser as the exact one. At a few hundred steps they lag behind it, so the comparison
-of the three trains longer: then the fractions of copies are within hundredths, and another target moves the network by
-a small part of what another seed does (printed, with what each costs). Every finished network leaves its scores in
-out/exp_freedom/<preset>/runs/, and a long training a checkpoint; the same command goes on after an interrupt.
+What counts as a copy? "Calibrated l2", the squared distance to the nearest image of D_score over the mean of those to
+the nearest fifty, is small for a copy, but for many a real image too: below .25 lie 30% of the digits that are not in
+D_score, so that samples would cross that line by becoming better. So the threshold is where 5% of these digits lie
+below (.14): what a perfect sampler would score, too.
+
+What you should see. At |D_region| = |D_score| there are fewer copies (a) than among real images; at 8 times that there
+are more (b), for both architectures (c, blue). After the few hundred steps of these networks it is not resolved that
+they are more than among real images (green); after 1,800 steps half of the samples are copies, and still hardly any at
+ratio 1 (triangles). The paper's curves (grey) rise alike, by a threshold that it does not give. The control that it
+leaves out is ordinary training on the same D_region ("plain DSM": the target is the image x itself; black). It does not
+rise: more images alone do not make a network copy D_score, nor the rest of what it was trained on. (Plain DSM's samples
+are worse, too, since even fewer are near to D_score than real images are: it is no control for their quality.)
+The drawn targets have the same minimiser as the exact one, and lag behind it: after 1,800 steps they make up to a tenth
+fewer copies, but move the network by a small part of what another seed does (printed, with what each costs).
+Every finished network leaves its scores in out/exp_freedom/<preset>/runs/, and a long training a checkpoint; the same
+command goes on after an interrupt.
 It needs model.py, empirical_score.py, sample.py and train.py beside it. (With a training loop of its own, it is
 longer than 300 lines.)
 
 Try this after the first command, whose networks are found again; the answers are in the table, or in the figure. (2 and
 3 overwrite both; the first command, given again, brings them back.)
-1. python exp_freedom.py --redraw           Is there a threshold at which the control copies as much as the target?
-   See (d): black meets dark blue only where nearly every image counts as a copy.
-2. python exp_freedom.py --threshold .4     Does C3 hang on where "copy" begins? See the first two rows: both rises are
-   there still. At .1 little is left of them: (d) shows that hardly anything is that close.
+1. python exp_freedom.py --redraw           Is there a threshold at which ratio 1 has more copies than real images have?
+   See (d): hardly, the palest blue lies below green; the darkest above it, but for the left end, where few images are.
+2. python exp_freedom.py --threshold .25    What does a lenient threshold do? See the first two rows: the rises are five
+   times as large, and the rows "at ratio 8" hold. At .1, next to nothing is left of the two rises, but more than half
+   of the one after 1,800 steps.
 3. python exp_freedom.py --n-seeds 1        How sure is one network? See the interval of the first row: it gets
    narrower, since it is then of the images alone, and knows nothing of what another seed would do.
 """
@@ -76,7 +84,7 @@ class Config:
     transformer: Net = field(default_factory=lambda: Net("SiT-micro/4", 500, 64, 4e-3))
     # the second: is what the first does a matter of transformers?
     unet: Net = field(default_factory=lambda: Net("UNet-pico", 200, 64, 8e-3))
-    # the network that compares the targets, at the largest ratio: longer, since drawn targets make a noisier gradient
+    # the network trained longer, at the ends: it compares the targets, whose draws make a noisier gradient
     compare: Net = field(default_factory=lambda: Net("SiT-micro/4", 1800, 64, 4e-3))
     target: str = "exact"  # exact: x_*; sampled: an image drawn from the posterior; faiss: drawn among k neighbours
     per_class: int = 19  # images of each class in D_score; the smallest class has 8 times as many
@@ -92,7 +100,8 @@ class Config:
     n_samples: int = 256  # images generated by each
     sample_steps: int = 20  # Heun steps
     n: int = 50  # neighbours in calibrated l2
-    threshold: float = 0.25  # of calibrated l2, below which an image is a copy; the paper does not say where its own is
+    false_copies: float = 0.05  # the part of real images that count as copies though they are none: sets the threshold
+    threshold: float | None = None  # of calibrated l2, below which an image is a copy; the paper does not give its own
     workers: int = 2  # networks trained at once, in processes of one thread each; 1: in this process, for a GPU
     seed: int = 0  # of the subsets; the networks have the seeds from here on
     device: str = "cpu"  # cpu, auto, cuda, mps; networks as small as the laptop preset's are at home on a CPU
@@ -136,6 +145,22 @@ def calibrated_l2(E, x, n=50):
     d2, _ = E.nearest(x.cpu().double(), n)                   # (B, n), ascending
     return d2[:, 0] / d2.mean(1)
 
+
+def l2_to(data, i, x, n, device):
+    """Calibrated l2 of x (B, *shape) to the images i of a data set, D_score or D_region. -> (B,)."""
+    points = data["x"] if len(i) == len(data["x"]) else data["x"][i]             # all is read in pieces, part is not
+    return calibrated_l2(EmpiricalScore(points, device=device), x, n)
+
+
+def real_images(data, inside, seed, most=2000):
+    """Real images that are not `inside` (indices) a subset: of the rest of x, and of what is held out, `most` at most.
+    They are no copies of it, so that what counts as a copy among them shows what a perfect sampler would score."""
+    rng, outside = np.random.default_rng(seed), {"x": np.setdiff1d(np.arange(len(data["x"])), inside)}
+    if "x_heldout" in data:
+        outside["x_heldout"] = np.arange(len(data["x_heldout"]))
+    return torch.cat([train.images_of(data, np.sort(rng.permutation(i)[:most]), "cpu", part)[0]
+                      for part, i in outside.items()])
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Three targets for x_theta(z, t), of mean x_*(z, t), so that the loss has the same minimiser (C.7). That of faiss
 # leaves out what lies beyond k neighbours: near t = 1, where all weigh alike, its mean is off if there are more than k
@@ -178,8 +203,9 @@ def faiss_posterior(x, k):
 
 def make_target(kind, x, y, k=100):
     """D_score x, y -> f(z, t, y, keep, generator) -> targets (B, *shape): over the points of class y where the label is
-    kept (keep (B,)), over all of D_score where it is dropped, since there the network is not told y either. The draws
-    depend on the generator, one of the CPU, alone."""
+    kept (keep (B,)), over all of D_score where it is dropped. The draws depend on the generator, one of the CPU, alone.
+    differs from the paper: it has one softmax, over all of D_score. By class, plain DSM's minimiser is that of ratio 1.
+    """
     E = EmpiricalScore(x, y)
     if kind == "faiss":
         groups = {None: x, **{c: x[y == c] for c in y.unique().tolist()}}
@@ -248,6 +274,7 @@ def fit(cfg, net, kind, ratio, seed, device, path):
             part = slice(k, k + cfg.at_once)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 out = compiled(z[part], t[part], y[part])
+            # differs from the paper: unweighted in x; alpha^2/sigma^4, that of scores, would leave only small t
             share = (out.float() - x[part]).square().mean() * (len(out) / net.batch)
             share.backward()
             loss += share.detach()
@@ -282,6 +309,7 @@ def run(cfg, spec):
     model, E, ms = fit(cfg, net, kind, ratio, seed, device, path.with_suffix(".pt"))
     z1 = noise(range(cfg.n_samples), E.shape, seed).to(device)           # the same for every network of this seed
     y = torch.arange(cfg.n_samples, device=device) % model.num_classes
+    # differs from the paper: not dopri5, whose steps, chosen for a whole batch, would differ between networks
     x = sample(model, z1, y, solver="heun", steps=cfg.sample_steps)[-1]
     shown = x[:min(10, max(1, 20_000 // E.D))]               # results.json stays small
     copies = E.x.view(-1, *E.shape)[E.nearest(shown, 1)[1][:, 0]]
@@ -290,8 +318,7 @@ def run(cfg, spec):
     if kind == "dsm":                                        # are its images copies of what it was trained on itself?
         data = train.load_data(cfg.data)
         region = subsets(data["y"], cfg.per_class, ratio, cfg.seed, cfg.balanced)[1]
-        own = data["x"] if len(region) == len(data["x"]) else data["x"][region]  # all is read in pieces, part is not
-        result["own"] = calibrated_l2(EmpiricalScore(own, device=device), x, cfg.n).tolist()
+        result["own"] = l2_to(data, region, x, cfg.n, device).tolist()
     if arch == "compare":                                    # x_theta at fixed points: noisy images from D_score
         i = np.random.default_rng(cfg.seed).integers(E.N, size=256)
         t = (torch.arange(256, device=device) + 0.5)[:, None, None, None] / 256
@@ -318,6 +345,14 @@ def interval(f, n):
     half = 1.96 * np.sqrt((p * (1 - p)).sum() / images)
     if seeds > 1: half = max(half, stdtrit(seeds - 1, 0.975) * d.std(ddof=1) / seeds**0.5)
     return d.mean() - half, d.mean() + half
+
+
+def above(f, n, real, n_real):
+    """Fractions of n images f (seeds,) -> their mean minus the fraction `real` of n_real real images, and the 95%
+    interval of it, for the sampling errors of both."""
+    d, sides = np.mean(f) - real, (interval(f, n), interval([real], n_real))
+    half = np.hypot(*((high - low) / 2 for low, high in sides))
+    return d, (d - half, d + half)
 
 PAPER = {"transformer": ((1, 2, 3, 4, 8, 25.6), (0.08, 0.41, 0.67, 0.76, 0.82, 0.85)),           # read off Fig. 5c
          "unet": ((1, 2, 4, 8, 25.6), (0, 0.01, 0.05, 0.59, 0.80))}
@@ -351,8 +386,9 @@ def check(cfg):
             raise ValueError(f"{name} must be at least 1, not {getattr(cfg, name)}")
     for net in (cfg.transformer, cfg.unet, cfg.compare):
         train.check_rates(net.lr, cfg.warmup, cfg.ema, cfg.label_dropout, cfg.seed)
-    if not 0 < cfg.threshold < np.inf:
-        raise ValueError(f"threshold must be positive, not {cfg.threshold:g}")
+    for name in ("false_copies", "threshold"):
+        if (value := getattr(cfg, name)) is not None and not 0 < value < 1:
+            raise ValueError(f"{name} must lie between 0 and 1, not {value:g}")
     if cfg.target not in TARGETS:
         raise ValueError(f"unknown target {cfg.target!r}: expected {', '.join(TARGETS)}")
     if len(cfg.ratios) < 2 or cfg.ratios[0] < 1 or list(cfg.ratios) != sorted(set(cfg.ratios)):
@@ -368,7 +404,11 @@ def check(cfg):
         raise ValueError(f"D_score has {size} points, but calibrated l2 needs n = {cfg.n} neighbours: raise per_class")
     if cfg.target == "faiss":
         faiss_posterior(torch.zeros(1, 1), 1)               # ImportError if it is not there
-    return size, [len(subsets(data["y"], cfg.per_class, r, cfg.seed, cfg.balanced)[1]) for r in cfg.ratios]
+    sizes = [len(subsets(data["y"], cfg.per_class, r, cfg.seed, cfg.balanced)[1]) for r in cfg.ratios]
+    if (left := len(data["x"]) - sizes[-1] + len(data.get("x_heldout", ()))) < 1 / cfg.false_copies:
+        raise ValueError(f"{left} real images outside of D_region are too few to tell the nearest "
+                         f"{100 * cfg.false_copies:g}%: raise false_copies, or lower the last of the ratios")
+    return size, sizes
 
 
 def work(cfg):
@@ -376,12 +416,13 @@ def work(cfg):
     size = check(cfg)[0]
     data, n = train.load_data(cfg.data), len(cfg.ratios)
     args = train.sizes(data) | dict(prediction="x")
-    often = dict(transformer=2 * n * cfg.n_seeds, unet=(n + 2) * cfg.n_seeds, compare=len(TARGETS) * cfg.compare_seeds)
+    often = dict(transformer=2 * n * cfg.n_seeds, unet=(n + 2) * cfg.n_seeds,
+                 compare=(len(TARGETS) + 1) * cfg.compare_seeds)
     world = max(int(os.environ.get("WORLD_SIZE", 1)), cfg.workers)
     nets = [getattr(cfg, arch) for arch, k in often.items() for _ in range(k)]
     # x_* over D_score for every image trained on: half of the transformers, all but two U-Nets, of the comparison's
-    # targets one, and the sampled one twice
-    exact = dict(transformer=n * cfg.n_seeds, unet=n * cfg.n_seeds, compare=3 * cfg.compare_seeds)
+    # targets the exact one, twice, and the sampled one twice
+    exact = dict(transformer=n * cfg.n_seeds, unet=n * cfg.n_seeds, compare=4 * cfg.compare_seeds)
     queries = sum(getattr(cfg, arch).steps * getattr(cfg, arch).batch * k for arch, k in exact.items())
     # each process has a checkpoint of what it trains, and while it writes the next one, two: of weights, average and
     # two moments each
@@ -405,7 +446,8 @@ def measure(cfg):
              for r in at(arch, kind)]
     trials, done, found = range(cfg.seed, cfg.seed + cfg.compare_seeds), {}, []
     both = {"transformer and U-Net": specs,
-            "comparison of the targets": [("compare", kind, last, s) for s in trials for kind in kinds]}
+            "longer, for the comparison of the targets": [("compare", kind, r, s) for s in trials for kind, r in
+                                                          (("exact", first), *((k, last) for k in kinds))]}
     for what, part in both.items():
         done |= (new := train.run_jobs(functools.partial(run, cfg), part, cfg.workers))
         found += (earlier := [d["seconds"] for d in new.values() if d.get("found")])
@@ -414,9 +456,18 @@ def measure(cfg):
     scores = lambda arch, kind: np.array([[done[arch, kind, r, s]["score"] for s in seeds] for r in at(arch, kind)])
     curves = {arch: {kind: scores(arch, kind) for kind in (cfg.target, "dsm")} for arch in PAPER}
     each = lambda f: {arch: {kind: f(v) for kind, v in c.items()} for arch, c in curves.items()}  # v (ratios, seeds, n)
-    fraction = each(lambda v: (v < cfg.threshold).mean(2))
-    targets = {kind: np.array([np.mean(np.array(done["compare", kind, last, s]["score"]) < cfg.threshold)
-                               for s in trials]) for kind in kinds}                              # (seeds,)
+    # D_region is denser than D_score: another threshold there has the same part of real images below
+    data = train.load_data(cfg.data)
+    real, real_own = (l2_to(data, i, real_images(data, i, cfg.seed), cfg.n, device).numpy()
+                      for i in subsets(data["y"], cfg.per_class, last, cfg.seed, cfg.balanced))
+    threshold = cfg.threshold or np.quantile(real, cfg.false_copies)
+    false = np.mean(real < threshold)
+    own_threshold = np.quantile(real_own, false)
+    fraction = each(lambda v: (v < threshold).mean(2))
+    after = lambda kind, r: np.array([np.mean(np.array(done["compare", kind, r, s]["score"]) < threshold)
+                                      for s in trials])      # (seeds,)
+    targets = {kind: after(kind, last) for kind in kinds}
+    longer = np.array([after("exact", first), targets["exact"]])                                 # (2, seeds)
     ms = {kind: np.mean([done["compare", kind, last, s]["ms"] for s in trials], axis=0) for kind in kinds}
     for kind, f in targets.items():
         low, high = interval(f, cfg.n_samples)
@@ -427,16 +478,27 @@ def measure(cfg):
         ci95 = interval(np.transpose(pair), cfg.n_samples)
         return train.claim(text, paper, np.mean(pair[1] - pair[0]), ci95, **bound)
 
+    def beyond(text, i, f):                                  # fractions f (seeds,) at the first (i 0) or last (1) ratio
+        sign, bound = (("<= 0", dict(high=0)), ("> 0", dict(low=0)))[i]
+        return train.claim(f"{text}: copies minus those of real images: {sign}", sign,
+                           *above(f, cfg.n_samples, false, len(real)), **bound)
+
+    name = {arch: getattr(cfg, arch).model for arch in PAPER}
     grows = f"fraction of copies at ratio {last:g} minus at {first:g}"
-    claims = [row(f"C3 {getattr(cfg, arch).model}: {grows}: > 0", paper_rise(arch, first, last),
+    claims = [row(f"C3 {name[arch]}: {grows}: > 0", paper_rise(arch, first, last),
                   fraction[arch][cfg.target][[0, -1]], low=0) for arch in fraction]
-    claims += [row(f"control, plain DSM, {getattr(cfg, arch).model}: the same: < .05", "not shown",
+    claims += [row(f"control, plain DSM, {name[arch]}: the same: < .05", "not shown",
                    fraction[arch]["dsm"][[0, -1]], high=0.05) for arch in fraction]
-    own = {arch: np.array([np.mean(np.array(done[arch, "dsm", last, s]["own"]) < cfg.threshold) for s in seeds])
+    claims += [beyond(f"C3 at ratio {r:g}, {name[arch]}", i, fraction[arch][cfg.target][[0, -1]][i])
+               for i, r in enumerate((first, last)) for arch in fraction]
+    own = {arch: np.array([np.mean(np.array(done[arch, "dsm", last, s]["own"]) < own_threshold) for s in seeds])
            for arch in fraction}                             # (seeds,)
-    claims += [train.claim(f"control, plain DSM, {getattr(cfg, arch).model}: copies from all of D_region: < .05",
-                           "not shown", f.mean(), np.clip(interval(f, cfg.n_samples), 0, 1), high=0.05)
-               for arch, f in own.items()]
+    claims += [train.claim(f"control, plain DSM, {name[arch]}: copies from D_region minus real: <= 0",
+                           "not shown", *above(f, cfg.n_samples, np.mean(real_own < own_threshold), len(real_own)),
+                           high=0) for arch, f in own.items()]
+    what = f"C3, {cfg.compare.steps:,} steps"
+    claims += [row(f"{what}: {grows}: > 0", paper_rise("transformer", first, last), longer, low=0)]
+    claims += [beyond(f"{what}, ratio {r:g}", i, longer[i]) for i, r in enumerate((first, last))]
     claims += [row(f"targets: fraction of copies with {kind} minus exact: within .1", "0",
                    (targets["exact"], targets[kind]), low=-0.1, high=0.1) for kind in kinds[1:]]
     if cfg.compare_seeds > 2:                                # two have one distance, and no interval
@@ -445,9 +507,12 @@ def measure(cfg):
                                *shift(probe["exact"], probe[kind]), high=0.2) for kind in kinds[1:]]
     thresholds = np.linspace(0, 1, 51)
     arrays = dict(ratio=np.array(sizes) / size, d_score=size, n_seeds=cfg.n_seeds, fraction=fraction, own=own,
-                  targets=targets, ms=ms, thresholds=thresholds,
+                  targets=targets, ms=ms, thresholds=thresholds, threshold=threshold, own_threshold=own_threshold,
+                  longer=longer, longer_interval=[interval(f, cfg.n_samples) for f in longer],
+                  real=dict(n=len(real), n_own=len(real_own), fraction=false,
+                            sweep=(real[:, None] < thresholds).mean(0)),
                   sweep=each(lambda v: (v[..., None] < thresholds).mean((1, 2))),
-                  interval=each(lambda v: [interval(f, cfg.n_samples) for f in (v < cfg.threshold).mean(2)]),
+                  interval=each(lambda v: [interval(f, cfg.n_samples) for f in (v < threshold).mean(2)]),
                   images=[np.array(done["transformer", cfg.target, r, cfg.seed]["images"]) for r in (first, last)])
     started = phase.started - sum(found) / cfg.workers       # `seconds` is what all of it takes
     train.save_results("exp_freedom", cfg, device, started, arrays, claims)
@@ -455,27 +520,35 @@ def measure(cfg):
 # ----------------------------------------------------------------------------------------------------------------------
 # Drawing
 
-BLUE, SKY, GREY = "#0072B2", "#56B4E9", "#555555"            # supervision is blue: here there is more and more of it
+BLUE, SKY = "#0072B2", "#56B4E9"                             # supervision is blue: here there is more and more of it
+GREY, GREEN = "#555555", "#009E73"
 STYLE = {"transformer": ("-", BLUE, "o"), "unet": ("--", SKY, "s")}
 
 
 def caption(results):
     """What the figure says, in words and numbers that follow from the claims."""
     a, c, cfg = results["arrays"], results["claims"], results["config"]
+    real, first, last = a["real"], a["ratio"][0], a["ratio"][-1]
     number = lambda c: f"{c['ours']:+.2f} [{c['ci95'][0]:+.2f}, {c['ci95'][1]:+.2f}]"
     rises = {"holds": "more copies", "contradicted": "fewer copies", "not resolved": "not resolved"}
     other = rises | {"holds": "no more", "contradicted": "more copies"}
     agree = {"holds": "agree", "contradicted": "differ", "not resolved": "agree or not: unresolved"}
-    lines = [f"{cfg[arch]['model']} in the largest region against the smallest: {rises[rise['verdict']]}, "
-             f"{number(rise)}; by plain DSM {other[control['verdict']]}, {number(control)}."
-             for rise, control, arch in zip(c[:2], c[2:4], STYLE, strict=True)]
-    own = [train.starting(results, f"control, plain DSM, {cfg[arch]['model']}: copies from")[0] for arch in STYLE]
-    lines.append(f"Samples of plain DSM at ratio {a['ratio'][-1]:.3g} that copy any image that it was trained on: " +
-                 "; ".join("{:.3f} [{:.3f}, {:.3f}]".format(r["ours"], *r["ci95"]) for r in own) + ".")
+    lines = [f"A copy is nearer than {100 - 100 * real['fraction']:.0f}% of {real['n']:,} real images outside of "
+             f"$D_{{score}}$ are: calibrated $\\ell_2$ < {a['threshold']:.3g}."]
+    for arch, rise, control, few, many in zip(STYLE, c[:2], c[2:4], c[4:6], c[6:8], strict=True):
+        lines += [f"{cfg[arch]['model']} in the largest region against the smallest: {rises[rise['verdict']]}, "
+                  f"{number(rise)}; by plain DSM {other[control['verdict']]}, {number(control)}.",
+                  f"    Against real images: at ratio {first:.3g} {other[few['verdict']]}, {number(few)}; at "
+                  f"{last:.3g} {rises[many['verdict']]}, {number(many)}."]
+    lines.append(f"Plain DSM at ratio {last:.3g}, copies of any image that it was trained on, against real images: " +
+                 "; ".join(f"{other[own['verdict']]}, {number(own)}" for own in c[8:10]) + ".")
+    lines.append(f"{cfg['compare']['model']} after {cfg['compare']['steps']:,} steps: {rises[c[10]['verdict']]}, "
+                 f"{number(c[10])}.\n    Against real images: at ratio {first:.3g} {other[c[11]['verdict']]}, "
+                 f"{number(c[11])}; at {last:.3g} {rises[c[12]['verdict']]}, {number(c[12])}.")
     same = "; ".join(f"exact and {k} {agree[row['verdict']]}" for k in a["targets"]
                      for row in train.starting(results, f"targets: fraction of copies with {k} "))
     copies = ", ".join(f"{k} {np.mean(f):.2f}" for k, f in a["targets"].items())
-    lines += [f"Copies by target, after {cfg['compare']['steps']:,} steps: {copies} ({same})." if same else "",
+    lines += [f"There, copies by target: {copies} ({same})." if same else "",
               f"{cfg['data']}, $|D_{{score}}|$ = {a['d_score']:,}, {a['n_seeds']} seed(s), {cfg['n_samples']} images "
               "each; bands, brackets: 95%. Grey: the paper."]
     return "\n".join(line for line in lines if line)
@@ -489,10 +562,10 @@ def plot(path):
     results = json.loads(Path(path).read_text())
     a, cfg = results["arrays"], results["config"]
     kind, ratios = cfg["target"], np.array(a["ratio"])
-    fig = plt.figure(figsize=(10, 7.5))
+    fig = plt.figure(figsize=(10, 8.8))
     place = lambda top, bottom, widths, wspace: fig.add_gridspec(1, 2, left=0.09, right=0.985, top=top, bottom=bottom,
                                                                  wspace=wspace, width_ratios=widths).subplots()
-    for ax, letter, which in zip(place(0.945, 0.82, (1, 1), 0.16), "ab", (0, -1), strict=True):
+    for ax, letter, which in zip(place(0.96, 0.85, (1, 1), 0.16), "ab", (0, -1), strict=True):
         images = np.array(a["images"][which], np.uint8)      # (2, shown, H, W, 1 or 3), and a white line between them:
         images = np.pad(images, ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0)), constant_values=255)
         _, n, H, W, C = images.shape
@@ -504,34 +577,45 @@ def plot(path):
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
 
-    ax, sweep = place(0.755, 0.315, (1.3, 1), 0.19)
+    ax, sweep = place(0.795, 0.41, (1.3, 1), 0.24)
     shades = plt.get_cmap("Blues")(np.linspace(0.35, 1, len(ratios)))
+    # heights of different thresholds do not compare: the paper's curves have a scale of their own
+    top = 1.05 * max(np.max(part) for part in (a["longer_interval"], *(a["interval"][arch][kind] for arch in STYLE)))
+    right = ax.secondary_yaxis("right", functions=(lambda f: f / top, lambda f: f * top))
+    right.set_ylabel("the paper's fraction (threshold not given)", color="0.5", fontsize=9)
+    right.tick_params(labelcolor="0.5")
+    ax.axhline(a["real"]["fraction"], color=GREEN, lw=2, ls=":")
+    ax.text(25.6, a["real"]["fraction"] + 0.01 * top, "real images", color=GREEN, fontsize=10, ha="right", va="bottom")
+    sweep.plot(a["thresholds"], a["real"]["sweep"], color=GREEN, lw=2, ls=":", label="real images")
+    ax.plot(ratios[[0, -1]], np.mean(a["longer"], axis=1), "-.", color=BLUE, lw=2.2, marker="^", ms=6,
+            label=f"{cfg['compare']['model']}, target $x_*$, {cfg['compare']['steps']:,} steps")
+    ax.fill_between(ratios[[0, -1]], *np.clip(a["longer_interval"], 0, 1).T, color=BLUE, alpha=0.15, lw=0)
     for arch, (line, colour, marker) in STYLE.items():
         for which, c, label in ((kind, colour, "target $x_*$"), ("dsm", "black", "plain DSM")):
             mean = np.mean(a["fraction"][arch][which], axis=1)
             r = ratios if len(mean) == len(ratios) else ratios[[0, -1]]
             ax.plot(r, mean, line, color=c, lw=2.2, marker=marker, ms=5, label=f"{cfg[arch]['model']}, {label}")
             ax.fill_between(r, *np.clip(a["interval"][arch][which], 0, 1).T, color=c, alpha=0.15, lw=0)
-        ax.plot(*PAPER[arch], line, color="0.7", lw=1.5, marker=".", zorder=1,
-                label=f"paper: {'SiT-L/2' if arch == 'transformer' else 'UNet-B'} (threshold not given)")
+        ax.plot(PAPER[arch][0], top * np.array(PAPER[arch][1]), line, color="0.7", lw=1.5, marker=".", zorder=1,
+                label=f"paper: {'SiT-L/2' if arch == 'transformer' else 'UNet-B'} (scale on the right)")
         for ratio, shade, fractions in zip(ratios, shades, a["sweep"][arch][kind], strict=True):
             sweep.plot(a["thresholds"], fractions, line, color=shade, lw=1.8,
                        label=f"ratio {ratio:.3g}" if line == "-" else None)
         sweep.plot(a["thresholds"], a["sweep"][arch]["dsm"][-1], line, color="black", lw=1.5,
                    label=f"plain DSM, {ratios[-1]:.3g}" if line == "-" else None)
     ax.set_title("(c) one target, asked for in larger regions (Fig. 5c)", fontsize=11)
-    ax.set(xscale="log", xlabel="$|D_{region}|\\ /\\ |D_{score}|$", ylim=(-0.03, 1.03),
-           ylabel=f"fraction of copies (calibrated $\\ell_2$ < {cfg['threshold']:g})")
+    ax.set(xscale="log", xlabel="$|D_{region}|\\ /\\ |D_{score}|$", ylim=(-0.03 * top, 1.03 * top),
+           ylabel=f"fraction of copies (calibrated $\\ell_2$ < {a['threshold']:.3g})")
     ax.set_xticks(ticks := sorted({*cfg["ratios"], 25.6}), [f"{r:g}" for r in ticks])
     ax.minorticks_off()
     ax.legend(fontsize=9, loc="upper left", bbox_to_anchor=(-0.1, -0.16), ncols=2, frameon=False, handlelength=2.4,
               columnspacing=1.2)
-    sweep.set_title("(d) at any threshold", fontsize=11)
-    sweep.axvline(cfg["threshold"], color=GREY, lw=1, ls=":")
-    sweep.text(cfg["threshold"] - 0.01, 1, "as in (c)", fontsize=9, rotation=90, ha="right", va="top", color=GREY)
-    sweep.set(xlim=(0, 1), ylim=(-0.03, 1.03), xlabel="threshold of calibrated $\\ell_2$", ylabel="fraction below")
+    sweep.set_title("(d) fraction below any threshold", fontsize=11)
+    sweep.axvline(a["threshold"], color=GREY, lw=1, ls=":")
+    sweep.text(a["threshold"] - 0.01, 1, "as in (c)", fontsize=9, rotation=90, ha="right", va="top", color=GREY)
+    sweep.set(xlim=(0, 1), ylim=(-0.03, 1.03), xlabel="threshold of calibrated $\\ell_2$")
     sweep.legend(fontsize=9, loc="lower right", framealpha=0.9, handlelength=1.4)
-    fig.text(0.02, 0.015, caption(results), fontsize=9, linespacing=1.4)
+    fig.text(0.02, 0.012, caption(results), fontsize=9, linespacing=1.4)
     with replacing(Path(path).with_suffix(".png")) as f:
         fig.savefig(f, dpi=120)
     plt.close(fig)

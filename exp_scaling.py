@@ -18,8 +18,8 @@ Everything is trained here, by train.py, on four kinds of images: random 1/f fie
 a Wiener filter, the limit of both errors), digits, mixtures of the two (the *dial*), and crops of photographs of brick,
 grass and gravel (the *onset* of memorization). In the paper E^sup changes by 2.7%, E^ext by half a percent: to see as
 little, all networks get the same points, noise and starting noise, and intervals (95%) are of paired differences, over
-768 points or trajectories. They cover the seed of the training on the plateau alone (below): elsewhere, but for Figure
-6's control, one network of each kind is trained.
+768 points or trajectories. They cover the seed of the training on the plateau (below) and in Figures 6 and 7: elsewhere
+one network of each kind is trained.
 
 Where the paper leaves it open: Fig. 3 is taken to be x-space, and Fig. 7 v-space, |x_theta - x_*|^2 / t^2 (t_min .031,
 half a step of the grid), as the ratio of their published levels, 3.8, suggests; the script measures that ratio. E^ext
@@ -32,11 +32,13 @@ x_theta of the true density has an E^ext too, which all these networks reach fro
 memorization, which lowers it. Fields of half the contrast hold the networks up on a *plateau* before they learn any
 structure; E^ext changes over size by half a percent to two there. So small a change is what another seed does as well,
 but over five networks of each kind it falls, too; for either length alone they do not tell.
-*Fig. 6:* REPA changes the network a little more along trajectories than on training points (not "greatly"), and so does
-a change of seed. *Fig. 7:* U-Nets have a far lower distance than transformers at equal L, as the paper says, and a
-higher L at equal compute, though not at the most of it; REPA changes neither (it is one block deep here, its teacher a
-small classifier, the runs short). *Dial:* E^ext falls with size at every a.
-*Onset:* on 1,000 crops E^ext falls from the start, mostly before the first copy: no mark of memorization.
+*Fig. 6:* REPA changes the network more along trajectories than on training points, by a seventh, nearly all of it at
+small t (not "greatly"); and so does a change of seed, by all but as much. *Fig. 7:* the distance grows with L along a
+line; U-Nets have a far lower distance than transformers at equal L, as the paper says, and a higher L at equal compute;
+both together, they are no worse here. REPA changes neither L nor, beyond what seeds do, the distance (it is one block
+deep here, its teacher a small classifier, the runs short). *Dial:* E^ext falls with size at every a.
+*Onset:* on 1,000 crops E^ext falls from the start, and fewer of the samples are copies than of new crops, which overlap
+the old ones: no mark of memorization.
 
 Networks and their measurements are kept in out/exp_scaling/<preset>/runs/, named by what they depend on: the same
 command goes on after an interrupt, another length or trajectory count costs no more than what is new.
@@ -72,6 +74,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.special import stdtrit
+from scipy.stats import linregress
 from torch import nn
 
 import sample
@@ -101,6 +104,7 @@ class Config:
     # Figures 6 and 7, on digits: SiTs, with every lambda
     fig7: Ladder = field(default_factory=lambda: Ladder(("SiT-nano/2", "SiT-micro/2"), (300, 600)))
     larger: tuple[str, ...] = ()  # SiTs of Figure 7c alone, without REPA, measured at fig7's lengths
+    fig7_seeds: int = 3  # networks of each kind of Figure 7: the points are their means, the intervals over them, too
     # Figure 7c: each with attention, and without
     unets: Ladder = field(default_factory=lambda: Ladder(("UNet-pico", "UNet-nano"), (100, 200)))
     # for each of the amounts
@@ -146,7 +150,7 @@ PRESETS = {
                   n_onset=20_000, repa_depth=3, batch=256, lr=3e-4, warmup=200, workers=1, device="auto"),
     # C.1, C.5 and C.8 of the paper; under torchrun every GPU trains networks of its own
     "paper": Config("paper", fig3=Ladder(("SiT-S/2", "SiT-B/2", "SiT-L/2", "SiT-XL/2"), PAPER),
-                    fig7=Ladder(("SiT-S/2", "SiT-B/2"), PAPER), larger=("SiT-L/2",),
+                    fig7=Ladder(("SiT-S/2", "SiT-B/2"), PAPER), fig7_seeds=1, larger=("SiT-L/2",),
                     unets=Ladder(("UNet-XS", "UNet-S", "UNet-B", "UNet-L"), PAPER), data="imagenet",
                     n_trajectories=1000, n_times=100, repa_depth=8, batch=256, accum=4, lr=1e-4, warmup=0, ema=0.9999,
                     workers=1, device="auto", vae="stabilityai/sd-vae-ft-ema"),
@@ -199,7 +203,7 @@ def dataset(cfg, name):
     if cfg.data:
         return cfg.data
     n, patch = cfg.n_onset if name == "onset" else cfg.n_data, cfg.fig7.models[0].split("/")[1]
-    kind = f"{name}-{patch}" if name == "digits8" else name
+    kind = dict(digits8=f"digits8-{patch}", onset="crops").get(name, name)
     folder = train.results_path("exp_scaling", cfg).parent / "data" / f"{kind}_{n}_{cfg.contrast:g}_{cfg.seed}"
     if folder.exists():
         return str(folder)
@@ -207,6 +211,7 @@ def dataset(cfg, name):
     a = 1.0 if name == "plateau" else float(name.removeprefix("dial")) if "dial" in name else 0.0
     if name == "onset":
         x, y = crops(n, 16, rng)
+        held = dict(zip(("x_heldout", "y_heldout"), crops(2000, 16, rng), strict=True))
     else:
         x, y = digits(n, side := 8 if name == "digits8" else 16, rng)
         if name == "digits8":
@@ -331,6 +336,7 @@ def paths(cfg, job):
 
 
 def times(cfg):                                              # (T,): the middles of the steps of Heun's method
+    # differs from the paper: it draws times at random; common ones make the paired differences small
     return (np.arange(cfg.n_times) + 0.5) / cfg.n_times
 
 
@@ -388,6 +394,7 @@ def data_prediction(model, z, t, y):                         # x_theta = z - t v
 def trajectories(model, z1, y, t):
     """Heun's method from z1 at 1 over the times t (ascending) down to 0, w = 1. -> z and x_theta at these times, both
     (T, B, C, H, W), t ascending, and the samples. sample.sample would evaluate the network twice at every z."""
+    # differs from the paper: dopri5, whose steps would depend on the network, and on the batch
     z, path, mean = z1, [], []
     for a, b in pairwise([1.0, *t[::-1], 0.0]):
         v = sample.velocity(model, z, a, y)
@@ -446,13 +453,16 @@ def jobs(cfg, part):
     """The networks that a part of the figure needs."""
     every = lambda data, rungs: [Job(data, m, rungs.lengths) for m in rungs.models]
     if part in ("fig6", "fig7"):
-        out = [job._replace(lam=lam) for job in every("digits8", cfg.fig7) for lam in cfg.lambdas]
-        if part == "fig6":                                   # the control: what changes from seed to seed
-            out.append(Job("digits8", cfg.fig7.models[-1], cfg.fig7.lengths[-1:], seed=1))
-        else:
+        models = cfg.fig7.models[-1:] if part == "fig6" else cfg.fig7.models
+        out = [job._replace(lam=lam) for job in every("digits8", Ladder(models, cfg.fig7.lengths))
+               for lam in cfg.lambdas]
+        if part == "fig7":
             out += every("digits8", Ladder(cfg.larger, cfg.fig7.lengths))
             out += [job._replace(model=job.model + kind) for job in every("digits8", cfg.unets)
                     for kind in ("", "-conv")]
+        out = [job._replace(seed=s) for s in range(cfg.fig7_seeds) for job in out]
+        if part == "fig6" and cfg.fig7_seeds == 1:           # the control: what changes from seed to seed
+            out.append(Job("digits8", models[0], cfg.fig7.lengths[-1:], seed=1))
     elif part == "dial":
         out = [job for a in cfg.amounts for job in every(f"dial{a:g}", cfg.dial)]
     elif part == "onset":
@@ -550,16 +560,16 @@ def ladder(cfg, data, models, lengths, seed=0):
 
 
 def over_seeds(each):
-    """What ladders of several seeds say of one error, alike -> the same of all: values (..., 3) become their mean over
-    the seeds, with Student's t interval, but none narrower than that of a seed's trajectories, which are the same for
-    all: three seeds can agree by chance."""
+    """What is said of several seeds, alike -> the same of all: values (..., 3), with intervals, become their mean over
+    the seeds. Its interval has Student's t over the seeds and, since all were asked about the same points and
+    trajectories, the whole of a seed's own: the root of the sum of their squares."""
     if isinstance(each[0], dict):
         return {k: np.mean([e[k] for e in each], 0) if k == "mean" else over_seeds([e[k] for e in each])
                 for k in each[0]}
     v = np.array(each)                                       # (seeds, ..., 3)
     mean, half = v[..., 0].mean(0), (v[..., 2] - v[..., 1]).mean(0) / 2
     if len(v) > 1:
-        half = np.maximum(half, stdtrit(len(v) - 1, 0.975) * v[..., 0].std(0, ddof=1) / len(v)**0.5)
+        half = np.hypot(half, stdtrit(len(v) - 1, 0.975) * v[..., 0].std(0, ddof=1) / len(v)**0.5)
     return np.stack([mean, mean - half, mean + half], -1)
 
 
@@ -664,76 +674,118 @@ def part_onset(cfg):
     name, path = cfg.onset.models[-1], paths(cfg, Job("onset", cfg.onset.models[-1], lengths))[1]
     first, last = np.load(path[0]), np.load(path[-1])
     moved = lambda f: mean_ci(f(last) - f(first))            # paired by the starting noise
+    # Crops of the same photographs overlap: of new ones, which nothing has copied, some are near an old one, too
+    data = train.load_data(dataset(cfg, "onset"))
+    new = torch.from_numpy(np.array(data["x_heldout"][:cfg.n_trajectories])).double()
+    d2 = EmpiricalScore(torch.from_numpy(np.array(data["x"]))).nearest(new, min(cfg.n, len(data["x"])))[0].numpy()
     # one more each way, or an interval of copies that are all there, or none, would have no width
-    hit = lambda r: np.append(r["calibrated"] < cfg.threshold, [r is last, r is first]).astype(float)
-    return a, [
+    hits = [np.append(c < cfg.threshold, [True, False]) for c in (last["calibrated"], d2[:, 0] / d2.mean(1))]
+    copies = mean_ci(hits[0])[0], mean_ci(hits[1])[0]
+    more = copies[0] - copies[1] + 1.96 * np.hypot(*(h.std(ddof=1) / len(h)**0.5 for h in hits)) * np.array([0, -1, 1])
+    return a | dict(new=copies[1]), [
         grows(f"onset, textures: extrapolation error over size after {lengths[0]} steps",
               a["ext_x"]["over_smallest"][-1][0]),
         falls(f"onset, {name}: extrapolation error, step {lengths[-1]} minus {lengths[0]}",
               moved(lambda r: r["ext"].mean(1)), "not shown"),
-        grows(f"onset, {name}: memorized fraction, the same difference", moved(hit), "not shown"),
+        grows(f"onset, {name}: fraction of copies, samples minus new crops", more, "not shown"),
         in_v("textures", a)]
 
 
 def part_fig6(cfg):
-    """|x_theta' - x_theta|^2 / d of the network with REPA and the one without, and of two seeds without."""
+    """|v_theta' - v_theta|^2 / d of networks with REPA and without, of one seed; and of two seeds, without."""
+    # differs from the paper: it compares scores, at times it does not give. Those differ by alpha/sigma times this,
+    # and the smallest t would outweigh all others; v is what the networks are trained on
+    t, upto, n, found = times(cfg), cfg.fig7.lengths[-1], 2 * cfg.n_trajectories, {}
     base = Job(cfg.data or "digits8", cfg.fig7.models[-1], cfg.fig7.lengths)
-    others = {f"REPA, lambda = {lam:g}": base._replace(lam=lam) for lam in cfg.lambdas[1:]}
-    others["control: another seed"] = base._replace(seed=1, lengths=base.lengths[-1:])
-    upto, found, n = base.lengths[-1], {}, 2 * cfg.n_trajectories        # twice: the ratio is 1 but for hundredths
-
-    @functools.cache
-    def baseline():                                          # points, trajectories, and x_theta on both, without REPA
-        p = probe(dataset(cfg, base.data), n, cfg.n_times, cfg.seed, pick_device(cfg.device))
-        path, x_ext, _ = trajectories(one := fit(cfg, base, upto), p.z1, p.y_ext, p.t)
-        return p, path, along(functools.partial(data_prediction, one), p.z, p.t, p.y_sup), x_ext
     probe.cache_clear()                                      # another number of points: the old ones take memory
-    for name, job in others.items():
-        file = paths(cfg, job)[0] / f"change_{upto}_{digest(n, cfg.n_times)}.npz"
-        if not file.exists():
-            p, path, x_sup, x_ext = baseline()
-            two = functools.partial(data_prediction, fit(cfg, job, upto))
-            with replacing(file) as f:
-                np.savez(f, sup=per_dim(along(two, p.z, p.t, p.y_sup) - x_sup),
-                         ext=per_dim(along(two, path, p.t, p.y_ext) - x_ext))
-        found[name] = np.load(file)
+    for seed in range(cfg.fig7_seeds):
+        one, another = base._replace(seed=seed), (seed + 1) % max(2, cfg.fig7_seeds)
+        others = {f"REPA {lam:g}": one._replace(lam=lam) for lam in cfg.lambdas[1:]}
+        others["another seed"] = base._replace(seed=another, lengths=base.lengths[-1:])
+
+        @functools.cache
+        def baseline(one=one):                               # points, trajectories, and x_theta on both, without REPA
+            p = probe(dataset(cfg, base.data), n, cfg.n_times, cfg.seed, pick_device(cfg.device))
+            path, x_ext, _ = trajectories(net := fit(cfg, one, upto), p.z1, p.y_ext, p.t)
+            return p, path, along(functools.partial(data_prediction, net), p.z, p.t, p.y_sup), x_ext
+        for name, job in others.items():
+            file = paths(cfg, job)[0] / f"change_{upto}_{digest(n, cfg.n_times, seed)}.npz"
+            if not file.exists():
+                p, path, x_sup, x_ext = baseline()
+                two = functools.partial(data_prediction, fit(cfg, job, upto))
+                with replacing(file) as f:
+                    np.savez(f, sup=per_dim(along(two, p.z, p.t, p.y_sup) - x_sup),
+                             ext=per_dim(along(two, path, p.t, p.y_ext) - x_ext))
+            r = np.load(file)
+            found.setdefault(name, []).append(np.stack([r["ext"], r["sup"]], 1))                 # (n, 2, T)
     # supervision points and trajectories are independent draws, each resampled with the other, which does no harm
-    both = {k: np.stack([v["ext"].mean(1), v["sup"].mean(1)], 1) for k, v in found.items()}      # (n, 2)
     ratio = lambda v: v[:, 0].mean() / v[:, 1].mean()
-    of = lambda v, f: np.array([f(v), *train.bootstrap(v, f)])
-    strong, control = both[f"REPA, lambda = {cfg.lambdas[-1]:g}"], both["control: another seed"]
-    excess = of(np.concatenate([strong, control], 1), lambda v: ratio(v[:, :2]) / ratio(v[:, 2:]))
-    t = times(cfg)
-    ratios = {k: of(v, ratio) for k, v in both.items()}
-    greatest = ratios[f"REPA, lambda = {cfg.lambdas[-1]:g}"]
+    of = lambda f, *seeds: over_seeds([[f(v), *train.bootstrap(v, f)] for v in (np.concatenate(s, 1) for s in seeds)])
+    weighted = {k: [(v / t**2).mean(2) for v in by_seed] for k, by_seed in found.items()}        # v-space, (n, 2)
+    strong, control = (weighted[k] for k in (f"REPA {cfg.lambdas[-1]:g}", "another seed"))
+    ratios = {k: of(ratio, *([v] for v in by_seed)) for k, by_seed in weighted.items()}
+    excess = of(lambda v: ratio(v[:, :2]) / ratio(v[:, 2:]), *zip(strong, control, strict=True))
+    barely = of(lambda v: v[:, 1].mean() / v[:, 3].mean(), *zip(strong, control, strict=True))
+    in_x = of(ratio, *([v.mean(2)] for v in found[f"REPA {cfg.lambdas[-1]:g}"]))
     arrays = dict(t=t, ratio=ratios, model=base.model, steps=upto,
-                  change={k: {r: dict(mean=mean_ci(v[r].mean(1)), along_t=np.apply_along_axis(mean_ci, 0, v[r]).T)
-                              for r in ("sup", "ext")} for k, v in found.items()})
-    said = f"Fig 6 change by REPA ({cfg.lambdas[-1]:g}), trajectories over training points"
+                  along_t={k: [of(ratio, *([v[..., j]] for v in by_seed)) for j in range(len(t))]
+                           for k, by_seed in found.items()},
+                  change={k: np.mean([v.mean(0) for v in by_seed], 0) for k, by_seed in weighted.items()})
+    said = f"change by REPA ({cfg.lambdas[-1]:g}), trajectories over training points"
+    greatest = ratios[f"REPA {cfg.lambdas[-1]:g}"]
     return arrays, [
-        row(f"{said}: > 1", "> 1", greatest, low=1.0),
+        row(f"Fig 6 {said}: > 1", "> 1", greatest, low=1.0),
         row("Fig 6 the same ratio, \"greatly\" read as: > 1.5", "greatly", greatest, low=1.5),
-        row("Fig 6 control: that ratio over the ratio of a change of seed: > 1", "not shown", excess, low=1.0)]
+        row("Fig 6 the same ratio of errors of x, not v: > 1", "not shown", in_x, low=1.0),
+        row("Fig 6 control: that ratio over the ratio of a change of seed: > 1", "not shown", excess, low=1.0),
+        row("Fig 6 on training points, \"barely\": by REPA over by a seed: < 1", "barely", barely, high=1.0)]
 
 
-def shift(one, two, at=0.5):
-    """Vertical distance, line of recipe `one` minus line of `two`, at equal x. Each (x (m,), y (m,), x (R, m), y (R,
-    m)): as measured, and resampled. -> (3,), at the middle (.5) or the end (1) of where both ranges of x overlap (or of
-    the gap between).
+def line(x, y, at):                                          # the straight line through the points: Eq. (5)
+    return np.polyval(np.polyfit(x, y, 1), at)
 
-    The interval has the error of the samples (bootstrap, paired) and the scatter of the points about the lines."""
-    low, high = (f([g(one[0]), g(two[0])]) for f, g in ((max, np.min), (min, np.max)))
+
+def reached(x, y, at):                                       # the least y that x up to `at` buys, interpolated
+    order = x.argsort()
+    return np.interp(at, x[order], np.minimum.accumulate(y[order]))
+
+
+def shift(one, two, at=0.5, curve=line):
+    """Vertical distance, curve of recipe `one` minus that of `two`, at equal x. Each (x (S, m), y (S, m), x (R, S, m),
+    y (R, S, m)): m networks of S seeds, as measured, and resampled R times. -> (3,), at the middle (.5) or the end (1)
+    of where both ranges of x overlap (or of the gap between).
+
+    The interval has the error of the samples (bootstrap, the same samples for all), the spread of the seeds, and the
+    scatter of the networks about straight lines; Student's t, with Welch's and Satterthwaite's degrees of freedom."""
+    means = [(x.mean(0), y.mean(0)) for x, y, *_ in (one, two)]
+    low, high = (f([g(x) for x, _ in means]) for f, g in ((max, np.min), (min, np.max)))
     at = low + at * (high - low)
-    line = lambda x, y: np.polyval(np.polyfit(x, y, 1), at)
-    estimate = line(*one[:2]) - line(*two[:2])
-    spread = np.std([line(*draw[:2]) - line(*draw[2:]) for draw in zip(*one[2:], *two[2:], strict=True)], ddof=1)
-    spread = 0.0 if np.isnan(spread) else spread             # where the samples were not drawn again
-    free, variance = sum(len(r[0]) - 2 for r in (one, two)), spread**2
-    for x, y, *_ in (one, two):
-        rest = ((y - np.polyval(np.polyfit(x, y, 1), x))**2).sum() / max(1, len(x) - 2)
-        variance += rest * (1 / len(x) + (at - x.mean())**2 / ((x - x.mean())**2).sum())
-    half = stdtrit(max(1, free), 0.975) * variance**0.5
-    return np.array([estimate, estimate - half, estimate + half])
+    apart = lambda *xy: np.array([curve(*p[:2], at) - curve(*p[2:], at) for p in zip(*xy, strict=True)])      # (S,)
+    seeds = apart(*one[:2], *two[:2])
+    spread = np.std([apart(*draw).mean() for draw in zip(*one[2:], *two[2:], strict=True)], ddof=1)
+    parts = [(0.0 if np.isnan(spread) else spread**2, np.inf)]           # nan: the samples were not drawn again
+    if len(seeds) > 1: parts.append((seeds.var(ddof=1) / len(seeds), len(seeds) - 1))
+    for x, y in means if curve is line else ():
+        rest, free = ((y - line(x, y, x))**2).sum(), max(1, len(x) - 2)
+        parts.append((rest / free * (1 / len(x) + (at - x.mean())**2 / ((x - x.mean())**2).sum()), free))
+    variance, free = np.array(parts).T
+    free = max(1, variance.sum()**2 / max(1e-300, (variance**2 / free).sum()))
+    half = stdtrit(free, 0.975) * variance.sum()**0.5
+    return np.array([seeds.mean(), seeds.mean() - half, seeds.mean() + half])
+
+
+def slope(x, y):                                             # of the line through means (S, m) over seeds, (3,)
+    fit = linregress(x.mean(0), y.mean(0))
+    return fit.slope + stdtrit(max(1, x.shape[1] - 2), 0.975) * fit.stderr * np.array([0, -1, 1])
+
+
+def same_networks(y, other, more, others):
+    """Mean of y - other (S, m), of the same m networks under two recipes, (3,); more, others (R, S, m): resampled."""
+    each = (y - other).mean(1) if len(y) > 1 else (y - other)[0]         # a seed; of one seed, a network
+    spread = np.std((more - others).mean((1, 2)))
+    half = np.hypot(stdtrit(max(1, len(each) - 1), 0.975) * each.std(ddof=1) / len(each)**0.5,
+                    0 if np.isnan(spread) else 1.96 * spread)
+    return each.mean() + half * np.array([0, -1, 1])
 
 
 def samples_file(cfg, job, steps):
@@ -786,32 +838,49 @@ def part_fig7(cfg, resamples=100):
     for kind, name in (("", "U-Net, attention"), ("-conv", "U-Net, conv only")):
         recipes[name] = [Job("digits8", m + kind, cfg.unets.lengths) for m in cfg.unets.models]
     for name, group in recipes.items():
-        points = []
+        points = []                                          # (networks and lengths, seeds, 4 and twice `resamples`)
         for job in [job._replace(data=cfg.data or job.data) for job in group]:
             true, paper = step_flops(cfg, job.data, job.model)
-            for steps, path in zip(job.lengths, paths(cfg, job)[1], strict=True):
-                r = np.load(path)
-                L, (FD, half, spread) = (r["sup"] / t**2).mean(1), distance(job, steps, r["samples"])
-                points.append((np.log10(true * steps), L.mean(), FD, [L[i].mean() for i in draws], spread))
-                table.append(dict(recipe=name, model=job.model, steps=steps, compute=true * steps, L=L.mean(),
-                                  compute_paper=paper * steps, FD=FD, FD_half=half, FD_sd=float(np.std(spread))))
-        C, L, FD, more_L, more_FD = (np.array(column).T for column in zip(*points, strict=True))
-        C_too = np.tile(C, (resamples, 1))                   # log10 of compute has no error
+            for k, steps in enumerate(job.lengths):
+                points.append([])
+                for one in [job._replace(seed=s) for s in range(cfg.fig7_seeds)]:
+                    r = np.load(paths(cfg, one)[1][k])
+                    L, (FD, half, spread) = (r["sup"] / t**2).mean(1), distance(one, steps, r["samples"])
+                    points[-1].append([L.mean(), FD, half, np.std(spread), *[L[i].mean() for i in draws], *spread])
+                (L, FD, half, sd), by_seed = np.mean(points[-1], 0)[:4], np.array(points[-1]).T
+                table.append(dict(recipe=name, model=job.model, steps=steps, compute=true * steps, L=L, FD=FD,
+                                  compute_paper=paper * steps, FD_half=half, FD_sd=sd, seeds=by_seed[:2]))
+        L, FD, _, _, *more = np.array(points).transpose(2, 1, 0)         # each (S, m)
+        more_L, more_FD = np.split(np.array(more), 2)                    # (R, S, m)
+        C = np.log10([r["compute"] for r in table if r["recipe"] == name]) + 0 * L
+        C_too = C + 0 * more_L                               # compute has no error
         lines[name] = dict(FD_of_L=(L, FD, more_L, more_FD), L_of_C=(C, L, C_too, more_L),
-                           FD_of_C=(C, FD, C_too, more_FD))  # (m,) and, resampled, (resamples, m)
+                           FD_of_C=(C, FD, C_too, more_FD))
     plain, attention, conv = f"SiT, REPA {cfg.lambdas[0]:g}", "U-Net, attention", "U-Net, conv only"
     # Figure 7b has not the larger SiTs of 7c
     few = len(cfg.fig7.models) * len(cfg.fig7.lengths)
     lines["SiT, 7b"] = dict(FD_of_L=[v[..., :few] for v in lines[plain]["FD_of_L"]])
-    arrays |= dict(table=table, fits={name: np.polyfit(*of["FD_of_L"][:2], 1) for name, of in lines.items()})
-    minus = lambda one, two, what="FD_of_L", at=0.5: shift(lines[one][what], lines[two][what], at)
-    claims = [falls(f"Fig 7b FD at equal L, REPA {lam:g} minus none", minus(f"SiT, REPA {lam:g}", "SiT, 7b"))
+    fit_to = lambda L, FD, *_: np.polyfit(L.mean(0), FD.mean(0), 1)
+    arrays |= dict(table=table, fits={name: fit_to(*of["FD_of_L"]) for name, of in lines.items()})
+    # L and FD are no straight lines over compute; but of one seed, the scatter about them is all one knows of its error
+    over_compute = reached if cfg.fig7_seeds > 1 else line
+    minus = lambda one, two, what="FD_of_L", at=0.5, curve=line: shift(lines[one][what], lines[two][what], at, curve)
+    claims = [grows(f"Fig 7a slope of FD over L, {name}", slope(*lines[name]["FD_of_L"][:2]))
+              for name in (plain, attention, conv)]
+    claims += [falls(f"Fig 7b FD at equal L, REPA {lam:g} minus none", minus(f"SiT, REPA {lam:g}", "SiT, 7b"))
               for lam in cfg.lambdas[1:]]
+    # Section 5: with REPA, FID improves much where the supervision loss hardly changes
+    (L, FD, *more), (L_0, FD_0, *more_0) = (lines[k]["FD_of_L"] for k in (f"SiT, REPA {cfg.lambdas[-1]:g}", "SiT, 7b"))
+    logs = np.exp(same_networks(*map(np.log, (L, L_0, more[0], more_0[0]))))
+    claims += [row(f"Fig 7b L with REPA {cfg.lambdas[-1]:g} over L without, same networks: .98 to 1.02", "minor", logs,
+                   low=0.98, high=1.02),
+               falls(f"Fig 7b FD, REPA {cfg.lambdas[-1]:g} minus none, same networks",
+                     same_networks(FD, FD_0, more[1], more_0[1]))]
     claims += [falls(f"Fig 7c FD at equal L, {name} minus SiT", minus(name, plain)) for name in (attention, conv)]
     claims.append(falls("Fig 7c FD at equal L, U-Net conv only minus with attention", minus(conv, attention)))
     # Section 5.1: by L, and taking both together, SiTs make more of their compute, in the middle and at the most of it
     claims += [grows(f"Fig 7c {what} at equal compute, {where}, {name} minus SiT",
-                     minus(name, plain, f"{what}_of_C", at))
+                     minus(name, plain, f"{what}_of_C", at, over_compute))
                for what in ("L", "FD") for where, at in (("middle", 0.5), ("most", 1)) for name in (attention, conv)]
     return arrays, [c for c in claims if not np.isnan(c["ours"])]        # without FD, those of L alone
 
@@ -819,7 +888,7 @@ def part_fig7(cfg, resamples=100):
 def check(cfg):
     """What can be wrong, before anything is trained or written."""
     for name in ("n_data", "n_onset", "n_trajectories", "n_times", "batch", "accum", "workers", "n", "repa_depth",
-                 "n_fid", "plateau_seeds"):
+                 "n_fid", "plateau_seeds", "fig7_seeds"):
         if getattr(cfg, name) < (least := 2 if name in ("n_trajectories", "n_data", "n_onset", "n_fid") else 1):
             raise ValueError(f"{name} must be at least {least}, not {getattr(cfg, name)}")
     torch.empty(cfg.n_times, cfg.n_trajectories, 16, 16)     # too many fail now, not after the training
@@ -1018,19 +1087,21 @@ def draw_fig3(axes, a, name="Fig. 3", over="all"):
 
 
 def draw_fig6(axes, a):
-    ax, names = axes[0], list(a["ratio"])
-    v, x = np.array([a["ratio"][k] for k in names]), np.arange(len(names))
-    ax.axhspan(*v[-1, 1:], color=GREY, alpha=0.15, lw=0)
-    interval(ax, x[:-1], v[:-1], fmt="s", color=RED, ms=6)
-    interval(ax, x[-1:], v[-1:], fmt="D", color="black", ms=6)
+    ax, t = axes[0], a["t"]
+    for k, (name, ratio) in enumerate(a["ratio"].items()):
+        control, (mean, low, high) = name == "another seed", np.array(a["along_t"][name]).T
+        style = dict(color="black" if control else RED, alpha=1 if control else (k + 1) / (len(a["ratio"]) - 1))
+        ax.plot(t, mean, "D-" if control else "s-", ms=3, lw=1.2, label="{}: {:.2f} [{:.2f}, {:.2f}]".format(
+            name, *ratio), **style)
+        if control or k == len(a["ratio"]) - 2:
+            ax.fill_between(t, low, high, color=style["color"], alpha=0.15, lw=0)
     ax.axhline(1, color=BLUE, lw=1.2)
-    room_above(ax)
-    ax.set_ylim(ax.get_ylim()[0] - 0.1 * np.ptp(ax.get_ylim()))
-    ax.text(0.03, 0.03, "blue: 1, the same on both", transform=ax.transAxes, color=BLUE)
-    paper_says(ax, "above 1", True)
-    ax.set_xticks(x, [k.replace("REPA, lambda =", "REPA").replace("control: ", "control:\n") for k in names])
-    ax.set(xlim=(-0.5, len(names) - 0.5), ylabel="change on trajectories / points",
-           title="(c) Fig. 6: what REPA changes")
+    room_above(ax, 0.5)
+    ax.text(0.02, 0.99, "the same on both", transform=ax.get_yaxis_transform(), color=BLUE, va="top")
+    paper_says(ax, "above 1", True, (0.95, 0.36))
+    ax.legend(title="at all t together, in v-space", title_fontsize=7.5, loc="upper right")
+    ax.set(xlabel="t        (0 = data, 1 = noise)", ylabel="change on trajectories / points",
+           title="(c) Fig. 6: what REPA changes, and a seed")
 
 
 def draw_fig7(axes, a):
@@ -1049,6 +1120,9 @@ def draw_fig7(axes, a):
             if ax is axes[2]:
                 ax.plot(*np.array([C, L])[:, np.argsort(C)], "o-", color=colours[name], ms=4, lw=1)
                 continue
+            error = [1.96 * np.hypot(r["FD_sd"], np.std(r["seeds"][1], ddof=1) / len(r["seeds"][1])**0.5)
+                     if len(r["seeds"][1]) > 1 else 1.96 * r["FD_sd"] for r in rows]             # samples, and seeds
+            ax.errorbar(L, FD, error, fmt="none", color=colours[name], lw=0.8, alpha=0.6)
             ax.scatter(L, FD, 12 + 25 * (np.log10(C) - 10).clip(0), color=[colours[name]], alpha=0.8, label=name)
             ends = np.array([L.min(), L.max()])
             of = "SiT, 7b" if ax is axes[0] and name == recipes[0] else name
@@ -1085,6 +1159,7 @@ def draw_onset(axes, a):
     for k, model in enumerate(a["models"]):
         axes[0].plot(a["lengths"], a["ext_x"]["mean"][k], color=RED, label=model, **shade(k))
         axes[1].plot(a["lengths"], 100 * np.array(a["memorized"][k]), color="black", label=model, **shade(k))
+    axes[1].axhline(100 * a["new"], color=GREY, ls=":", label="new crops, copied by nothing")
     axes[0].set(ylabel=f"{SYMBOL['ext']} per dimension", title="(e) Onset: error while training")
     axes[1].set(ylabel="% of the samples", title="(f) Onset: copies among the samples")
     for ax in axes:
@@ -1117,14 +1192,13 @@ def caption(results):
         end = {"holds": "more than", "contradicted": "less than", "not resolved": "not told apart from what"}
         (control,) = starting("Fig 6 control")
         out["results"].append(f"Fig. 6: REPA changes the network {c[0]['ours']:.2f} times as much along trajectories "
-                              f"as on training points (paper: greatly): {end[control['verdict']]} another seed does "
-                              "(grey band).")
-    if repa := starting("Fig 7b"):
+                              f"as on training points (paper: greatly): {end[control['verdict']]} another seed does.")
+    if repa := starting("Fig 7b FD at equal L"):
         unet, by = starting("Fig 7c")[0], [c["ours"] for c in repa]
+        sure = [sum(c["verdict"] == v for c in repa) for v in ("holds", "contradicted")]
         out["results"].append(f"Fig. 7: at equal L the distance of U-Nets (attention) minus that of SiTs is "
                               f"{unet['ours']:+.2g} ({unet['verdict']}; paper: below 0), with REPA {min(by):+.2g} to "
-                              f"{max(by):+.2g} ({sum(c['verdict'] == 'holds' for c in repa)} of {len(by)} below 0 for "
-                              "sure).")
+                              f"{max(by):+.2g} (of {len(by)}, for sure below 0: {sure[0]}, above: {sure[1]}).")
     if c := starting("Fig 7c L at equal compute"):
         end = {"holds": "higher", "contradicted": "lower", "not resolved": "not told apart"}
         middle, most = (starting(f"Fig 7c L at equal compute, {where}, U-Net, attention")[0] for where in
@@ -1144,7 +1218,7 @@ def caption(results):
                                    f"{len(c)} mixtures, and rises in {which.count('rises')}.")
     if c := starting("onset"):
         out["results_when"].append(f"Onset ({n_onset:,} textures): it {go(c[1])} while the largest network trains; "
-                                   f"copies among its samples: {100 * c[2]['ours']:+.0f}%.")
+                                   f"copies among its samples minus those among new crops: {100 * c[2]['ours']:+.0f}%.")
     return {k: "\n".join(v) for k, v in out.items()}
 
 

@@ -1,5 +1,5 @@
 """
-Figures 1b and 4: training only ever looks at thin shells around the data, and sampling leaves them at once (C1, C2).
+Figures 1b and 4: training only ever looks at thin shells around the data, and sampling leaves them: when (C1, C2)?
 
 A noisy training point z_t = alpha_t x + sigma_t eps lies at distance sigma_t |eps|, about sigma_t sqrt(d), from
 alpha_t x: on a thin shell (Prop. 3.2). Equation (4) asks how far any z is from the nearest such shell:
@@ -10,20 +10,23 @@ alpha_t x: on a thin shell (Prop. 3.2). Equation (4) asks how far any z is from 
     python exp_shells.py --redraw --animate   # r_* along sampling, as a GIF; after the command above, seconds
 
 What you should see. Left, Fig 1b: r_* stays at 1 for training points (blue) and climbs to 3 and more along sampling
-trajectories (orange-red). The dashed line is the control that the paper leaves out: real images that no model was
-trained on, noised afresh. They leave the shells at the same t, and at t = .3 are two thirds as far: leaving the shells
-is what *any* image does that is not in the training set. Only what a trajectory is farther out is the model's own.
+trajectories (orange-red). The paper says that they leave the shells "early"; here, half of sampling is over by then
+(vertical line). Black, two controls that the paper leaves out, noised afresh as training points are: new real images
+(dashed) leave too, a little later, and the images that the trajectories lead to (dotted) at the same t as these.
+So *any* image that is not in the training set is outside, and it takes no path to get there. It shows that the shells
+are a small region (C1), and that what this model makes is farther from the training set than new real images are.
 Right, Fig 4: from a noisy training image the model finds its way back to that image until t of about .6 (in the paper,
 .8), roughly as long as the shells of a class do not overlap (C(t), Appendix B.2).
+All this is of one trained network: the intervals are over points and trajectories, not over training seeds.
 It needs model.py, empirical_score.py, sample.py and train.py beside it. (The animation makes it longer than 300 lines.)
 
 Try this; the answers are in the table that is printed last.
 1. python exp_shells.py --overlap-class 1       Are the shells of all classes apart until the same t? See "the closest
    shells of a class": the ones, which look most alike, touch at a much smaller t than the threes.
 2. In measure, give EmpiricalScore data["x_heldout"] and data["y_heldout"], and nothing else. Of which does r_* speak,
-   the network or the data set? The same network, but "C1" and "control: new real images" change their verdicts.
+   the network or the data set? The same network, but both "C1" change their verdicts.
 3. python exp_shells.py --train.data digits --train.steps 500      A shell is thin only in many dimensions; here there
-   are 64. See the blue band in (a), and the control's row: real images are now within a shell's width.
+   are 64. See the blue band in (a), and "C2 mostly": it takes a trajectory about twice as long to leave it.
 """
 # /// script
 # requires-python = ">=3.11"
@@ -73,9 +76,9 @@ class Config:
 
 
 PRESETS = {
-    "laptop": Config(),
+    "laptop": Config(),  # differs from the paper: digits and a small network, half its times and images: minutes
     "gpu": Config("gpu", train.PRESETS["gpu"], n_points=1000, n_times=100, n_images=200),
-    # n_lines = 100 of each are drawn, as in the paper; more points make the intervals narrow
+    # differs from the paper: 100 of each are drawn, as there, but more points measured, to make the intervals narrow
     "paper": Config("paper", train.PRESETS["paper"], n_points=1000, n_times=100, n_images=200, overlap_class=387),
 }
 
@@ -93,6 +96,12 @@ def shell_width(d, delta):
     return paper / np.sqrt(d), sharp / np.sqrt(d)
 
 
+def leaving(r, t, width):
+    """The t at which the median of r_* (n, T), at ascending times t (T,), leaves the shells: sampling runs from 1 to 0,
+    and r_* rises on the way. Between two times it is read off a straight line; 0 where it never leaves."""
+    return np.interp(-1 - width, -np.median(r, axis=0), t, left=0.0)
+
+
 def times(first, n, *also):                                  # n times up to 1, and those that a claim speaks of
     return np.unique(np.round([*np.linspace(first, 1, n), *also], 6))
 
@@ -102,14 +111,16 @@ def noised(x, eps, t):                                       # z_t on the superv
 
 
 def pair_log_overlaps(x):
-    """-|x_i - x_j|^2 / 8 of all pairs (n (n - 1) / 2,): log C(t) of a pair is this times (alpha/sigma)^2 (B.2)."""
+    """-|x_i - x_j|^2 / 8 of all pairs (n (n - 1) / 2,): log C(t) of a pair is this times (alpha/sigma)^2 (B.2).
+    differs from the paper: B.2 has the covariance sigma I where z_t has sigma^2 I, a slip that its C(t) does not share.
+    """
     return -torch.pdist(x.flatten(1).double()).square() / 8
 
 
 def memorized(E, out, x, i, flips):
     """Images sampled back from noisy training images x, rows i of the data: how many ended nearest to the one they came
     from; and, where rows 2k and 2k + 1 are an image and its mirror image (flips), how many to the mirror image instead.
-    out, x (B, C, H, W), i (B,) -> (int, int)"""
+    By plain l2, which C.4 defines, not "calibrated l2", which it cites. out, x (B, C, H, W), i (B,) -> (int, int)"""
     (d2, nearest), back = E.nearest(out, 1), (out - x).flatten(1).cpu().double().square().sum(1)
     exact = back <= d2[:, 0].cpu() * (1 + 1e-5)              # an identical twin of x counts as x
     return int(exact.sum()), int((~exact & (nearest[:, 0].cpu() == i ^ 1)).sum()) if flips else 0
@@ -143,7 +154,7 @@ def work(cfg):
         model, ckpt = load_run(cfg.model_path)
         check_fit(model, cfg.model_path, data["x"].shape[1:], args["num_classes"], cfg.train.data)
         args = train.args_of(model, ckpt)
-    points = (2 * cfg.n_points + cfg.n_trajectories) * cfg.n_times + cfg.n_images * cfg.memo_times
+    points = 2 * (cfg.n_points + cfg.n_trajectories) * cfg.n_times + cfg.n_images * cfg.memo_times
     return dict(data=data, nets=nets, queries=points,
                 images=[(args, NFE * (cfg.n_trajectories + cfg.n_images * (cfg.memo_times - 1)))])
 
@@ -162,18 +173,21 @@ def measure(cfg):
         i = rng.choice(len(data[name]), min(n, len(data[name])), replace=False)
         return *train.images_of(data, i, device, name), torch.from_numpy(i)
 
-    # C1, C2: r_* of training points, of held-out images noised in the same way, and along inference (Fig 1b)
-    t = times(1 / cfg.n_times, cfg.n_times, 0.3)
-    regions = {"training": pick("x", cfg.n_points)[0]}
-    if "x_heldout" in data:
-        regions["heldout"] = pick("x_heldout", cfg.n_points)[0]
-    eps = {k: noise(range(len(x)), shape, cfg.seed + 1 + j).to(device) for j, (k, x) in enumerate(regions.items())}
+    # C1, C2: r_* along inference, and of three kinds of images that are noised in the same way (Fig 1b)
+    t = times(1 / cfg.n_times, cfg.n_times, 0.1)
     y = torch.arange(cfg.n_trajectories, device=device) % model.num_classes
     path, stats = [], {}
     for i in torch.arange(cfg.n_trajectories).split(cfg.batch):
-        path.append(sample(model, noise(i, shape, cfg.seed).to(device), y[i.to(device)], t_grid=t[::-1].copy(),
+        path.append(sample(model, noise(i, shape, cfg.seed).to(device), y[i.to(device)], t_grid=[*t[::-1], 0.0],
                            progress=True, stats=stats))
-    path = torch.cat(path, dim=1).flip(0)                    # (T, n, C, H, W), t ascending as in t
+    made, *path = torch.cat(path, dim=1).flip(0)             # (n, C, H, W) each: images, then t ascending as in t
+    # differs from the paper, which has training points and trajectories alone: these differ in the image they lead to,
+    # and in how. Held-out images and those at the trajectories' ends, noised as training points are, differ in it alone
+    regions = {"training": pick("x", cfg.n_points)[0]}
+    if "x_heldout" in data:
+        regions["heldout"] = pick("x_heldout", cfg.n_points)[0]
+    regions["generated"] = made
+    eps = {k: noise(range(len(x)), shape, cfg.seed + 1 + j).to(device) for j, (k, x) in enumerate(regions.items())}
     r = {k: [] for k in (*regions, "inference")}
     for j, tj in enumerate(tqdm(t, desc="r_*", disable=None, leave=False)):
         for k, x in regions.items():
@@ -197,7 +211,8 @@ def measure(cfg):
             shown[f"{tj:.3g}"] = torch.stack([z[cfg.image % len(x)], out[cfg.image % len(x)]])
     phase("memorization ratio")
 
-    # B.2: how far the shells of one class overlap; the worst pair, and quantiles over all its pairs
+    # B.2: how far the shells of one class overlap. differs from the paper: identical pairs, each of which would make
+    # C(t) = 1, are left out, and quantiles over all pairs stand beside the worst, as one pair says little of a class
     overlap = E.log_overlap(t, cfg.overlap_class)
     members = torch.from_numpy(data["x"][E.members[cfg.overlap_class].numpy()])
     pairs = np.quantile(pair_log_overlaps(members).numpy(), [0.5, 0.99])
@@ -206,33 +221,34 @@ def measure(cfg):
     at = lambda v: int(np.abs(t - v).argmin())               # index of the time closest to v
     widths = shell_width(d, cfg.delta)
     low, high = train.wilson(np.array(hits), len(x))
-    off = lambda v: np.abs(np.median(v, axis=0) - 1).max()   # the median of r_* at the worst t
     apart = overlap.distance / (overlap.distance + np.sqrt(8 * np.log(100)))        # where C(t) = .01, solved for t
-    inside = (np.abs(r["training"] - 1) < widths[1]).sum(0).min()                   # in a sharp shell, at the worst t
+    outside = {k: np.abs(v - 1) > widths[1] for k, v in r.items()}                  # of all sharp shells, (n, T)
+    leave = lambda v: leaving(v, t, widths[1])
+    share = lambda text, paper, v, **bound: train.claim(text, paper, v.mean(), train.wilson(v.sum(), len(v)), **bound)
+    earlier = lambda text, k, **bound: train.claim(text, "not shown", leave(r["inference"]) - leave(r[k]),
+                                                   train.bootstrap(r["inference"], leave, minus=r[k]), **bound)
     claims = [
-        train.claim("C1 training points lie on a shell: worst |median r_* - 1| is below .01", "0",
-                    off(r["training"]), train.bootstrap(r["training"], off), high=0.01),
-        train.claim(f"C1 training points in a sharp shell: fraction at the worst t, >= {1 - cfg.delta:g}", "1",
-                    inside / (n := len(r["training"])), train.wilson(inside, n), low=1 - cfg.delta),
-        train.claim("C2 sampling leaves the shells: median r_* at t = .3 is above 1.3", "> 1",
-                    np.median(r["inference"][:, at(0.3)]), train.bootstrap(r["inference"][:, at(0.3)]), low=1.3),
+        # checks the arithmetic: Prop. 3.2 holds for any data and network, r_* is no farther from 1 than |eps|/sqrt d
+        share(f"C1 training points lie in a sharp shell: fraction at the worst t, >= {1 - cfg.delta:g}", "1",
+              ~outside["training"][:, outside["training"].sum(0).argmax()], low=1 - cfg.delta),
+        share("C2 sampling leaves the shells: fraction outside at t = .1, > .9", "1",
+              outside["inference"][:, at(0.1)], low=0.9),
+        # the paper says "early", "after just a few denoising steps", too, without a t: "mostly" asks for less
+        train.claim("C2 mostly outside of them: the median trajectory leaves at t, > .5", "mostly",
+                    leave(r["inference"]), train.bootstrap(r["inference"], leave), low=0.5),
         *[train.claim(f"Fig 4 memorization ratio at t = {tj:.3g} is at least .9", "1.0", hits[k] / len(x),
                       (low[k], high[k]), low=0.9) for k, tj in enumerate(t_memo) if tj in (0.5, 0.75)],
         train.claim("Fig 4 the closest shells of a class are apart (C < .01) until t = .8", ".8",
                     apart, (apart, apart), low=0.8),
-    ]
-    if "heldout" in r:                                       # what r_* = 1 would have to mean, if it marked real images
-        held = r["heldout"][:, at(0.3)]
-        claims.append(train.claim(
-            f"control: new real images stay in the shells: r_* at t = .3, < {1 + widths[1]:.2f}", "not shown",
-            np.median(held), train.bootstrap(held), high=1 + widths[1]))
-        made = r["inference"][:, at(0.3)]
-        claims.append(train.claim("control: trajectories are farther out than new images, at t = .3 by",
-                                  "not shown", np.median(made) - np.median(held),
-                                  train.bootstrap(made, minus=held), low=0.0))
+        earlier("control: trajectories leave where their own images, noised, do: +-.02", "generated", low=-0.02,
+                high=0.02)]                                  # a step from one t to the next; new images are farther off
+    if "heldout" in r:                                       # C1's content, which can fail: is there space outside?
+        claims.insert(1, share("C1 a restricted region: fraction of new images outside at t = .1, > .9", "restricted",
+                               outside["heldout"][:, at(0.1)], low=0.9))
+        claims.append(earlier("control: trajectories leave before new real images, noised: by > 0", "heldout", low=0.0))
     arrays = dict(
         t=t, lines={k: r[k][:cfg.n_lines] for k in ("training", "inference")},
-        median={k: np.median(v, axis=0) for k, v in r.items()},
+        median={k: np.median(v, axis=0) for k, v in r.items()}, leaves={k: leave(v) for k, v in r.items()},
         n={k: len(v) for k, v in r.items()}, nfe=stats["nfe"], widths=widths, t_memo=t_memo,
         memorized=np.array(hits) / len(x), memorized_low=low, memorized_high=high, n_images=len(x),
         images={k: to_uint8(v) for k, v in shown.items()}, image=to_uint8(x[cfg.image % len(x)]),
@@ -266,21 +282,16 @@ def mosaic(image, pictures):
 def caption(results):
     """What the figure says, in words and numbers that follow from the claims."""
     a, model = results["arrays"], results["config"]["train"]
-    name, (out,) = Path(results["config"].get("model_path", "")).name or model["model"], train.starting(results, "C2")
-    lines = [f"{name} on {a['N']:,} images of {model['data']}, d = {a['d']}. At t = .3 the median of $r_*$ is "
-             f"{out['ours']:.2f} along sampling trajectories (paper: above 1)."]
-    if controls := train.starting(results, "control"):
-        stay, more = controls
-        lines += [f"Control: new real images, noised afresh, are at {stay['ours']:.2f} [{stay['ci95'][0]:.2f}, "
-                  f"{stay['ci95'][1]:.2f}], trajectories {more['ours']:+.2f} from that [{more['ci95'][0]:+.2f}, "
-                  f"{more['ci95'][1]:+.2f}] (brackets: 95%).",
-                  {"contradicted": f"So {100 * (stay['ours'] - 1) / (out['ours'] - 1):.0f}% of the way out of the "
-                                   "shells at that t is what any image goes that is not in the training set, real or "
-                                   "generated.",
-                   "holds": "New real images stay in the shells" + (
-                       ": r_* tells generated images from real ones." if more["verdict"] == "holds" else "."),
-                   "not resolved": "Whether new real images stay in the shells is not resolved."}[stay["verdict"]]]
-    return "\n".join(lines)
+    name = Path(results["config"].get("model_path", "")).name or model["model"]
+    (out,), (path,) = (train.starting(results, k) for k in ("C2 mostly", "control: trajectories leave where"))
+    at = {k: f"t = {v:.2f}" for k, v in a["leaves"].items()}
+    return (f"{name} on {a['N']:,} images of {model['data']}, d = {a['d']}. The median trajectory leaves the shells at "
+            f"{at['inference']} [{out['ci95'][0]:.2f}, {out['ci95'][1]:.2f}] (95%);\nnoised afresh, generated images "
+            f"leave at {at['generated']}{', new real images at ' + at['heldout'] if 'heldout' in at else ''}.\n" + {
+             "holds": "So any image that is not in the training set leaves; the path to it does not matter.",
+             "contradicted": "So it is not only where a path leads to that matters, but the path, too.",
+             "not resolved": "Whether the path to an image matters, beside the image, is not resolved."}[
+                 path["verdict"]])
 
 
 def plot(path):
@@ -295,19 +306,26 @@ def plot(path):
     grid = fig.add_gridspec(3, 2, height_ratios=(1.35, 1.7, 1.4), hspace=0.42, wspace=0.2,
                             left=0.06, right=0.985, top=0.95, bottom=0.185)
 
-    ax = fig.add_subplot(grid[:, 0])
-    ax.set_title("(a) distance to the nearest shell (Fig. 1b)", fontsize=11)
+    whole, zoom = grid[:, 0].subgridspec(2, 1, hspace=0.06, height_ratios=(1, 1.25)).subplots(sharex=True)
+    whole.set_title("(a) distance to the nearest shell (Fig. 1b)", fontsize=11)
     paper, sharp = a["widths"]
-    ax.axhspan(1 - paper, 1 + paper, color=GREY, alpha=0.08, lw=0, label="a shell as wide as Prop. 3.2 says")
-    ax.axhspan(1 - sharp, 1 + sharp, color=BLUE, alpha=0.25, lw=0, label="a shell's width, sharp")
-    for k, colour, label in (("inference", RED, "sampling trajectories"), ("training", BLUE, "noisy training points")):
-        ax.plot(t, np.array(a["lines"][k]).T, color=colour, lw=0.4, alpha=0.35)
-        ax.plot([], [], color=colour, lw=2, label=label)
-    if "heldout" in a["median"]:
-        ax.plot(t, a["median"]["heldout"], "--", color="black", lw=1.8, label="new real images, noised (median)")
-    ax.set(xlim=(0, 1), ylim=(0.5, 5), xlabel="t  (0 = data, 1 = noise; sampling runs to the left)")
-    ax.set_ylabel("$r_*$, distance in radii of the nearest shell", labelpad=1)
-    ax.legend(loc="upper right", fontsize=9, framealpha=1)
+    whole.axhspan(1 - paper, 1 + paper, color=GREY, alpha=0.08, lw=0, label="a shell as wide as Prop. 3.2 says")
+    for ax in (whole, zoom):
+        ax.axhspan(1 - sharp, 1 + sharp, color=BLUE, alpha=0.25, lw=0, label="a shell's width, sharp")
+        for k, colour, style, label in (("inference", RED, "-", "sampling trajectories"),
+                                        ("training", BLUE, "-", "noisy training points"),
+                                        ("generated", "black", ":", "generated images, noised (median)"),
+                                        ("heldout", "black", "--", "new real images, noised (median)")):
+            if k in a["lines"]: ax.plot(t, np.array(a["lines"][k]).T, color=colour, lw=0.4, alpha=0.35)
+            if k in a["median"]: ax.plot(t, a["median"][k], style, color=colour, lw=1.8, label=label)
+        ax.axvline(a["leaves"]["inference"], color=RED, lw=1)
+    whole.set(xlim=(0, 1), ylim=(0.5, 5), ylabel="distance $r_*$, in radii")
+    whole.legend(loc="upper right", fontsize=9, framealpha=1)
+    zoom.set(ylim=(1 - 1.2 * sharp, 1 + 3 * sharp), xlabel="t  (0 = data, 1 = noise; sampling runs to the left)",
+             ylabel="the same, enlarged")
+    zoom.annotate(f"the median trajectory\nleaves at t = {a['leaves']['inference']:.2f}",
+                  (a["leaves"]["inference"], 1 + sharp), (0.6, 1 + 1.9 * sharp), color=RED, fontsize=9,
+                  arrowprops=dict(arrowstyle="->", color=RED))
 
     ax = fig.add_subplot(grid[0, 1])
     ax.set_title("(b) an image, noised and sampled back (Fig. 4 left)", fontsize=11)

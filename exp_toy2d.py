@@ -9,19 +9,21 @@ three ways to tell a model about angles turn the bad samples into good ones, and
 perfectly, by extrapolation alone. The three are P1, diffusion in polar space instead of the plane; P2, kernel ridge
 regression on polar features instead of (x, y); P3, a radial-equivariant network, f(a z) = a f(z), instead of any other.
 
-    python exp_toy2d.py                # a minute on 2 CPU cores; needs empirical_score.py and nothing else
+    python exp_toy2d.py                # a minute and a half on 2 CPU cores; needs empirical_score.py and nothing else
     python exp_toy2d.py --redraw --animate   # P2's samples on their way, as a GIF; after the command above, seconds
 
 What you should see. Half of C4: with P1 and P2 the orange-red samples, between -.2 and .2, are gone. But there are
-fewer green ones too: what was bad is now memorized. P2's loss is also lower; with its ridge raised until the loss
-equals the baseline's ("equal L", what C4 is about) there are fewer bad and slightly more good samples. P3 makes many
-good ones, because it must: it cannot fit the four points, and its loss is about the least that any such network can
-have. The strips at the bottom are the sweep over what the paper leaves open (widths, bandwidths, ridges, and how near a
-copy is); with wide kernels the bad samples come back.
+fewer green ones too: what was bad is now memorized. P2's loss is also lower, and C4 is about samples at equal loss;
+with its ridge raised until the loss is the baseline's (stars) there are fewer bad samples with the narrower kernels,
+and more with the widest; whether there are more good ones depends on the baseline's ridge (try --ridge 1e-4). P3 makes
+many good ones, and cannot fit the four points: its loss is about the least that any such network can have. A baseline
+trained so briefly that its loss is as high (star) makes about as many bad samples, but fewer good ones. The strips at
+the bottom are the sweep over what the paper leaves open (widths, bandwidths, ridges, and how near a copy is).
 
-L here is E_t E_{z ~ p_t} |x_theta - x_*|^2 over the variance of the data, so that it compares across spaces: 0 is a
-perfect fit, 1 is what predicting the mean would get. The file is longer than 300 lines since it carries its
-own intervals, results file and command line: it works without train.py, sample.py and model.py.
+L here is E_t E_{z ~ p_t} |x_theta - x_*|^2 over the variance of the data: 0 is a perfect fit, and predicting the mean
+gets .44. P1's two L are of two problems, since in polar space both the noise and the gaps between points are others
+(there the mean gets .51): hence no row compares them, and there is no equal L for P1. The file is longer than 300 lines
+since it carries its own intervals, results file and command line: it works without train.py, sample.py and model.py.
 
 Try this; the answers are in the table that is printed last, or in the figure.
 1. python exp_toy2d.py --bandwidth 2        Does knowing the angle help whatever the kernel is? See P2's first row: its
@@ -141,11 +143,10 @@ def mlp(weights, z, t, equivariant=False):
 
 
 def fit_mlp(cfg, x, width, equivariant, grid, device):
-    """Train K networks to predict v. -> x_theta
-
-    The target is v_* = (z - x_*)/t, the mean of the noisy eps - x of denoising score matching, to come nearer to a
-    perfect fit. They predict v, since x_theta = z - t v_theta then gets exact as t falls; x-prediction lands beside
-    the training points."""
+    """Train K networks to predict v. -> x_theta. They predict v, since x_theta = z - t v_theta then gets exact as t
+    falls; x-prediction lands beside the training points."""
+    # differs from the paper: the target is v_* = (z - x_*)/t, the mean of the noisy eps - x of denoising score matching
+    # (Eq. 1), to come nearer to a perfect fit
     g, d = torch.Generator().manual_seed(cfg.seed), x.shape[1]
     uniform = lambda a, b, fan_in: (2 * torch.rand(cfg.nets, a, b, generator=g) - 1) / fan_in**0.5
     weights = [uniform(*shape).to(device).requires_grad_() for shape in (
@@ -178,9 +179,10 @@ def kernel(a, b, h):                                         # (..., m, p), (...
 
 
 def fit_krr(cfg, features, h, ridge, grid, device):
-    """P2: x_theta by kernel ridge regression of x_* on features(z_t), in closed form, one for every time of the grid:
-    with a regression of its own at each t, the one bandwidth to choose is that in space. The mean of x_* is taken out
+    """P2: x_theta by kernel ridge regression of x_* on features(z_t), in closed form. The mean of x_* is taken out
     first, so that the ridge costs a constant nothing."""
+    # differs from the paper, which does not say how t enters: each t has its own regression, so that the one bandwidth
+    # to choose is that in space
     g, models = torch.Generator().manual_seed(cfg.seed), []
     for t in grid:
         z = noisy(D, t.expand(cfg.nets, cfg.points), g)      # (K, n, 2)
@@ -281,19 +283,15 @@ def evaluate(cfg, name, size, device):
         x_theta, x, grid, cfg.nets, cfg.seed + 2).numpy())
 
 
-def equal_loss_ridge(cfg, L, device):
-    """The ridge, from cfg.ridge up, with which the regression on polar features has supervision loss L, by bisection:
-    C4 is about extrapolation *given* the supervision loss, and with one ridge for both, P2's PAT has half of it. None
-    where no ridge does, to a tenth of L."""
-    def loss(ridge):
-        x_theta = fit_krr(cfg, polar, cfg.bandwidth, ridge, grid, device)
-        return supervision_loss(x_theta, D, grid, cfg.nets, cfg.seed + 2).mean()
-
-    grid, low, high = time_grid(cfg), np.log10(cfg.ridge), 0.0
-    for _ in tqdm(range(7), desc="P2 at equal L", disable=None, leave=False):
-        middle = (low + high) / 2
-        low, high = (middle, high) if loss(10**middle) < L else (low, middle)
-    return 10**low if abs(loss(10**low) / L - 1) < 0.1 else None
+def equal_loss(label, fit, L, better, worse, cfg):
+    """The number between `better` and `worse`, by bisection of its logarithm, with which fit(number), an x_theta, has
+    supervision loss L: C4 is about extrapolation *given* that loss. None, and a line, where none has, to 2%."""
+    for _ in tqdm(range(12), desc=label, disable=None, leave=False):
+        middle = (better * worse)**0.5
+        loss = supervision_loss(fit(middle), D, time_grid(cfg), cfg.nets, cfg.seed + 2).mean()
+        if abs(loss / L - 1) < 0.02: return middle
+        better, worse = (middle, worse) if loss < L else (better, middle)
+    print(f"{label} left out, since nothing tried has L = {L:.4f}")
 
 
 def interval(values):
@@ -306,6 +304,12 @@ def wilson(p, n):
     """95% interval of a fraction p of n (Wilson's score interval, sensible at 0 and 1 too) -> (low, high)."""
     centre, half = p + 1.96**2 / (2 * n), 1.96 * (p * (1 - p) / n + 1.96**2 / (4 * n**2))**0.5
     return (centre - half) / (1 + 1.96**2 / n), (centre + half) / (1 + 1.96**2 / n)
+
+
+def bracket(f, n):
+    """95% interval of a fraction f (K,) of n samples in all: the wider of Wilson's and the one over repetitions."""
+    low, high = np.transpose([wilson(f.mean(), n), interval(f)])
+    return max(0.0, low.min()), min(1.0, high.max())
 
 
 def claim(text, paper, ours, ci95, low=-np.inf, high=np.inf):
@@ -350,16 +354,18 @@ def forecast(cfg, folder):
     need = 24 * cfg.nets * cfg.points**2                     # kernel matrices; of samples, kernels or hidden units
     need += 16 * max(cfg.n, 500 * cfg.nets) * max(cfg.points, *cfg.widths, cfg.width)
     disk = 2e6 + 100 * cfg.n                                 # results.json, .png and .gif
-    print(f"{len(todo) + 1} models, {cfg.nets} of each, on {device}: {need / 1e9:.2f} GB of memory (there are "
-          f"{room / 1e9:.1f}), {disk / 1e6:.1f} MB on the disk of {there} (free: {free / 1e6:,.0f})", flush=True)
+    bandwidths = len({*cfg.bandwidths, cfg.bandwidth})       # at each, and for P3, there is a model of equal L
+    print(f"{len(todo) + bandwidths + 1} models, {cfg.nets} of each, on {device}: {need / 1e9:.2f} GB of memory (there "
+          f"are {room / 1e9:.1f}), {disk / 1e6:.1f} MB on the disk of {there} (free: {free / 1e6:,.0f})", flush=True)
     if need > room: raise ValueError(f"{need / 1e9:.1f} GB of memory are needed, {room / 1e9:.1f} GB are there: fewer "
                                      "points or samples, or a smaller width, need less")
     if disk > free: raise ValueError(f"{disk / 1e6:.1f} MB are needed on the disk of {there}, {free / 1e6:.1f} free")
     few, seconds = replace(cfg, steps=min(cfg.steps, 250), times=2), 0.0
+    evaluate(replace(few, steps=1), "MLP", 1, device)        # whatever comes first takes longer
     for name in tqdm({name: None for name, _ in todo}, desc="timing", disable=None, leave=False):
         sizes, clock = [size for other, size in todo if other == name], time.perf_counter()
         evaluate(few, name, max(sizes), device)
-        often = len(sizes) + 8 * (name == RSC)               # 8: the bisection for P2 at equal L
+        often = len(sizes) + {RSC: 6 * bandwidths, "MLP": 3}.get(name, 0)              # what is tried to find those
         scale = cfg.times / 2 if name in (XY, RSC) else max(cfg.steps / few.steps, cfg.times / 2)
         seconds += (time.perf_counter() - clock) * scale * often
     print(f"at most about {max(0.01, seconds / 60):.2f} minutes, by a few steps of each kind here")
@@ -375,12 +381,17 @@ def measure(cfg):
 
     rows = {pair: [(pair if size == main[pair] else "", size, models[baseline, size], models[pat, size])
                    for size in sizes[pair]] for pair, (baseline, pat) in PAIRS.items()}
-    base = models[XY, main["P2"]]
-    if ridge := equal_loss_ridge(cfg, base["L"].mean(), device):
-        size = (cfg.bandwidth, ridge)
-        rows["P2"].append(("P2 at equal L,", size, base, evaluate(cfg, RSC, size, device)))
-    else:
-        print(f"P2 at equal L is left out: no ridge between {cfg.ridge:g} and 1 gives the PAT the baseline's L")
+    grid, least = time_grid(cfg), min(cfg.ridge, *cfg.ridges)
+    for h in sorted({*cfg.bandwidths, cfg.bandwidth}):       # P2's PAT with another ridge than its baseline
+        label, base = f"P2 equal L, h={h:g}:", models[XY, (h, cfg.ridge)]
+        fit = lambda ridge, h=h: fit_krr(cfg, polar, h, ridge, grid, device)
+        if ridge := equal_loss(label, fit, base["L"].mean(), least, 1.0, cfg):
+            rows["P2"].append((label, (h, ridge), base, evaluate(cfg, RSC, (h, ridge), device)))
+    label, pat = "P3 equal L:", models["equivariant MLP", cfg.width]                   # P3's baseline with fewer steps
+    fewer = lambda steps: replace(cfg, steps=round(steps))
+    fit = lambda steps: fit_mlp(fewer(steps), D, cfg.width, False, grid, device)
+    if steps := equal_loss(label, fit, pat["L"].mean(), cfg.steps, 1, cfg):
+        rows["P3"].append((label, (cfg.width, round(steps)), evaluate(fewer(steps), "MLP", cfg.width, device), pat))
     for pair, (baseline, pat) in PAIRS.items():              # the same samples, counted otherwise
         rows[pair] += [("margin", m, *(models[name, main[pair]] | fractions(models[name, main[pair]]["samples"], m)
                                        for name in (baseline, pat))) for m in sorted({*cfg.margins} - {cfg.margin})]
@@ -395,11 +406,11 @@ def measure(cfg):
             claims.append(claim(f"{pair} supervision is nearly perfect: L of the worse of both < .01", "0",
                                 worse.mean(), interval(worse), high=0.01))
             over = pat["L"] / base["L"]
-            claims.append(claim(f"{pair} supervision is as good: L, PAT over baseline, < 1.1", "1", over.mean(),
-                                interval(over), high=1.1))
+            if pair != "P1": claims.append(claim(f"{pair} supervision is as good: L, PAT over baseline, < 1.1", "1",
+                                                 over.mean(), interval(over), high=1.1))
             for name, m in zip(PAIRS[pair], (base, pat), strict=True):
                 shown[name] = dict(samples=m["samples"].flatten(0, 1), fields=m["fields"], L=m["L"].mean(), fraction={
-                    k: [m[k].mean(), *wilson(m[k].mean(), cfg.n)] for k in KINDS})
+                    k: [m[k].mean(), *bracket(m[k], cfg.n)] for k in KINDS})
     best = best_homogeneous()
     over = best / models[PAIRS["P3"][0], main["P3"]]["L"]
     claims.append(claim("P3 could fit as well: least L of any such f, over baseline, < 1.1", "1",
@@ -426,22 +437,26 @@ def caption(results):
     """What the figure says, in numbers and words that follow from the claims."""
     a, cfg = results["arrays"], results["config"]
 
-    def say(what, words):                                    # a word for each verdict, and the pairs that have it
-        rows = {p: next(c for c in results["claims"] if c["claim"].startswith(f"{p} {what}")) for p in PAIRS}
-        pairs = {v: [f"{p} ({c['ours']:+.2f})" for p, c in rows.items() if c["verdict"] == v] for v in words}
-        return "; ".join(f"{words[v]} with {', '.join(its)}" for v, its in pairs.items() if its)
+    def say(what, labels):                                   # a word for each verdict, and the rows that have it
+        words = {"holds": what.split()[0], "not resolved": "no difference resolved",
+                 "contradicted": {"fewer bad": "more", "more good": "fewer"}[what]}
+        rows = {p: next(c for c in results["claims"] if c["claim"].startswith(f"{p} {what}")) for p in labels}
+        names = {v: [f"{re.sub(' equal L|[,:]', '', p)} ({c['ours']:+.2f})" for p, c in rows.items()
+                     if c["verdict"] == v] for v in words}
+        return "; ".join(f"{words[v]} with {', '.join(its)}" for v, its in names.items() if its) or "nothing found"
 
+    equal = [s["label"] for s in a["sweep"] if "equal L" in s["label"]]
     sweep = [s for s in a["sweep"] if s["label"] in ("", *PAIRS)]
     count = lambda k, sign: sum(min(sign * s[k][2], sign * s[k][3]) > 0 for s in sweep)
-    bad = say("fewer bad", {"holds": "fewer", "not resolved": "no difference resolved", "contradicted": "more"})
-    good = say("more good", {"holds": "more", "not resolved": "no difference resolved", "contradicted": "fewer"})
     return textwrap.fill(
-        f"PAT against baseline, where drawn (diamonds). Bad samples: {bad}. Good samples: {good}. In the sweep: fewer "
+        f"PAT against baseline, where drawn (diamonds). Bad samples: {say('fewer bad', PAIRS)}. Good samples: "
+        f"{say('more good', PAIRS)}. At equal L (stars; P1's two L are of two problems). Bad samples: "
+        f"{say('fewer bad', equal)}. Good samples: {say('more good', equal)}. In the sweep: fewer "
         f"bad ones in {count('bad', -1)} of {len(sweep)} settings, more good ones in {count('good', 1)}, a larger "
         f"share of good ones in {count('share', 1)} (right of the dotted lines: the models drawn, other margins). P3's "
         f"L is {a['models']['equivariant MLP']['L']:.4f}; no equivariant model gets below {a['best_homogeneous']:.4f}. "
-        f"Brackets: 95%, {cfg['n']:,} samples; bars: 95%, {cfg['nets']} repetitions. Fields: arrows are "
-        "$(x_\\theta{-}z)/3$; colour: $x_\\theta$ as a sample.", 156)
+        f"Brackets: 95%, {cfg['n']:,} samples or {cfg['nets']} repetitions, the wider; bars: 95%, repetitions. Fields: "
+        "arrows are $(x_\\theta{-}z)/3$; colour: $x_\\theta$ as a sample.", 156)
 
 
 def draw_model(axes, m, cfg, times):
@@ -476,7 +491,8 @@ def draw_model(axes, m, cfg, times):
 
 def draw_sweep(axes, rows):
     """PAT minus baseline in every setting, a column each; the side that C4 claims is shaded. Last, both L."""
-    x, main = np.arange(len(rows)), [s["label"] == s["pair"] for s in rows]
+    x, style = np.arange(len(rows)), [("D", 6) if s["label"] == s["pair"] else ("*", 8) if "equal L" in s["label"] else
+                                      ("o", 4) for s in rows]
     counted = x[[s["label"] == "margin" for s in rows]]      # the models that are drawn once more
     for ax, k, colour, sign in zip(axes, CLAIMS, (RED, GREEN, GREY), (-1, 1, 1), strict=False):
         base, pat, low, high = np.array([s[k] for s in rows]).T
@@ -485,17 +501,17 @@ def draw_sweep(axes, rows):
         if len(counted): ax.axvline(counted[0] - 0.5, color=GREY, lw=0.8, ls=":")
         change = pat - base
         bars = np.maximum([change - low, high - change], 0)  # of no width, their ends may be rounded past each other
-        for i, marker in enumerate("D" if m else "o" for m in main):
-            ax.errorbar(i, change[i], bars[:, [i]], fmt=marker, color=colour, ms=6 if main[i] else 4, capsize=2.5,
-                        lw=1.3)
+        for i, (marker, size) in enumerate(style):
+            ax.errorbar(i, change[i], bars[:, [i]], fmt=marker, color=colour, ms=size, capsize=2.5, lw=1.3)
     base, pat, _, _ = np.array([s["L"] for s in rows]).T
     axes[3].plot(x, base, "o", x, pat, "s", color=BLUE, ms=5)
     axes[3].get_lines()[0].set(mfc="white")
-    size = lambda s: (f"{s['size']:g}".lstrip("0") if s["label"] == "margin" else
-                      f"{s['size']}" if s["pair"] != "P2" else "equal\nL" if s["label"] == "P2 at equal L," else
-                      "{:g}\n$10^{{{:.0f}}}$".format(s["size"][0], np.log10(s["size"][1])))
+    tick = lambda s: (f"{s['size']:g}".lstrip("0") if s["label"] == "margin" else
+                      f"{s['size'][0]:g}\n= L" if "equal L" in s["label"] else
+                      f"{s['size']}" if s["pair"] != "P2" else
+                      "{:g}\n{:.0f}".format(s["size"][0], np.log10(s["size"][1])))
     axes[3].set(yscale="log", xlim=(-0.6, len(rows) - 0.4))
-    axes[3].set_xticks(x, [size(s) for s in rows])
+    axes[3].set_xticks(x, [tick(s) for s in rows])
 
 
 def plot(path):
@@ -506,14 +522,14 @@ def plot(path):
     from PIL import Image  # matplotlib needs it, too
     results = json.loads(Path(path).read_text())
     a, m = results["arrays"], results["config"]["margin"]
-    fig = plt.figure(figsize=(10, 9.6))
+    fig = plt.figure(figsize=(10, 10))
     place = dict(left=0.1, right=0.99)
     for x, text, colour in ((0.1, f"bad: |x| < {0.2 - m:.3g}", RED),
                             (0.235, f"good: {0.2 + m:.3g} < |x| < {1 - m:.3g}", GREEN),
                             (0.42, f"memorized: {m:g} or less from a point", GREY), (0.715, "elsewhere", "#999999"),
                             (0.83, "L: supervision loss", BLUE)):
         fig.text(x, 0.98, f"\u25a0 {text}", color=colour, fontsize=9.5)
-    outer = fig.add_gridspec(1, 3, top=0.925, bottom=0.475, wspace=0.045, **place)
+    outer = fig.add_gridspec(1, 3, top=0.928, bottom=0.5, wspace=0.045, **place)
     labels = "", "histogram\nof x", "samples", *(f"t = {t:g}" for t in a["t"])
     for j, (pair, names) in enumerate(PAIRS.items()):
         inner = outer[j].subgridspec(6, 2, height_ratios=(1.5, 1.6, 0.7, 1, 1, 1), hspace=0.09, wspace=0.04)
@@ -524,9 +540,9 @@ def plot(path):
         for ax, label in zip(axes[:, 0] if j == 0 else (), labels, strict=False):
             ax.set_ylabel(label, fontsize=9, rotation=0, ha="right", va="center")
         if j == 0:
-            fig.text(0.02, 0.567, "field $x_\\theta(z, t)$", fontsize=9, rotation=90, va="center")
+            fig.text(0.02, 0.587, "field $x_\\theta(z, t)$", fontsize=9, rotation=90, va="center")
     tables = {pair: [s for s in a["sweep"] if s["pair"] == pair] for pair in PAIRS}
-    axes = fig.add_gridspec(4, 3, top=0.415, bottom=0.14, wspace=0.03, hspace=0.12, **place, width_ratios=[
+    axes = fig.add_gridspec(4, 3, top=0.443, bottom=0.18, wspace=0.03, hspace=0.12, **place, width_ratios=[
         len(rows) + 0.5 for rows in tables.values()]).subplots(sharex="col", sharey="row")       # (4, 3)
     for column, pair in zip(axes.T, PAIRS, strict=True):
         draw_sweep(column, tables[pair])
@@ -541,8 +557,8 @@ def plot(path):
     axes[0, 2].text(0.99, 0.08, "shaded: what C4 claims", fontsize=8.5, ha="right", transform=axes[0, 2].transAxes)
     axes[3, 1].text(0.99, 0.75, "circle: baseline, square: PAT", fontsize=8.5, ha="right", color=BLUE,
                     transform=axes[3, 1].transAxes)
-    for ax, label in zip(axes[3], ("width; margin", "bandwidth h, and ridge below it; margin", "width; margin"),
-                         strict=True):
+    for ax, label in zip(axes[3], ("width; margin", "bandwidth h, log10 of the ridge (= L: that of equal L); margin",
+                                   "width; margin"), strict=True):
         ax.set_xlabel(label, fontsize=9)
     fig.text(0.02, 0.008, caption(results), fontsize=9, linespacing=1.35)
     fig.savefig(tmp := Path(path).with_suffix(".tmp.png"), dpi=130)
@@ -639,6 +655,8 @@ if __name__ == "__main__":                                   # a bad value is on
         room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if resource.getrlimit(resource.RLIMIT_DATA)[0] < 0: resource.setrlimit(resource.RLIMIT_DATA, (room, -1))
     try:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:         # all would write the same files
+            raise ValueError(f"this runs in one process: python {Path(__file__).name}, without torchrun")
         if preset not in PRESETS: raise ValueError(f"unknown preset {preset!r}: expected {', '.join(PRESETS)}")
         # a hook that is not public: where there is none, tyro draws its box
         with getattr(getattr(tyro, "_errors", None), "on_parse_error", contextlib.nullcontext)(refuse):

@@ -595,7 +595,10 @@ def main(cfg):
     rank, world, device = processes(pick_device(cfg.device))
     model, ckpt = load_run(cfg.run, device, cfg.ema)
     if cfg.n < 1 or cfg.batch < 1 or cfg.steps < 1 or cfg.seed < 0:
-        raise ValueError("n, batch and steps must be at least 1, seed at least 0")
+        raise ValueError("n, batch and steps must be at least 1, seed at least 0, not "
+                         f"{cfg.n}, {cfg.batch}, {cfg.steps} and {cfg.seed}")
+    if cfg.label is not None and cfg.labels != "balanced":
+        raise ValueError(f"--label {cfg.label} is one class: it goes without --labels {cfg.labels}")
     if cfg.label is not None and not 0 <= cfg.label < model.num_classes:
         raise ValueError(f"label {cfg.label} is none of this model's, 0 to {model.num_classes - 1}")
     shape = (model.in_channels, model.input_size, model.input_size)
@@ -608,10 +611,14 @@ def main(cfg):
     if npz and not vae and model.in_channels not in (1, 3):
         raise ValueError(f"{cfg.run} samples latents of {model.in_channels} channels: give their autoencoder, --vae")
     folder, stats = Path(cfg.run) if Path(cfg.run).is_dir() else Path(cfg.run).parent, {}
-    out = Path(cfg.out) if cfg.out else folder / f"samples_w{cfg.w:g}_{cfg.solver}_seed{cfg.seed}.png"
+    what = f"_{cfg.labels}" * (cfg.labels != "balanced") if cfg.label is None else f"_label{cfg.label}"
+    what += "_raw" * (not cfg.ema)
+    out = Path(cfg.out) if cfg.out else folder / f"samples_w{cfg.w:g}_{cfg.solver}_seed{cfg.seed}{what}.png"
     check_folder(out.parent)
     if out.is_dir():
         raise IsADirectoryError(f"{out} is a folder: give --out the name of a file, NAME.png or NAME.npz")
+    if out.suffix not in (".png", ".npz"):
+        raise ValueError(f"--out {out} must end in .png or .npz")
 
     @torch.no_grad()
     def decode(x):                                           # a few at a time: a decoder's activations are large

@@ -219,10 +219,12 @@ def load_data(name):
     for k, x, l, y in pairs:
         square = x.ndim == 4 and x.shape[2] == x.shape[3] and x.shape[1:] == out["x"].shape[1:] and x.size > 0
         if not square or x.dtype not in (np.float16, np.float32, np.float64):
-            raise ValueError(f"{folder}/{k}.npy must be floating point of shape (N, C, H, H), not {x.dtype} {x.shape}")
+            like = "(N, C, H, H)" if k == "x" else f"(N, {', '.join(map(str, out['x'].shape[1:]))}), as x.npy has it"
+            raise ValueError(f"{folder}/{k}.npy must be floating point of shape {like}, not {x.dtype} {x.shape}")
         if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or not y.dtype.isnative or \
                 not 0 <= y.min() <= y.max() < classes:
-            raise ValueError(f"{folder}/{l}.npy must be {len(x)} integer labels in 0 .. {classes - 1}")
+            found = f"{y.dtype} {y.shape}" + (f", {y.min()} .. {y.max()}" if y.size and y.dtype.kind in "iu" else "")
+            raise ValueError(f"{folder}/{l}.npy must be {len(x)} integer labels in 0 .. {classes - 1}, not {found}")
         check_finite(f"{folder}/{k}.npy", x)
     return out
 

@@ -20,24 +20,31 @@ GALLERY = {
         "The figure at the top, in motion: distance r_\\* to the nearest shell, of noisy training points (blue) and "
         "of sampling trajectories (orange-red). Dashed, the control: images that no model was trained on, noised "
         "afresh.",
-        {"C1, training points lie on shells": "C1 training points lie", "C2, sampling leaves them": "C2 ",
+        {"C1, training points lie on shells": "C1 training points lie", "and new images outside": "C1 a restricted",
+         "C2, sampling leaves them": "C2 sampling", "for most of its time": "C2 mostly",
          "memorization until t = .5": "Fig 4 memorization ratio at t = 0.5",
          "memorization until t = .75": "Fig 4 memorization ratio at t = 0.75",
          "shells of a class apart until t = .8": "Fig 4 the closest",
-         "control: new real images stay": "control: new real"}),
+         "control: at the same t as their own images, noised afresh": "control: trajectories leave where",
+         "and before new real images": "control: trajectories leave before new"}),
     "exp_cfg_paradox": (
         "The paradox of guidance", ("exp_cfg_paradox.png",),
         "Guidance feeds on the gap between conditional and unconditional score. The paper shows that of the empirical "
         "score on training points (blue, solid) and of the learned one on trajectories (orange-red, dashed); the two "
         "lines marked control are the missing half.",
-        {"no empirical gap on training points": "Fig 2 empirical", "a learned gap on trajectories": "Fig 2 learned",
+        {"no empirical gap on training points": "Fig 2 empirical",
+         "a learned gap on trajectories beyond the network's error": "Fig 2 learned",
          "control: on training points half of it at most": "control: learned gap, training points"}),
     "exp_freedom": (
         "Freedom of extrapolation", ("exp_freedom.png",),
         "On digits of 8 x 8: the target is the empirical score of a subset, D_score; the network is asked for it at "
-        "noisy images of a larger and larger set, D_region: are more samples copies then (blue)? The control (black) "
+        "noisy images of a larger and larger set, D_region: are more samples copies then (blue)? Real images that are "
+        "not in D_score (green) show what is near to one of its images, but no copy: 5% of them. The control (black) "
         "is ordinary training on the same images.",
         {"C3, for the transformer": "C3 SiT", "C3, for the U-Net": "C3 UNet",
+         "at 8 times, more copies than among real images": "C3 at ratio 8, SiT",
+         "the same after more steps": "C3, 1,800 steps, ratio 8", "at ratio 1 no more than among them":
+         "C3, 1,800 steps, ratio 1",
          "control: plain training does not copy more": "control, plain DSM, SiT-micro/4: the same",
          "nor what it was trained on itself": "control, plain DSM, SiT-micro/4: copies",
          "sampled and exact targets agree": "targets: fraction of copies with sampled"}),
@@ -48,9 +55,10 @@ GALLERY = {
         "lengths of training where the second error grows.",
         {"supervision error falls with compute": "Fig 3 supervision error per decade",
          "extrapolation error grows": "Fig 3 extrapolation error per decade",
-         "REPA changes more on trajectories": "Fig 6 change by REPA", "greatly so": "Fig 6 the same",
+         "REPA changes more on trajectories": "Fig 6 change by REPA", "greatly so": "Fig 6 the same ratio, ",
          "control: more so than another seed": "Fig 6 control",
-         "REPA is better at equal L": "Fig 7b FD at equal L, REPA 1",
+         "on training points it changes less than another seed": "Fig 6 on training points",
+         "REPA hardly changes L": "Fig 7b L with REPA", "it is better at equal L": "Fig 7b FD at equal L, REPA 1",
          "U-Nets are better at equal L": "Fig 7c FD at equal L, U-Net, attention",
          "U-Nets have a higher L at equal compute": "Fig 7c L at equal compute, middle, U-Net, attention",
          "at the most compute too": "Fig 7c L at equal compute, most, U-Net, attention"}),
@@ -59,9 +67,13 @@ GALLERY = {
         "Four training points on a line, two on each side: samples between the sides are bad (orange-red), those "
         "between the two points of a side good (green). Perception-aligned training (PAT) tells the model of the "
         "sides: P1 by polar coordinates, P2 by a kernel on polar features, P3 by an equivariant network, which cannot "
-        "fit the four points, so its good samples come of misfit too. That a sample within .1 of a point is a copy "
-        "is our choice, and P1's \"more good ones\" hangs on it.",
+        "fit the four points, so its good samples come of misfit too. C4 is about samples at equal loss "
+        "(stars): P2 has it at every bandwidth, P3 against a baseline that stops early, P1, which diffuses in another "
+        "space, not at all. That a sample within .1 of a point is a copy is our choice, and P1's \"more good ones\" "
+        "hangs on it.",
         {f"P{k}, {what}": f"P{k} {start}" for k in (1, 2, 3)
+         for what, start in (("fewer bad samples", "fewer bad"), ("more good ones", "more good"))} |
+        {f"{pair}: {what}": f"{pair}: {start}" for pair in (*(f"P2 equal L, h={h}" for h in (0.5, 1, 2)), "P3 equal L")
          for what, start in (("fewer bad samples", "fewer bad"), ("more good ones", "more good"))}),
     "exp_gaussian": (
         "A Gaussian, whose true score is known", ("exp_gaussian.png",),
@@ -182,14 +194,15 @@ def times():
 
 def controls():
     """What the two controls say, in the figures of the last run."""
-    inside, held = one("exp_shells", "C2"), one("exp_shells", "control: new real")
+    leaves, beyond = load("exp_shells")["arrays"]["leaves"], load("exp_cfg_paradox")["arrays"]["beyond"]
     gap, ratio = one("exp_cfg_paradox", "Fig 2 learned"), one("exp_cfg_paradox", "control: learned gap, training")
-    share = (held["ours"] - 1) / (inside["ours"] - 1)
-    return (f"At t = .3 the median r_\\* is {inside['ours']:.2f} along trajectories and {held['ours']:.2f} for "
-            f"held-out images noised afresh: {100 * share:.0f}% of the departure from the shells is that of any image "
-            "outside of the training set. For t <= .5 the median learned gap is at least "
-            f"{gap['ours']:.2g} along trajectories, and {ratio['ours']:.2f} times as large on the training points as "
-            f"there (95%: {ratio['ci95'][0]:.2f} to {ratio['ci95'][1]:.2f}).")
+    interval = lambda c: f"{c['ours']:.2f} (95%: {c['ci95'][0]:.2f} to {c['ci95'][1]:.2f})"
+    return (f"Half of the trajectories have left the shells at t = {leaves['inference']:.2f}; of the images that they "
+            f"lead to, noised afresh, at t = {leaves['generated']:.2f}; of held-out images at t = "
+            f"{leaves['heldout']:.2f}. For t <= .5 the learned gap on trajectories is {interval(gap)} times the "
+            f"network's error on training points, and on training points {interval(ratio)} times as large as on "
+            f"trajectories; at {100 * beyond:.0f}% of the trajectories' points the empirical gap is larger than the "
+            "learned one.")
 
 
 def score():

@@ -14,7 +14,18 @@ import torch
 import exp_freedom
 import train
 from empirical_score import EmpiricalScore
-from exp_freedom import Config, Net, calibrated_l2, faiss_posterior, interval, make_target, subsets
+from exp_freedom import (
+    Config,
+    Net,
+    above,
+    calibrated_l2,
+    faiss_posterior,
+    interval,
+    l2_to,
+    make_target,
+    real_images,
+    subsets,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_faiss = pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="faiss is not installed")
@@ -80,6 +91,35 @@ def test_calibrated_l2_of_copies_and_of_noise():
     far = 1e4 * torch.randn(9, 1, 3, 3, generator=torch.Generator().manual_seed(2))
     assert (calibrated_l2(E, far) - 1).abs().max() < 0.01
     assert (calibrated_l2(E, far) <= 1).all()
+
+
+@pytest.mark.parametrize("which", [0, 1])                    # D_score, and D_region, eight times as dense
+def test_a_calibrated_threshold_tells_copies_from_real_images(which):
+    """Set by one half of the real digits, it lets 5% of the other half pass, and every copy with a little noise; .25,
+    the same for both sets, lets pass a third of real digits for one, and no copy but these for the other."""
+    data, cpu = train.load_data("digits"), torch.device("cpu")
+    inside = subsets(data["y"], 19, 8, seed=0)[which]
+    x = real_images(data, inside, seed=0)
+    order = np.random.default_rng(0).permutation(len(x))
+    real = l2_to(data, inside, x, 50, cpu).numpy()[order]
+    half = len(real) // 2
+    threshold = np.quantile(real[:half], 0.05)
+    assert abs(np.mean(real[half:] < threshold) - 0.05) < 3.5 * (0.05 * 0.95 * 2 / half)**0.5
+    noise = torch.randn(len(inside), *x.shape[1:], generator=torch.Generator().manual_seed(0))
+    copies = torch.from_numpy(data["x"][inside]) + 0.1 * noise
+    assert (l2_to(data, inside, copies, 50, cpu) < threshold).all()
+    assert (np.mean(real < 0.25) > 0.28) == (which == 0)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_real_images_are_outside_of_the_subset(held):
+    x = np.arange(50, dtype=np.float32).reshape(50, 1, 1, 1)
+    data = dict(x=x[:40], y=np.zeros(40, int))
+    if held: data |= dict(x_heldout=x[40:], y_heldout=np.zeros(10, int))
+    got = real_images(data, np.arange(0, 40, 2), seed=0).flatten().tolist()
+    assert got == [*range(1, 40, 2), *(range(40, 50) if held else ())]
+    few = real_images(data, np.arange(0, 40, 2), seed=0, most=4).flatten().tolist()
+    assert len(few) == 4 * (1 + held) and set(few) <= set(got)
 
 
 # ---- the three targets -----------------------------------------------------------------------------------------------
@@ -169,6 +209,19 @@ def test_intervals_cover_and_never_collapse():
     assert hit >= 0.93 * 400
 
 
+@pytest.mark.parametrize("spread", [0, 0.02])                # networks that agree, networks that do not
+def test_the_interval_of_the_difference_to_real_images_covers(spread):
+    """The threshold is where 5% of the real images at hand are below, so that the true part is what is off."""
+    rng, hit = np.random.default_rng(2), 0
+    for _ in range(400):
+        real = rng.random(277)
+        threshold = np.quantile(real, 0.05)                  # uniform: the true part of real images below it
+        p = np.clip(2 * threshold + spread * rng.standard_normal(3), 0, 1)               # of networks, twice that
+        low, high = above(rng.binomial(256, p) / 256, 256, np.mean(real < threshold), 277)[1]
+        hit += low <= threshold <= high
+    assert hit >= 0.93 * 400
+
+
 # ---- the script ------------------------------------------------------------------------------------------------------
 
 TINY = ["--transformer.steps=4", "--transformer.batch=8", "--unet.steps=2", "--unet.batch=4", "--per-class=5",
@@ -201,11 +254,13 @@ def test_results_follow_the_contract(tiny):
         assert row["verdict"] in ("holds", "not resolved", "contradicted")
         assert row["claim"] in printed and len(row["claim"]) <= 74
         assert all(map(np.isfinite, (row["ours"], *row["ci95"]))) and row["ci95"][0] <= row["ci95"][1]
-    assert len(results["claims"]) == 6 + 2 * (1 + (importlib.util.find_spec("faiss") is not None))
+    assert len(results["claims"]) == 13 + 2 * (1 + (importlib.util.find_spec("faiss") is not None))
     for p in (out / "runs").glob("*_dsm_*.json"):            # D_region is D_score at ratio 1, more at ratio 4
         got = json.loads(p.read_text())
         if "_dsm_1_" in p.name: assert got["own"] == pytest.approx(got["score"], rel=1e-6)
         else: assert np.all(np.array(got["own"]) != got["score"])
+    real = results["arrays"]["real"]
+    assert 0.05 <= real["fraction"] < 0.05 + 1 / real["n"] and real["n"] == 1797 - 50 and real["n_own"] == 1797 - 200
     assert results["arrays"]["ratio"] == [1, 4] and results["arrays"]["d_score"] == 50
     assert all(f"target {kind}" in printed for kind in results["arrays"]["targets"])
     assert str(out / "results.png") in printed and (out / "results.png").stat().st_size > 20_000
@@ -220,12 +275,15 @@ def test_a_figure_is_drawn_from_its_json_alone(tiny, tmp_path):
 
 def test_the_caption_says_what_the_verdicts_say(tiny):
     results = json.loads((tiny[0] / "results.json").read_text())
+    results["claims"][4]["verdict"], results["claims"][6]["verdict"] = "holds", "contradicted"
+    assert exp_freedom.caption(results).splitlines()[2].startswith("    Against real images: at ratio 1 no more, ")
+    assert "; at 4 fewer copies, " in exp_freedom.caption(results).splitlines()[2]
     for rise, control, first, second in (("contradicted", "holds", "fewer copies", "no more"),
                                          ("contradicted", "contradicted", "fewer copies", "more copies"),
                                          ("holds", "contradicted", "more copies", "more copies"),
                                          ("not resolved", "holds", "not resolved", "no more")):
         results["claims"][0]["verdict"], results["claims"][2]["verdict"] = rise, control
-        line = exp_freedom.caption(results).splitlines()[0]
+        line = exp_freedom.caption(results).splitlines()[1]
         assert line.startswith(f"SiT-micro/4 in the largest region against the smallest: {first}, "), (rise, control)
         assert f"; by plain DSM {second}, " in line, (rise, control)
 
@@ -276,10 +334,16 @@ def test_an_interrupted_sweep_goes_on(tiny):
     exp_freedom.measure(cfg)
     assert kept == {p: p.stat().st_mtime_ns for p in kept} and sorted((out / "runs").iterdir()) == runs
     assert np.abs(np.subtract(before["score"], json.loads(lost.read_text())["score"])).max() < 1e-3
+    a = json.loads((out / "results.json").read_text())["arrays"]         # a threshold that is given stays
+    assert a["threshold"] == 0.5 and a["real"]["fraction"] == pytest.approx(a["real"]["sweep"][25], abs=1e-3)
 
 
 @pytest.mark.parametrize("fields, message", [
     (dict(ratios=(1, 9)), "ratio 9 with 19 images per class in D_score needs 171 of each, but class"),
+    (dict(threshold=0), "threshold must lie between 0 and 1, not 0"),
+    (dict(threshold=np.nan), "threshold must lie between 0 and 1, not nan"),
+    (dict(false_copies=1), "false_copies must lie between 0 and 1, not 1"),
+    (dict(false_copies=1e-3), "277 real images outside of D_region are too few to tell the nearest 0.1%"),
     (dict(per_class=4), "D_score has 40 points, but calibrated l2 needs n = 50 neighbours"),
     (dict(target="nearest"), "unknown target 'nearest': expected exact, sampled, faiss"),
     (dict(ratios=(2, 1)), "ratios must be two or more, from 1 up, in ascending order"),

@@ -230,6 +230,7 @@ def test_claims(tiny):
     assert find("Fig 10 N = 100, supervision")["ci95"][1] < 0.95
     assert find("Fig 10 N = 100, true p_t")["ci95"][0] > 1.3
     assert find("N = 2,000, supervision")["ci95"][0] > 2
+    assert find("control: true p_t")["ci95"][1] < 0.97                           # falls, after half-way too
 
 
 def test_divergence_is_one_line_and_writes_nothing(tmp_path):

@@ -178,8 +178,9 @@ NUMBERS = {
              "delta"),
     PARADOX: ("n n-times batch", "seed", "w"),
     f"exp_freedom.py --data={{f}}/toy {ONCE}": (
-        "per-class k ema n-seeds compare-seeds n-samples sample-steps n threshold workers transformer.steps unet.batch "
-        "compare.lr", "warmup label-dropout seed", "ema label-dropout threshold transformer.lr"),
+        "per-class k ema n-seeds compare-seeds n-samples sample-steps n false-copies threshold workers "
+        "transformer.steps unet.batch compare.lr", "warmup label-dropout seed",
+        "ema label-dropout threshold transformer.lr"),
     f"exp_scaling.py {ONCE}": (
         "repa-depth contrast n-data n-onset n-trajectories n-times batch accum lr ema n threshold n-fid workers",
         "warmup label-dropout seed", "contrast lr ema label-dropout threshold"),
@@ -531,3 +532,13 @@ def test_large_data_are_looked_at_in_places(tmp_path):
     big[5000] = np.inf                                       # one of the rows that are looked at
     with pytest.raises(ValueError, match="x.npy holds nan or inf"):
         train.check_finite("x.npy", big)
+
+
+@pytest.mark.parametrize("script", ["exp_toy2d.py", "exp_gaussian.py"])
+def test_scripts_of_one_process_refuse_torchrun(script, tmp_path):
+    """All of torchrun's processes would write the same files."""
+    done = subprocess.run([sys.executable, ROOT / script, f"--out={tmp_path}"], capture_output=True, text=True,
+                          timeout=100, env=os.environ | dict(WORLD_SIZE="2", RANK="1"))
+    assert done.returncode == 1 and re.fullmatch(r"error: this runs in one process: python exp_\w+\.py, without "
+                                                 r"torchrun\n", done.stderr)
+    assert not list(tmp_path.iterdir())

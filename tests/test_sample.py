@@ -169,12 +169,18 @@ def test_command_writes_a_grid(run):
     assert done.returncode == 0, done.stderr
     picture = run / "samples_w1_heun_seed0.png"
     assert picture.exists() and str(picture) in done.stdout and "4 function evaluations" in done.stdout
+    before = picture.read_bytes()                            # of other weights, and one class: under another name
+    done = command("--run", run, "--n", 2, "--solver", "heun", "--steps", 2, "--label", 1, "--no-ema")
+    assert done.returncode == 0 and picture.read_bytes() == before
+    assert picture.with_stem("samples_w1_heun_seed0_label1_raw").exists()
 
 
 @pytest.mark.parametrize("argv, message", [
     (["--run", "nowhere"], "no checkpoint at nowhere"),
     (["--run", "{run}", "--label", 10], "label 10 is none of this model's"),
-    (["--run", "{run}", "--n", 0], "at least 1"),
+    (["--run", "{run}", "--n", 0], "seed at least 0, not 0, 64, 50 and 0"),
+    (["--run", "{run}", "--label", 1, "--labels", "random"], "goes without --labels random"),
+    (["--run", "{run}", "--out", "x.jpg"], "x.jpg must end in .png or .npz"),
     (["--run", "{run}", "--device", "tpu"], "device 'tpu' is not available"),
     (["--run", "{run}/junk.pt"], "is not a checkpoint of this project"),
     (["--run", "{run}", "--fid", "reference.npz"], "give --out NAME.npz"),

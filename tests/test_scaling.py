@@ -163,18 +163,63 @@ def test_slopes_are_least_squares_and_paired():
 
 def test_shift_of_a_line_at_equal_loss():
     rng = np.random.default_rng(0)
-    def line(L, offset, noise):
-        FD = 40 * L + offset + noise * rng.standard_normal(len(L))
-        L_draws = L + 1e-4 * rng.standard_normal((50, len(L)))
-        return L, FD, L_draws, FD + 0.01 * rng.standard_normal((50, len(L)))
-    one, two = line(np.linspace(0.7, 0.9, 6), -3.0, 0), line(np.linspace(0.8, 1.0, 6), 0.0, 0)
+    def recipe(L, offset, noise, seeds=1):
+        L = L + np.zeros((seeds, 1))
+        FD = 40 * L + offset + noise * rng.standard_normal(L.shape)
+        L_draws = L + 1e-4 * rng.standard_normal((50, *L.shape))
+        return L, FD, L_draws, FD + 0.01 * rng.standard_normal((50, *L.shape))
+    one, two = recipe(np.linspace(0.7, 0.9, 6), -3.0, 0), recipe(np.linspace(0.8, 1.0, 6), 0.0, 0)
     value, low, high = shift(one, two)
     assert abs(value + 3) < 1e-9 and low < -3 < high and high - low < 0.2
     bent = (one[0], one[1] + 10 * (one[0] - 0.85), one[2], one[3])       # 50 instead of 40 a unit of L: by .05 and .1
     assert abs(shift(bent, two)[0] + 3) < 1e-9 and abs(shift(bent, two, 1)[0] + 2.5) < 1e-9
-    hit = [low <= -3 <= high for low, high in (shift(line(one[0], -3, 0.5), line(two[0], 0, 0.5))[1:]
-                                               for _ in range(300))]
-    assert np.mean(hit) > 0.92                               # the scatter of the points is in the interval
+    widths = {}
+    for seeds in (1, 4):                                     # the scatter of the points is in the interval
+        ends = [shift(recipe(one[0], -3, 0.5, seeds), recipe(two[0], 0, 0.5, seeds))[1:] for _ in range(300)]
+        assert np.mean([low <= -3 <= high for low, high in ends]) > 0.92
+        widths[seeds] = np.diff(ends).mean()
+    assert widths[4] < 0.9 * widths[1]                       # and more seeds make it narrower
+
+
+def test_shift_covers_what_a_seed_changes_in_all_networks_alike():
+    """Of which the scatter about a line shows nothing."""
+    rng, L = np.random.default_rng(0), np.linspace(0.7, 0.9, 4) + np.zeros((3, 1))
+    def recipe(offset):
+        FD = 40 * L + offset + rng.standard_normal((3, 1))
+        return L, FD, np.stack([L, L]), np.stack([FD, FD])
+    for curve in (exp_scaling.line, exp_scaling.reached):
+        ends = [shift(recipe(-3), recipe(0), curve=curve)[1:] for _ in range(300)]
+        assert 0.92 < np.mean([low <= -3 <= high for low, high in ends]) < 0.99
+
+
+def test_what_a_budget_buys():
+    """The best network so far, interpolated, whatever the order of the networks."""
+    C, L = np.array([2.0, 0, 3, 1]), np.array([6.0, 8, 1, 4])            # the one at 2 is worse than the one at 1
+    assert exp_scaling.reached(C, L, np.array([-1, 0, 0.5, 1, 1.7, 2, 2.5, 3, 4])).tolist() == [8, 8, 6, 4, 4, 4, 2.5,
+                                                                                               1, 1]
+    value, low, high = shift((C[None], L[None], *[np.stack([v, v])[:, None] for v in (C, L)]),
+                             (C[None], L[None] - 1, *[np.stack([v, v])[:, None] for v in (C, L - 1)]), 1,
+                             exp_scaling.reached)
+    assert value == low == high == 1                         # of one seed, with nothing drawn again
+
+
+def test_the_same_networks_under_two_recipes():
+    """Paired: what all networks of a seed share must not count; of one seed, the networks stand for seeds."""
+    rng = np.random.default_rng(0)
+    networks, d = np.array([30.0, 20, 10, 5]), rng.standard_normal((3, 1))
+    y, drawn = networks + d - 2, np.zeros((5, 3, 4))
+    got = exp_scaling.same_networks(y, np.tile(networks, (3, 1)), drawn, drawn)
+    assert np.allclose(got, [d.mean() - 2, *scipy.stats.t.interval(0.95, 2, d.mean() - 2, scipy.stats.sem(d[:, 0]))])
+    off, none = np.array([[1.0, 2, 4, 3]]), np.full((5, 1, 4), np.nan)
+    got = exp_scaling.same_networks(networks + off, networks[None], none, none)
+    assert np.allclose(got, [2.5, *scipy.stats.t.interval(0.95, 3, 2.5, scipy.stats.sem(off[0]))])
+
+
+def test_the_slope_of_a_line_has_the_interval_of_a_regression():
+    rng, x = np.random.default_rng(0), np.arange(5.0)
+    ends = [exp_scaling.slope(np.tile(x, (2, 1)), 3 * x + rng.standard_normal((2, 5))) for _ in range(400)]
+    assert 0.92 < np.mean([low <= 3 <= high for _, low, high in ends]) < 0.98
+    assert np.allclose(exp_scaling.slope(x[None], 3 * x[None]), 3)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -198,12 +243,13 @@ def test_an_interrupted_training_goes_on(tmp_path):
     assert all(torch.equal(one_leg[k], again[k]) for k in one_leg)
 
 
-def test_over_seeds_is_students_interval_and_never_narrower_than_a_seeds():
-    """scipy's own t interval where the seeds differ; that of the trajectories where they happen to agree."""
+def test_over_seeds_adds_students_interval_to_that_of_a_seeds_trajectories():
+    """scipy's own t interval where the seeds differ; that of the trajectories alone where they happen to agree."""
     values = np.array([[[1.0, 0.9, 1.1], [5, 4, 6]], [[2, 1.9, 2.1], [5, 4, 6]], [[4, 3.9, 4.1], [5, 3, 7]]])
     got = exp_scaling.over_seeds([dict(slope=dict(size=v), mean=v[:, 0]) for v in values])
-    low, high = scipy.stats.t.interval(0.95, 2, np.mean([1, 2, 4]), scipy.stats.sem([1, 2, 4]))
-    assert np.allclose(got["slope"]["size"], [[7 / 3, low, high], [5, 5 - 4 / 3, 5 + 4 / 3]])
+    low, high = scipy.stats.t.interval(0.95, 2, 0, scipy.stats.sem([1, 2, 4]))
+    half = np.hypot(0.1, high)
+    assert np.allclose(got["slope"]["size"], [[7 / 3, 7 / 3 - half, 7 / 3 + half], [5, 5 - 4 / 3, 5 + 4 / 3]])
     assert np.allclose(got["mean"], [7 / 3, 5])
     assert np.allclose(exp_scaling.over_seeds([values[0]]), values[0])
 
@@ -213,7 +259,7 @@ def test_over_seeds_is_students_interval_and_never_narrower_than_a_seeds():
 TINY = ["--n-trajectories=48", "--n-times=4", "--n-data=300", "--n-onset=120", "--batch=16", "--workers=1",
         "--fig3.models", "SiT-nano/4", "SiT-micro/4", "--fig3.lengths", "2", "4",
         "--plateau.models", "SiT-pico/4", "SiT-nano/4", "--plateau.lengths", "2", "4", "--plateau-seeds=2",
-        "--fig7.models", "SiT-nano/2", "--fig7.lengths", "2", "4", "6", "--lambdas", "0", "1",
+        "--fig7.models", "SiT-nano/2", "--fig7.lengths", "2", "4", "6", "--lambdas", "0", "1", "--fig7-seeds=2",
         "--unets.models", "UNet-pico", "--unets.lengths", "1", "2", "3",
         "--dial.models", "SiT-nano/4", "SiT-micro/4", "--dial.lengths", "2", "--amounts", "0", "1",
         "--onset.models", "SiT-nano/4", "SiT-micro/4", "--onset.lengths", "2", "4"]
@@ -303,12 +349,14 @@ def test_another_data_set_and_its_fid(tmp_path, monkeypatch, capsys):
     with_larger, cfg = said(), replace(cfg, larger=())
     without, cfg = said(), replace(cfg, larger=("SiT-micro/4",))
     same = [with_larger[k]["ours"] == without[k]["ours"] for k in without]
-    assert all(s == ("Fig 7b" in k or "minus with attention" in k) for s, k in zip(same, without, strict=True))
+    alone = ("Fig 7b", "Fig 7a slope of FD over L, U-Net", "minus with attention")
+    assert all(s == any(what in k for what in alone) for s, k in zip(same, without, strict=True))
     assert "Inception" in results["arrays"]["fig7"]["how"] and any("Fig 7c" in c["claim"] for c in results["claims"])
     exp_scaling.measure(replace(cfg, reference=""))          # all networks are found; and FID is for others to compute
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     left = [c["claim"] for c in results["claims"] if "Fig 7" in c["claim"]]
-    assert "ADM's evaluator" in capsys.readouterr().out and left and all("7c L at equal compute" in c for c in left)
+    of_L = ("7c L at equal compute", "7b L with REPA")
+    assert "ADM's evaluator" in capsys.readouterr().out and all(any(k in c for k in of_L) for c in left) and left
     exp_scaling.plot(tmp_path / "out" / "results.json")
     with pytest.raises(ValueError, match="without --data"):
         exp_scaling.check(replace(cfg, only="dial"))
@@ -400,7 +448,8 @@ def test_a_figure_is_drawn_from_its_json_alone(tiny, tmp_path):
 def test_a_captions_words_are_its_claims():
     """Each claim turned round turns its words round."""
     names = ["Fig 3 supervision error: < 0", "Fig 3 extrapolation error: > 0", "Fig 6 change", "Fig 6 the same",
-             "Fig 6 control", "Fig 7b REPA", "Fig 7c U-Net", "Fig 7c L at equal compute, middle, U-Net, attention",
+             "Fig 6 control", "Fig 7b FD at equal L, REPA", "Fig 7c U-Net",
+             "Fig 7c L at equal compute, middle, U-Net, attention",
              "Fig 7c L at equal compute, most, U-Net, attention", "Fig 3 plateau, sup",
              "Fig 3 plateau, ext", "Fig 3 plateau after 5 steps",
              "dial", *["onset"] * 3]

@@ -148,15 +148,31 @@ def test_intervals_and_verdicts():
             assert toy.claim("c", "0", 1, ci, **bound) == train.claim("c", "0", 1, ci, **bound)
 
 
-def test_ridge_at_equal_loss():
-    """The one it finds gives the loss asked for, to 10%; where no ridge does, there is none to be reported as equal."""
+def test_equal_loss_of_a_known_curve(monkeypatch, capsys):
+    """What it finds gives the loss asked for, to 2%, with a number that makes L rise or fall; else there is none."""
+    monkeypatch.setattr(toy, "supervision_loss", lambda loss, *_: torch.tensor(loss))
+    for better, worse, loss in ((1e-8, 1.0, lambda ridge: ridge**0.3), (2000, 1, lambda steps: 5 / steps)):
+        found = toy.equal_loss("", loss, 0.03, better, worse, SMALL)
+        assert abs(loss(found) / 0.03 - 1) < 0.02 and not capsys.readouterr().out
+        for L in (0.9 * loss(better), 1.1 * loss(worse)):
+            assert toy.equal_loss("P9:", loss, L, better, worse, SMALL) is None
+            assert capsys.readouterr().out.startswith("P9: left out")
+
+
+def test_ridge_and_steps_at_equal_loss():
     cfg, grid = dataclasses.replace(SMALL, points=100, times=10), toy.time_grid(dataclasses.replace(SMALL, times=10))
-    loss = lambda ridge: toy.supervision_loss(toy.fit_krr(cfg, toy.polar, 1.0, ridge, grid, CPU), toy.D, grid, 2,
-                                              cfg.seed + 2).mean()
-    want = loss(1e-3)
-    assert abs(loss(toy.equal_loss_ridge(cfg, want, CPU)) / want - 1) < 0.1
-    for L in (0.5 * loss(cfg.ridge), 2 * loss(1.0)):
-        assert toy.equal_loss_ridge(cfg, L, CPU) is None
+    ridge = lambda ridge: toy.fit_krr(cfg, toy.polar, 1.0, ridge, grid, CPU)
+    steps = lambda steps: toy.fit_mlp(dataclasses.replace(cfg, steps=round(steps)), toy.D, 64, False, grid, CPU)
+    for fit, better, worse, at in ((ridge, 1e-6, 1.0, 1e-3), (steps, 300, 1, 100)):
+        loss = lambda number, fit=fit: toy.supervision_loss(fit(number), toy.D, grid, 2, cfg.seed + 2).mean()
+        assert abs(loss(toy.equal_loss("", fit, loss(at), better, worse, cfg)) / loss(at) - 1) < 0.02
+
+
+def test_brackets_are_the_wider_interval():
+    alike, apart = np.array([0.1, 0.101, 0.1, 0.099]), np.array([0.1, 0.2, 0.1, 0.3])
+    assert toy.bracket(alike, 2000) == toy.wilson(alike.mean(), 2000)
+    assert toy.bracket(apart, 2000) == toy.interval(apart)
+    assert toy.bracket(np.zeros(4), 2000) == (0.0, toy.wilson(0.0, 2000)[1])         # none below 0
 
 
 # ---- a tiny run, beside empirical_score.py alone --------------------------------------------------------------------
@@ -182,7 +198,10 @@ def test_results_follow_the_contract(tiny):
     assert set(results) == {"script", "preset", "seed", "device", "seconds", "commit", "versions", "config", "claims",
                             "arrays"}
     assert results["script"] == "exp_toy2d" and results["preset"] == "laptop" and results["config"]["width"] == 32
-    assert len(results["claims"]) == 20
+    equal = [s for s in results["arrays"]["sweep"] if "equal L" in s["label"]]
+    assert equal and all(abs(s["L"][1] / s["L"][0] - 1) < 0.03 for s in equal)       # 2%, and rounded
+    assert len(results["claims"]) == 16 + 3 * len(equal)
+    assert not any("as good" in row["claim"] for row in results["claims"] if row["claim"].startswith("P1"))
     for row in results["claims"]:
         assert set(row) == {"claim", "paper", "ours", "ci95", "verdict"}
         assert row["verdict"] in ("holds", "not resolved", "contradicted")
@@ -237,7 +256,7 @@ def test_bad_values_are_refused(field, message):
 def test_a_dry_run_foretells_and_writes_nothing(tmp_path, monkeypatch):
     done = command(*TINY, "--dry-run", f"--out={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
-    assert "15 models, 2 of each, on cpu: 0.00 GB of memory" in done.stdout and not any(tmp_path.iterdir())
+    assert "17 models, 2 of each, on cpu: 0.00 GB of memory" in done.stdout and not any(tmp_path.iterdir())
     assert 0 < float(re.search(r"about ([\d.]+) minutes", done.stdout)[1]) < 3       # it takes seconds
     short = command(*TINY, "--dry-run", "--points=1000000", f"--out={tmp_path / 'out'}")
     assert short.returncode == 1 and short.stderr.startswith("error: ") and short.stderr.count("\n") == 1

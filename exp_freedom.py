@@ -9,7 +9,7 @@ empirical score is equivalent; D_region defines where the network is asked for i
 A larger D_region leaves the target as it is, and says more about it: between the images of D_score, where the network
 was free to make something up, it is now told what the empirical score does there, which is to collapse on D_score.
 
-    python exp_freedom.py                        # trains 58 small networks; about 12 minutes on 2 CPU cores
+    python exp_freedom.py                        # trains 58 small networks; about 8 minutes on 2 CPU cores
     python exp_freedom.py --target sampled       # the paper's target, an image drawn from the posterior (also: faiss)
 
 What counts as a copy? "Calibrated l2", the squared distance to the nearest image of D_score over the mean of those to
@@ -617,7 +617,7 @@ def plot(path):
     sweep.legend(fontsize=9, loc="lower right", framealpha=0.9, handlelength=1.4)
     fig.text(0.02, 0.012, caption(results), fontsize=9, linespacing=1.4)
     with replacing(Path(path).with_suffix(".png")) as f:
-        fig.savefig(f, dpi=120)
+        fig.savefig(f, dpi=110)
     plt.close(fig)
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ along the model's own trajectories. Both are E_t |x_theta(z_t, t) - x_*(z_t, t)|
 Fig. 6: REPA changes the learned score more along trajectories than on training points. Fig. 7 (Eq. 5): Frechet distance
 = f_extrapolation(L), a straight line in the supervision loss L, lower for REPA and for convolutions.
 
-    python exp_scaling.py                # trains everything; about 17 minutes on 2 CPU cores
+    python exp_scaling.py                # trains everything; about 20 minutes on 2 CPU cores
     python exp_scaling.py --only fig3    # or fig6, fig7, dial, onset: the networks of one part; the rest if it is there
     torchrun --nproc_per_node=4 -- exp_scaling.py --preset paper     # ImageNet latents; every GPU trains its own
     python exp_scaling.py --preset paper --model-path SiT-S.pt SiT-XL.pt     # Figure 3 of given weights; or of one
@@ -48,7 +48,7 @@ Frechet distance make this file longer than the others.)
 Try this, after a first run, most of whose networks are found again; the answers are in the table that is printed last.
 (Each overwrites the results and the pictures; the first command, given again, brings them back.)
 1. python exp_scaling.py --only onset --threshold 0.5     How much does "memorized" depend on what is called a copy? See
-   "memorized fraction": several times as many of the samples are copies.
+   "copies, samples minus new crops": does it come nearer to 0?
 2. python exp_scaling.py --only fig3 --n-times 8    What depends on the grid of t? Not "v-space over x-space": E^sup has
    a finite limit in v-space as t falls to 0. But see "why": twice the step, and the solver's error is in E^ext.
 3. python exp_scaling.py --only dial --amounts 0 1 --dial.lengths 250    Is the dial a matter of the moment? See "digits
@@ -871,8 +871,8 @@ def part_fig7(cfg, resamples=100):
               for lam in cfg.lambdas[1:]]
     # Section 5: with REPA, FID improves much where the supervision loss hardly changes
     (L, FD, *more), (L_0, FD_0, *more_0) = (lines[k]["FD_of_L"] for k in (f"SiT, REPA {cfg.lambdas[-1]:g}", "SiT, 7b"))
-    logs = np.exp(same_networks(*map(np.log, (L, L_0, more[0], more_0[0]))))
-    claims += [row(f"Fig 7b L with REPA {cfg.lambdas[-1]:g} over L without, same networks: .98 to 1.02", "minor", logs,
+    over = np.exp(same_networks(*map(np.log, (L, L_0, more[0], more_0[0]))))
+    claims += [row(f"Fig 7b L with REPA {cfg.lambdas[-1]:g} over L without, same networks: .98 to 1.02", "minor", over,
                    low=0.98, high=1.02),
                falls(f"Fig 7b FD, REPA {cfg.lambdas[-1]:g} minus none, same networks",
                      same_networks(FD, FD_0, more[1], more_0[1]))]

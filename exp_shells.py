@@ -359,7 +359,7 @@ def plot(path):
 
     fig.text(0.02, 0.02, caption(results), fontsize=9, linespacing=1.4)
     with replacing(Path(path).with_suffix(".png")) as f:
-        fig.savefig(f, dpi=105)
+        fig.savefig(f, dpi=98)
     plt.close(fig)
 
 

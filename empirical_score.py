@@ -635,11 +635,11 @@ class EmpiricalScore:
                            (None, rest[ill[rest]])):
             query, bias = (rate[ask, None] * q[ask]).to(dtype), (-alpha * rate / 2)[ask].to(dtype)
             # Averages of points want less than their exponents do: fp32, where that is 1e-5 sigma / alpha or less
-            roughly = (size[ask] * 2.0**-23 < 64 * tolerance).all()
+            roughly = dtype == torch.float64 and (size[ask] * 2.0**-23 < 64 * tolerance).all()
             for index, at, rows in self._chunks(members, dtype or torch.float64) if n and len(ask) else ():
                 if dtype: e = product(rows, query).addcmul_(self.sq[at].to(dtype)[:, None], bias).T    # (b, n)
                 else: e = self._apart(q[ask], alpha[ask], rows).div_(-2 * var[ask, None])
-                if dtype == torch.float64 and roughly: rows = rows.float()
+                if roughly: rows = rows.float()
                 if label is not None: e = e.where(label[ask, None] == self.labels[index], -torch.inf)
                 yield ask, index, rows, e, none[ask], base[ask] if dtype else 0 * base[ask]
 

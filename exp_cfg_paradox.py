@@ -149,7 +149,9 @@ def measure(cfg):
     for j, tj in enumerate(tqdm(t, desc="gaps", disable=None, leave=False)):
         for where, z in (("supervision", (1 - tj) * x + tj * eps), ("extrapolation", path[j])):
             empirical, x_c, n_c, n_0 = empirical_gap(E, z, tj, labels[where])
-            sizes = empirical, *learned_gap(model, z, tj, labels[where], x_c)
+            parts = zip(*(a.split(cfg.batch) for a in (z, labels[where], x_c)), strict=True)
+            learned, error = zip(*(learned_gap(model, zb, tj, yb, xb) for zb, yb, xb in parts), strict=True)
+            sizes = empirical, torch.cat(learned), torch.cat(error)
             for what, size in zip(("empirical", "learned", "error"), sizes, strict=True):
                 gap[f"{what}, {where}"].append(size)
             weight[f"conditional, {where}"].append(n_c)

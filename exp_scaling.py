@@ -408,6 +408,11 @@ def per_dim(a):                                              # |a|^2 / d: (T, B,
     return a.flatten(2).cpu().double().square().mean(2).T.numpy()        # (MPS has no float64)
 
 
+def neighbours(E, x, n):                                     # squared distances to the n nearest (B, n), calibrated l2
+    d2 = E.nearest(x.cpu().double(), min(n, E.N))[0].numpy()                                     # ascending
+    return d2, d2[:, 0] / d2.mean(1)
+
+
 def evaluate(model, p, n=50, both=True):
     """E^sup and E^ext of one model, (n_trajectories, T), x-space, per dimension; `_free`: the same without labels, the
     null label against x_* over all of D, on the first eighth. Samples, their neighbours, and the seconds spent on
@@ -422,8 +427,8 @@ def evaluate(model, p, n=50, both=True):
         out["ext"] = per_dim(on_path - along(p.E.posterior_mean, path, p.t, p.y_ext))
         out["ext_free"] = per_dim(free - along(p.E.posterior_mean, path[:, :p.few], p.t))
         empirical = time.time() - before
-        d2 = p.E.nearest(samples.cpu().double(), min(n, p.E.N))[0].numpy()                       # (B, n), ascending
-        out |= dict(calibrated=d2[:, 0] / d2.mean(1), distance=np.sqrt(d2[:, 0] / p.E.D))
+        d2, calibrated = neighbours(p.E, samples, n)
+        out |= dict(calibrated=calibrated, distance=np.sqrt(d2[:, 0] / p.E.D))
     return out | dict(seconds=np.array([empirical, time.time() - started, 0]))
 
 
@@ -676,13 +681,12 @@ def part_onset(cfg):
     moved = lambda f: mean_ci(f(last) - f(first))            # paired by the starting noise
     # Crops of the same photographs overlap: of new ones, which nothing has copied, some are near an old one, too
     data = train.load_data(dataset(cfg, "onset"))
-    new = torch.from_numpy(np.array(data["x_heldout"][:cfg.n_trajectories])).double()
-    d2 = EmpiricalScore(torch.from_numpy(np.array(data["x"]))).nearest(new, min(cfg.n, len(data["x"])))[0].numpy()
+    new = torch.from_numpy(np.array(data["x_heldout"][:cfg.n_trajectories]))
+    of_new = neighbours(EmpiricalScore(data["x"]), new, cfg.n)[1]
     # one more each way, or an interval of copies that are all there, or none, would have no width
-    hits = [np.append(c < cfg.threshold, [True, False]) for c in (last["calibrated"], d2[:, 0] / d2.mean(1))]
-    copies = mean_ci(hits[0])[0], mean_ci(hits[1])[0]
-    more = copies[0] - copies[1] + 1.96 * np.hypot(*(h.std(ddof=1) / len(h)**0.5 for h in hits)) * np.array([0, -1, 1])
-    return a | dict(new=copies[1]), [
+    copies, others = (mean_ci(np.append(c < cfg.threshold, [True, False])) for c in (last["calibrated"], of_new))
+    more = copies[0] - others[0] + np.hypot(copies[2] - copies[0], others[2] - others[0]) * np.array([0, -1, 1])
+    return a | dict(new=others[0]), [
         grows(f"onset, textures: extrapolation error over size after {lengths[0]} steps",
               a["ext_x"]["over_smallest"][-1][0]),
         falls(f"onset, {name}: extrapolation error, step {lengths[-1]} minus {lengths[0]}",

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 T = torch.Tensor
 GETTERS = {getattr(T, name).__get__: name for name in ("device", "is_cuda", "is_mps", "is_cpu")}
-BOTH = {T.copy_, T.to, T.cpu, T.type_as, T.data.__set__, T.grad.__set__, torch._has_compatible_shallow_copy_type}
+BOTH = {T.copy_, T.view_as, T.to, T.cpu, T.type_as, T.data.__set__, T.grad.__set__, torch._has_compatible_shallow_copy_type}
 ON_HOST = {T.numpy, T.__array__}
 
 

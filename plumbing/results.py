@@ -1,0 +1,190 @@
+"""Results: intervals, rows with verdicts, results.json, the printed table, and the colours of all figures."""
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+import torch
+
+from plumbing.cli import count_processes, pick_device
+from plumbing.files import ROOT, check_writable, one_writer, read_json, write_json, write_whole
+
+# supervision, extrapolation, controls and real images have the same colour in every figure
+BLUE, ORANGE, GREY, GREEN = "#0072B2", "#D55E00", "#777777", "#009E73"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 95% intervals
+
+def bootstrap_interval(values, statistic=np.median, n=400, seed=0):
+    """Return (low, high) of statistic(values) by the percentile bootstrap over the first axis of values (N, ...)."""
+    values = np.asarray(values)
+
+    def of_rows(rows):
+        return statistic(values[rows])
+
+    rows = np.arange(len(values))
+    if (values == values[:1]).all():
+        return (float(of_rows(rows)),) * 2
+    result = scipy.stats.bootstrap((rows,), of_rows, vectorized=False, method="percentile", n_resamples=n,
+                                   rng=np.random.default_rng(seed))
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def student_interval(values):
+    """Return (low, high) of the mean of values (n,), by Student's t."""
+    interval = scipy.stats.ttest_1samp(values, 0).confidence_interval()
+    return float(interval.low), float(interval.high)
+
+
+def wilson_interval(hits, n):
+    """Return (low, high) of a fraction hits / n, by Wilson's score, which is sensible at 0 and 1 too."""
+    interval = scipy.stats.binomtest(int(hits), int(n)).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def over_seeds(samples, statistic=np.median):
+    """Return (mean, interval) of a statistic of samples [(n, ...), ...], one for each training seed.
+
+    The interval covers the bootstrap intervals of all seeds.
+    """
+    lows, highs = zip(*[bootstrap_interval(sample, statistic) for sample in samples], strict=True)
+    return float(np.mean([statistic(sample) for sample in samples])), (min(lows), max(highs))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows
+
+def find_verdict(ours, ci95, low, high, published):
+    """Return (verdict, note) of an interval against what the paper claims: that the value lies in [low, high]."""
+    if ci95[1] < low or ci95[0] > high:
+        return "differs", ""
+    if not (low <= ci95[0] and ci95[1] <= high):
+        return "not resolved", f"an effect of {(ci95[1] - ci95[0]) / 2:.2g} could have been seen"
+    if published is not None:
+        short_of = ci95[1] < published if np.isfinite(low) else ci95[0] > published
+        if short_of:
+            return "weaker", f"published: {published:g}"
+    return "reproduces", ""
+
+
+def claim(id, text, paper, ours, ci95, low=-np.inf, high=np.inf, published=None, gate=None):
+    """Return a row: a statement of the paper, its number, ours with a 95% interval, and the verdict of the interval.
+
+    low, high   the paper claims that the value lies between them
+    published   a number of the paper that can be compared with ours, on the claim's side
+    gate        (passed, text): is this network in the regime of the statement? The text says what would pass it
+    """
+    if gate is not None and not gate[0]:
+        verdict, note = "other regime", gate[1]
+    else:
+        verdict, note = find_verdict(ours, ci95, low, high, published)
+    return dict(id=id, text=text, paper=paper, ours=float(ours), ci95=[float(c) for c in ci95], verdict=verdict,
+                note=note)
+
+
+def finding(id, text, ours, ci95):
+    """Return a row of our own: a control that the paper does not show, with a value and an interval and no verdict."""
+    return dict(id=id, text=text, paper="", ours=float(ours), ci95=[float(c) for c in ci95], verdict="finding", note="")
+
+
+def print_rows(rows):
+    """Print claims and findings as a table."""
+    print(f"\n{'':76s} {'paper':>12s} {'ours':>9s} {'95% interval':>18s}  verdict")
+    for row in rows:
+        interval = "[{:.3g}, {:.3g}]".format(*row["ci95"])
+        note = f" ({row['note']})" if row["note"] else ""
+        print(f"{row['text']:76s} {row['paper']:>12s} {row['ours']:9.3g} {interval:>18s}  {row['verdict']}{note}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# results.json
+
+def results_folder(script, cfg):
+    """Return out/<script>/<preset>, or --out."""
+    return Path(cfg.out) if cfg.out else ROOT / "out" / script / cfg.preset
+
+
+def to_plain(value):
+    """Return arrays and tensors as lists, for JSON."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return value.tolist()
+
+
+def read_results(script, folder):
+    """Return the results.json of a folder. Raise ValueError if it is of another script."""
+    results = read_json(folder / "results.json")
+    if results.get("script") != script:
+        raise ValueError(f"{folder}/results.json is of {results.get('script')}, not of {script}: give another --out")
+    return results
+
+
+def describe_run(script, cfg, seconds):
+    """Return what results.json says of how it was made."""
+    git = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=ROOT, capture_output=True, text=True)
+    device = pick_device(cfg.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
+    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+    return dict(script=script, preset=cfg.preset, seed=cfg.seed, device=name, seconds=round(seconds, 1),
+                commit=git.stdout.strip(), versions=versions, config=dataclasses.asdict(cfg))
+
+
+def run_experiment(script, cfg, measure, plot):
+    """Measure, write results.json, draw the figures from that file alone, and print the rows. --redraw only draws.
+
+    measure(cfg) -> (rows, arrays): a list of claims and findings, and a dict of numbers and arrays for the figures
+    plot(results, folder) draws fig*.png from results.json; results["arrays"] holds lists
+    """
+    folder = results_folder(script, cfg)
+    check_writable(folder)
+    if (folder / "results.json").exists():
+        read_results(script, folder)
+    elif cfg.redraw:
+        raise FileNotFoundError(f"nothing to redraw: there is no {folder}/results.json")
+    if not cfg.redraw:
+        started = time.time()
+        rows, arrays = measure(cfg)
+        if count_processes()[0]:
+            return
+        results = describe_run(script, cfg, time.time() - started) | dict(claims=rows, arrays=arrays)
+        # four digits are enough to draw from
+        text = json.dumps(results, default=to_plain)
+        plain = json.loads(text, parse_float=round_number)
+        plain["claims"] = json.loads(json.dumps(rows, default=to_plain))
+        with one_writer(folder):
+            write_json(folder / "results.json", plain)
+    results = read_results(script, folder)
+    try:
+        plot(results, folder)
+    except (KeyError, IndexError, TypeError) as error:
+        if not cfg.redraw:
+            raise
+        raise ValueError(f"{folder}/results.json was written by another version of {script}.py: {error!r}") from error
+    print(folder / "results.json", *sorted(folder.glob("*.png")), sep="\n")
+    print_rows(results["claims"])
+
+
+def round_number(text):
+    """Return a JSON number with four significant digits."""
+    return float(f"{float(text):.4g}")
+
+
+def new_figure(height, columns=1, rows=1, **options):
+    """Return (figure, axes) of a README's width: 8.3 inches, with text of 10 points."""
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"font.size": 10, "axes.titlesize": 11, "legend.frameon": False})
+    return plt.subplots(rows, columns, figsize=(8.3, height), layout="constrained", **options)
+
+
+def save_figure(fig, path):
+    """Write a figure of matplotlib as a PNG of 150 dots per inch, and close it."""
+    import matplotlib.pyplot as plt
+    with write_whole(path) as f:
+        fig.savefig(f, dpi=150, format=Path(path).suffix[1:])
+    plt.close(fig)

@@ -1,0 +1,303 @@
+"""Plumbing: data sets, files, intervals, verdicts, results.json, sweeps, the command line."""
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from plumbing import cli, data as sets, files, results, sweep
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# ---- intervals and verdicts ------------------------------------------------------------------------------------------
+
+def test_intervals():
+    rng = np.random.default_rng(0)
+    # of 200 samples of N(0, 1), 95% intervals hold the truth about 190 times
+    for interval, truth in ((functools.partial(results.bootstrap_interval, n=200), 0.0), (results.student_interval, 0.0)):
+        held = sum(low <= truth <= high for low, high in (interval(rng.standard_normal(40)) for _ in range(200)))
+        assert 175 <= held <= 199
+    low, high = results.wilson_interval(0, 50)
+    assert abs(low) < 1e-12 and abs(high - 0.0713) < 1e-3                    # Wilson (1927)
+    values = rng.standard_normal((60, 3))
+    assert results.bootstrap_interval(values, lambda v: v[:, 1].mean()) == results.bootstrap_interval(values[:, 1], np.mean)
+    assert results.bootstrap_interval(np.ones(5)) == (1.0, 1.0)
+
+
+def test_the_interval_over_seeds_covers_that_of_each():
+    rng = np.random.default_rng(0)
+    samples = [rng.standard_normal(50), 3 + rng.standard_normal(50)]
+    mean, (low, high) = results.over_seeds(samples, np.mean)
+    assert abs(mean - (samples[0].mean() + samples[1].mean()) / 2) < 1e-12
+    for sample in samples:
+        a, b = results.bootstrap_interval(sample, np.mean)
+        assert low <= a < b <= high
+
+
+@pytest.mark.parametrize("ours, ci95, options, verdict", [
+    (1.0, (0.5, 1.5), dict(low=0), "reproduces"),
+    (-1.0, (-1.5, -0.5), dict(low=0), "differs"),
+    (0.1, (-0.5, 0.7), dict(low=0), "not resolved"),
+    (1.0, (0.5, 1.5), dict(low=0, published=4.0), "weaker"),
+    (1.0, (0.5, 1.5), dict(low=0, published=1.2), "reproduces"),
+    (-1.0, (-1.5, -0.5), dict(high=0, published=-4.0), "weaker"),
+    (1.0, (0.9, 1.1), dict(low=0.8, high=1.2), "reproduces"),
+    (1.0, (0.5, 1.5), dict(low=0, gate=(False, "the gate")), "other regime"),
+    (1.0, (0.5, 1.5), dict(low=0, gate=(True, "the gate")), "reproduces")])
+def test_verdicts(ours, ci95, options, verdict):
+    row = results.claim("id", "text", "paper", ours, ci95, **options)
+    assert row["verdict"] == verdict and row["id"] == "id"
+    if verdict == "not resolved":
+        assert "0.6" in row["note"]                          # half of the interval could have been seen
+    if verdict == "other regime":
+        assert row["note"] == "the gate"
+
+
+# ---- an experiment ---------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Config:
+    preset: str = "laptop"
+    seed: int = 0
+    device: str = "cpu"
+    redraw: bool = False
+    out: str = ""
+
+
+def measure(cfg):
+    row = results.claim("a", "text", "> 0", 1 / 3, (0.1, 0.5), low=0)
+    return [row], dict(curve=np.linspace(0, 1, 4), points=torch.ones(2), n=np.int64(3))
+
+
+def plot(found, folder):
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots()
+    ax.plot(found["arrays"]["curve"])
+    results.save_figure(fig, folder / "fig1.png")
+
+
+def test_results_are_written_and_drawn_from_the_file_alone(tmp_path, capsys):
+    cfg = Config(out=str(tmp_path / "out"))
+    results.run_experiment("exp_x", cfg, measure, plot)
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["claims"][0]["ours"] == 1 / 3 and found["arrays"]["curve"] == [0.0, 0.3333, 0.6667, 1.0]
+    assert found["script"] == "exp_x" and found["config"]["seed"] == 0 and found["seconds"] >= 0
+    assert "reproduces" in capsys.readouterr().out
+    (tmp_path / "out" / "fig1.png").unlink()
+    results.run_experiment("exp_x", dataclasses.replace(cfg, redraw=True), None, plot)
+    assert (tmp_path / "out" / "fig1.png").exists()
+    with pytest.raises(ValueError, match="is of exp_x, not of exp_y: give another --out"):
+        results.run_experiment("exp_y", cfg, measure, plot)
+    with pytest.raises(FileNotFoundError, match="nothing to redraw"):
+        results.run_experiment("exp_x", Config(out=str(tmp_path / "none"), redraw=True), None, plot)
+    (tmp_path / "out" / "results.json").write_text('{"script": "exp_x", "claims": [], "arrays": {}}')
+    with pytest.raises(ValueError, match="another version"):
+        results.run_experiment("exp_x", dataclasses.replace(cfg, redraw=True), None, plot)
+
+
+# ---- sweeps ----------------------------------------------------------------------------------------------------------
+
+def square(folder, job):
+    def compute():
+        with open(Path(folder) / "calls", "a") as f:
+            f.write("x")
+        return dict(square=np.array([job**2]), threads=torch.get_num_threads())
+    return sweep.cached(folder, dict(job=job), compute)
+
+
+def die(job):
+    os._exit(3)
+
+
+def test_sweeps_compute_each_job_once(tmp_path):
+    for workers in (2, 1):
+        found = sweep.run_jobs(functools.partial(square, str(tmp_path)), [1, 2, 3], workers)
+        assert {job: int(r["square"]) for job, r in found.items()} == {1: 1, 2: 4, 3: 9}
+        assert {r["threads"] for r in found.values()} == {1}
+    assert (tmp_path / "calls").read_text() == "xxx"
+    square(str(tmp_path), 4)
+    assert (tmp_path / "calls").read_text() == "xxxx"
+
+
+def test_a_worker_that_dies_is_told_in_one_line():
+    with pytest.raises(OSError, match="a worker was killed.*--workers"):
+        sweep.run_jobs(die, [1, 2], 2)
+
+
+# ---- data sets -------------------------------------------------------------------------------------------------------
+
+def write_set(folder, **changes):
+    y = np.arange(12) % 3
+    arrays = dict(x=np.linspace(-1, 1, 12 * 16).reshape(12, 1, 4, 4).astype(np.float32), y=y) | changes
+    meta = arrays.pop("meta", dict(num_classes=3))
+    sets.save_dataset(folder, arrays, meta)
+    return str(folder)
+
+
+X = np.zeros((12, 1, 4, 4), np.float32)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(x=X[0]), "x.npy must be floating point of shape"),
+    (dict(x=X.astype(np.uint8)), "x.npy must be floating point"),
+    (dict(x=X[:, :, :, :3]), "x.npy must be floating point of shape"),
+    (dict(x=X + np.nan), "x.npy holds nan or inf"),
+    (dict(x=np.linspace(0, 255, 192, dtype=np.float32).reshape(X.shape)), "from 0 to 255: scale"),
+    (dict(x=X.astype(">f4")), "byte order"),
+    (dict(y=np.arange(11) % 3), "12 integer labels"),
+    (dict(y=np.arange(12) % 3 / 1), "12 integer labels"),
+    (dict(y=np.arange(12)), r"labels in 0 .. 2, not 0 .. 11"),
+    (dict(meta=dict(num_classes="3")), "num_classes must be a whole number"),
+    (dict(meta={}), "num_classes must be a whole number"),
+    (dict(x_heldout=X), "y_heldout.npy is missing"),
+    (dict(x_heldout=X[:, :, :2, :2], y_heldout=np.zeros(12, int)), "x_heldout.npy must be floating point of shape"),
+])
+def test_a_bad_set_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        sets.load_data(write_set(tmp_path / "set", **changes))
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("x.npy", b"junk", "x.npy cannot be read"), ("x.npy", None, "x.npy is missing"), ("y.npy", None, "y.npy is missing"),
+    ("meta.json", b"{", "meta.json is not JSON"), ("meta.json", b"[1]", "meta.json must hold a JSON object"),
+    ("meta.json", None, "meta.json is missing"), ("x.npy", "half", "x.npy cannot be read")])
+def test_damaged_files_are_refused(tmp_path, name, content, message):
+    path = Path(write_set(tmp_path / "set")) / name
+    whole = path.read_bytes()
+    path.unlink()
+    if content is not None:
+        path.write_bytes(whole[:len(whole) // 2] if content == "half" else content)
+    with pytest.raises(ValueError, match=message):
+        sets.load_data(str(path.parent))
+
+
+def test_a_pickle_is_never_run(tmp_path):
+    folder = Path(write_set(tmp_path / "set"))
+    np.save(folder / "y.npy", np.array([print] * 12), allow_pickle=True)
+    with pytest.raises(ValueError, match="y.npy cannot be read"):
+        sets.load_data(str(folder))
+
+
+def test_scales_that_are_not_ours_are_named(tmp_path, capsys):
+    sets.load_data(write_set(tmp_path / "unit", x=np.linspace(0, 1, 192, dtype=np.float32).reshape(X.shape)))
+    assert "values from 0 to 1" in capsys.readouterr().err
+    sets.load_data(write_set(tmp_path / "wide", x=5 * np.random.default_rng(0).standard_normal(X.shape).astype("f4")))
+    assert "standard deviation" in capsys.readouterr().err
+    sets.load_data(write_set(tmp_path / "fine"))
+    assert capsys.readouterr().err == ""
+
+
+def test_the_fingerprint_tells_data_of_one_name_apart(tmp_path):
+    one = sets.load_data(write_set(tmp_path / "a"))["fingerprint"]
+    assert sets.load_data(write_set(tmp_path / "b"))["fingerprint"] == one
+    assert sets.load_data(write_set(tmp_path / "c", x=X))["fingerprint"] != one
+    assert sets.load_data(write_set(tmp_path / "d", y=np.arange(12) % 2))["fingerprint"] != one
+
+
+def test_embedded_sets(monkeypatch, tmp_path):
+    monkeypatch.setattr(sets, "DATA", tmp_path)
+    for name, shape, n, held in (("mnist5k", (1, 28, 28), 4500, 500), ("digits", (1, 8, 8), 1617, 180),
+                                 ("photos", (3, 32, 32), 1755, 195)):
+        data = sets.load_data(name)
+        assert data["x"].shape == (n, *shape) and data["x_heldout"].shape == (held, *shape)
+        assert data["x"].min() == -1 and data["x"].max() == 1
+        both = np.concatenate([data["x"], data["x_heldout"]]).reshape(n + held, -1)
+        assert len(np.unique(both, axis=0)) >= 0.99 * len(both)
+    # a folder of the same name in the working directory is not taken for the embedded set
+    (tmp_path / "elsewhere" / "digits").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert len(sets.load_data("digits")["x"]) == 1617
+
+
+def test_a_checkout_that_cannot_be_written_to_still_has_the_embedded_sets(monkeypatch, tmp_path):
+    def refuse(*args):
+        raise OSError("read-only file system")
+    want = sets.load_data("digits")
+    monkeypatch.setattr(sets, "DATA", tmp_path / "nowhere")
+    monkeypatch.setattr(sets, "save_dataset", refuse)
+    found = sets.load_data("digits")
+    assert np.array_equal(found["x"], want["x"]) and found["fingerprint"] == want["fingerprint"]
+
+
+def test_a_data_set_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    folder, rename = tmp_path / "d", os.replace
+    sets.save_dataset(folder, dict(y=np.arange(5)), {})
+
+    def fails_at_the_end(a, b):
+        if str(a).endswith(".new"):
+            raise OSError("no space left")
+        rename(a, b)
+    monkeypatch.setattr(sets.os, "replace", fails_at_the_end)
+    with pytest.raises(OSError, match="no space left"):
+        sets.save_dataset(folder, dict(y=np.arange(5) + 1), {})
+    assert np.load(folder / "y.npy").tolist() == [0, 1, 2, 3, 4] and os.listdir(tmp_path) == ["d"]
+
+
+def test_labels_in_turn_are_those_that_have_images(tmp_path):
+    data = sets.load_data(write_set(tmp_path / "set", y=np.array([0, 5] * 6), meta=dict(num_classes=9)))
+    assert sets.labels_in_turn(data, 5).tolist() == [0, 5, 0, 5, 0]
+
+
+# ---- files and the command line --------------------------------------------------------------------------------------
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("before")
+    with pytest.raises(OSError, match="as it was before: no space"):
+        with files.write_whole(path) as f:
+            f.write(b"half")
+            raise OSError("no space")
+    assert path.read_text() == "before" and os.listdir(tmp_path) == ["a"]
+
+
+def run(*argv, **env):
+    return subprocess.run([sys.executable, ROOT / "train.py", *argv], capture_output=True, text=True,
+                          env=os.environ | env)
+
+
+def test_the_command_line(tmp_path):
+    done = run("--help")
+    assert done.returncode == 0 and "training iterations" in done.stdout
+    for argv, message in ((["--stepz", "3"], "--stepz"), (["--preset", "huge"], "error: unknown preset 'huge'"),
+                          (["--steps", "many"], "many"), (["--data", "nowhere"], "error: no data set at")):
+        done = run(*argv, "--out", str(tmp_path / "run"))
+        assert done.returncode == 1 and message in done.stdout + done.stderr and "Traceback" not in done.stderr
+    done = run("--data", "nowhere", "--debug")
+    assert done.returncode == 1 and "Traceback" in done.stderr
+    done = run("--data", "digits", "--model", "SiT-pico/4", "--steps", "2", RANK="1")
+    assert done.returncode == 1 and "WORLD_SIZE" in done.stderr
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+
+def test_a_notebooks_backend_does_not_stop_a_script(tmp_path):
+    done = run("--data", "digits", "--model", "SiT-pico/4", "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "r"),
+               MPLBACKEND="module://matplotlib_inline.backend_inline")
+    assert done.returncode == 0, done.stderr
+
+
+def test_flops_against_a_count_by_hand():
+    """A linear map of n tokens from a to b takes 2 n a b, forward; backward takes twice that."""
+    class Net(torch.nn.Module):
+        in_channels, input_size = 1, 4
+
+        def __init__(self):
+            super().__init__()
+            self.map = torch.nn.Linear(16, 5)
+
+        def forward(self, z, t, y):
+            return self.map(z.flatten(1).requires_grad_())
+    assert cli.count_flops(Net, 3) == 3 * (2 * 3 * 16 * 5)
+
+
+def test_a_config_is_checked():
+    with pytest.raises(ValueError, match="steps must be at least 1, not 0"):
+        cli.check_at_least(train.Config(steps=0), batch=1, steps=1)

@@ -1,0 +1,163 @@
+"""plumbing/weights.py: official weights give the paper's velocity, and weights of another kind are refused."""
+import argparse
+import math
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from plumbing import weights
+from plumbing.weights import load_sit_weights
+
+LINEAR = dict(path_type="Linear", prediction="velocity")
+z, t, y = torch.randn(6, 4, 8, 8), torch.linspace(0, 1, 6), torch.tensor([0, 3, 9, 10, 10, 1])
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Make SiT-S a small network: two blocks of width 32."""
+    monkeypatch.setitem(weights.SIT_SIZES, "S", (2, 32, 2))
+
+
+def official_state(learn_sigma=True, width=32):
+    """Return random weights under the official names: 2 blocks, patch 2, images (4, 8, 8), 10 classes."""
+    linear = {"t_embedder.mlp.0": (width, 256), "t_embedder.mlp.2": (width, width), "final_layer.linear": (
+        32 if learn_sigma else 16, width), "final_layer.adaLN_modulation.1": (2 * width, width)}
+    for i in range(2):
+        for name, rows, columns in (("attn.qkv", 3, 1), ("attn.proj", 1, 1), ("mlp.fc1", 4, 1), ("mlp.fc2", 1, 4),
+                                    ("adaLN_modulation.1", 6, 1)):
+            linear[f"blocks.{i}.{name}"] = (rows * width, columns * width)
+    shapes = {"pos_embed": (1, 16, width), "x_embedder.proj.weight": (width, 4, 2, 2), "x_embedder.proj.bias": (width,),
+              "y_embedder.embedding_table.weight": (11, width)}
+    for name, shape in linear.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    g = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=g) * 0.2 for name, shape in shapes.items()}
+
+
+def official_forward(state, x, t, y):
+    """Return f(x, t) as the published code computes it, in float64, written once more without any code of model.py."""
+    s = {name: value.double() for name, value in state.items()}
+    def linear(name, a): return F.linear(a, s[f"{name}.weight"], s[f"{name}.bias"])
+    def norm(a): return F.layer_norm(a, a.shape[-1:], eps=1e-6)
+    def heads(a): return a.unflatten(2, (2, 16)).transpose(1, 2)
+    patches = F.conv2d(x.double(), s["x_embedder.proj.weight"], s["x_embedder.proj.bias"], stride=2)
+    h = patches.flatten(2).mT + s["pos_embed"]
+    angle = t.double()[:, None] * torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float64) / 128)
+    time = linear("t_embedder.mlp.0", torch.cat([angle.cos(), angle.sin()], 1))
+    c = F.silu(linear("t_embedder.mlp.2", F.silu(time)) + s["y_embedder.embedding_table.weight"][y])
+    for i in range(2):
+        m = linear(f"blocks.{i}.adaLN_modulation.1", c)[:, None].chunk(6, 2)
+        q, k, v = map(heads, linear(f"blocks.{i}.attn.qkv", norm(h) * (1 + m[1]) + m[0]).chunk(3, 2))
+        a = torch.softmax(q @ k.mT / 4, -1) @ v
+        h = h + m[2] * linear(f"blocks.{i}.attn.proj", a.transpose(1, 2).flatten(2))
+        hidden = F.gelu(linear(f"blocks.{i}.mlp.fc1", norm(h) * (1 + m[4]) + m[3]), approximate="tanh")
+        h = h + m[5] * linear(f"blocks.{i}.mlp.fc2", hidden)
+    shift, scale = linear("final_layer.adaLN_modulation.1", c)[:, None].chunk(2, 2)
+    out = linear("final_layer.linear", norm(h) * (1 + scale) + shift).unflatten(2, (2, 2, -1))     # (B, T, p, q, c)
+    return F.fold(out.permute(0, 4, 2, 3, 1).flatten(1, 3), 8, 2, stride=2)[:, :4]
+
+
+def assert_velocity(model, want):
+    assert (model.num_classes, model.input_size, model.in_channels, model.prediction) == (10, 8, 4, "v")
+    assert want.std() > 0.1 and (model(z, t, y).double() - want).abs().max() < 1e-4 * want.abs().max()
+
+
+@pytest.mark.parametrize("learn_sigma", [True, False])
+def test_official_weights_give_the_velocity_of_the_paper(learn_sigma, tmp_path, capsys):
+    """v(z, t) = -f(z, 1 - t), whatever the weights are wrapped in."""
+    state = official_state(learn_sigma)
+    raw = {name: value + 0.1 for name, value in state.items()}
+    whole = {"model": raw, "ema": state, "opt": {}, "args": argparse.Namespace(**LINEAR, lr=1e-4)}
+    torch.save(whole, tmp_path / "sit.pt")
+    want = -official_forward(state, z, 1 - t, y)
+    assert_velocity(load_sit_weights(tmp_path / "sit.pt"), want)
+    assert f"{tmp_path / 'sit.pt'}: weights of convention sit, as the file says" in capsys.readouterr().out
+    assert_velocity(load_sit_weights(whole, ema=False), -official_forward(raw, z, 1 - t, y))
+    for prefix in ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
+        named = {prefix + name: value for name, value in state.items()}
+        assert_velocity(load_sit_weights(named, convention="sit"), want)
+
+
+def test_repa_weights_have_our_time_and_sign():
+    state = official_state(learn_sigma=False)
+    args = dict(path_type="linear", prediction="v", num_classes=10)
+    for source in ({"ema": state, "args": args}, state | {"projectors.0.0.weight": torch.zeros(3, 32)}):
+        assert_velocity(load_sit_weights(source), official_forward(state, z, t, y))
+    assert_velocity(load_sit_weights(state, convention="repa"), official_forward(state, z, t, y))
+
+
+def test_where_nothing_tells_it_is_measured(capsys):
+    """A network that answers f = -LayerNorm(z), close to x - eps at pure noise, is official; its negative is not."""
+    state = {name: value * 0 for name, value in official_state(learn_sigma=False).items()}
+    state["x_embedder.proj.weight"] = torch.eye(32, 16).view(32, 4, 2, 2)
+    state["final_layer.linear.weight"] = -torch.eye(16, 32).view(4, 2, 2, 32).permute(1, 2, 0, 3).reshape(16, 32)
+    assert weights.correlation_at_noise(load_sit_weights(state)) > 0.9
+    assert "sit, since v(z, 1) has a correlation of 0.9" in capsys.readouterr().out
+    state["final_layer.linear.weight"] *= -1
+    with pytest.raises(ValueError, match="it.pt: nothing says .* of -0.9.* --convention repa"):
+        load_sit_weights(state, "it.pt")
+
+
+def wrapped(state, **args): return {"ema": state, "args": argparse.Namespace(**args)}
+def without(state, key): return {name: value for name, value in state.items() if not name.startswith(key)}
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda s: wrapped(s, path_type="Linear", prediction="noise"), "path_type Linear and prediction noise"),
+    (lambda s: wrapped(s, path_type="GVP", prediction="velocity"), "path_type GVP"),
+    (lambda s: wrapped(s, model="DiT-XL/2"), "the model DiT-XL/2, expected a SiT"),
+    (lambda s: wrapped(s, num_classes=11), "11 rows for 11 classes, expected one more, the null label's"),
+    (lambda s: s | {"y_embedder.embedding_table.weight": torch.zeros(1000, 32)}, "1000 rows for 1000 classes"),
+    (lambda s: without(s, "blocks.1."), "no official SiT has depth 1 and width 32"),
+    (lambda s: without(s, "final_layer.linear.weight"), 'Missing key.*"final_layer.linear.weight"'),
+    (lambda s: without(s, "pos_embed"), "not the weights of a SiT.*'pos_embed'"),
+    (lambda s: s | {"blocks.0.attn.q_norm.weight": torch.zeros(1)}, 'Unexpected key.*"blocks.0.attn.q_norm.weight"'),
+    (lambda s: s | {"blocks.0.attn.proj.weight": torch.zeros(32, 31)}, r"blocks.0.attn.proj.weight.*\[32, 31\]"),
+    (lambda s: s | {"x_embedder.proj.weight": torch.zeros(32, 16)}, "not the weights of a SiT"),
+    (lambda s: {"ema": 3}, "it holds a int"),
+    (lambda s: s, "nothing says what these weights predict")])
+def test_other_weights_are_refused(change, message):
+    with pytest.raises(ValueError, match=f"^w.pt: .*{message}") as e:
+        load_sit_weights(change(official_state()), "w.pt")
+    assert "\n" not in str(e.value)
+    with pytest.raises(ValueError, match="its convention is sit, not repa"):
+        load_sit_weights(wrapped(official_state(), **LINEAR), convention="repa")
+
+
+class Hub(torch.nn.Linear):
+    """A network as the hub's libraries give it, with a report of what was in the file."""
+    missing = []
+
+    @classmethod
+    def from_pretrained(cls, name, output_loading_info):
+        return cls(2, 2), dict(missing_keys=cls.missing, mismatched_keys=[], unexpected_keys=["old"])
+
+
+def test_a_network_with_random_weights_in_it_is_refused(tmp_path, monkeypatch):
+    assert not weights.pretrained("--vae", str(tmp_path), Hub).training
+    monkeypatch.setattr(Hub, "missing", {"mid.b", "mid.a"})
+    for name, kind, message in ((tmp_path, Hub, "2 weights of Hub are missing or misshapen, such as mid.a"),
+                                ("gone", Hub, "there is no such folder"),
+                                ("a/b", torch.nn.Linear, "cannot be loaded as Linear")):
+        with pytest.raises(ValueError, match=f"--vae {name}: {message}"):
+            weights.pretrained("--vae", str(name), kind)
+
+
+class Broken(types.ModuleType):
+    def __getattr__(self, name):
+        raise RuntimeError("Failed to import:\noperator torchvision::nms does not exist")
+
+
+def test_optional_packages(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ImportError, match="--vae needs the package diffusers .*: pip install diffusers"):
+        weights.load_vae("x/y")
+    monkeypatch.setitem(sys.modules, "diffusers", Broken("diffusers"))
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
+    for cuda, build in ((None, "cpu"), ("12.8", "cu128")):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        with pytest.raises(ImportError, match="nms does not exist.*'torchvision==0.28.*' --index-url .*/" + build):
+            weights.load_vae("x/y")

@@ -1,23 +1,23 @@
 # Two commands, neither of which needs the other first:
-#   make figures    set up, then run every experiment: figures in out/<experiment>/laptop/results.png; FLAGS go to each
+#   make figures    set up, train the default model, then run every experiment: figures in out/<experiment>/laptop/fig*.png
 #   make test       set up, then run the tests
 PYTHON ?= python3
 # Threads that wait for each other soon give their core away, instead of turning in circles: else a second program on the
 # same cores makes each of these ten times slower, not twice.
 export GOMP_SPINCOUNT ?= 10000
 BIN := .venv/bin
-# a quick one first, the long ones last
-EXPERIMENTS := $(wildcard exp_toy2d.py exp_cfg_paradox.py exp_shells.py exp_gaussian.py exp_freedom.py exp_scaling.py)
+# a quick one first, the long ones last; each gets FLAGS, such as FLAGS="--preset gpu"
+SCRIPTS := exp_toy2d exp_gaussian train exp_cfg_paradox exp_shells exp_freedom exp_scaling
+EXPERIMENTS := $(filter exp_%, $(SCRIPTS))
 
-.PHONY: figures test lint notebooks assets rerun readme bench clean
+.PHONY: figures test lint notebooks pictures assets readme bench clean
 
 figures: .venv/ready
-	@for script in $(EXPERIMENTS); do echo "== $$script"; $(BIN)/python $$script $(FLAGS) || exit 1; done
+	@for script in $(SCRIPTS); do echo "== $$script.py"; $(BIN)/python $$script.py $(FLAGS) || exit 1; done
 
-# A process a core, each of one thread; all of a file goes to one of them, for what its tests share. In alphabetical
-# order, since the files with the most tests, which xdist would take first, are not those that last.
+# A process a core, each of one thread; all of a file goes to one of them, for what its tests share.
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -27,31 +27,29 @@ lint: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	@touch $@
 
-# out/notebooks/*.ipynb, made from the scripts; needs jupytext, and says so
+# out/notebooks/*.ipynb, made from the scripts
 notebooks: .venv/ready
-	$(BIN)/python tests/notebooks.py
+	$(BIN)/python docs/notebooks.py
 
 # For maintainers: what the README shows, from the last `make bench`.
-assets:
-	@for script in $(EXPERIMENTS:.py=); do for kind in json png; do \
-	  cp out/$$script/laptop/results.$$kind assets/$$script.$$kind || exit 1; done; done
-	cp out/exp_scaling/laptop/results_when.png assets/exp_scaling_when.png
-	for script in exp_shells exp_toy2d; do $(BIN)/python $$script.py --redraw --animate > /dev/null && \
-	  cp out/$$script/laptop/results.gif assets/$$script.gif || exit 1; done
-	cp out/bench.json out/bench_score.json out/bench_score.png assets/
-	if [ -f out/bench_score_gpu.json ]; then cp out/bench_score_gpu.json assets/; fi
-	$(MAKE) readme
+assets: .venv/ready
+	for script in $(EXPERIMENTS); do cp out/$$script/laptop/results.json assets/$$script.json && \
+	  cp out/$$script/laptop/fig*.png assets/ || exit 1; done
+	for file in bench.json bench_score.json bench_score.png bench_score_gpu.json; do \
+	  if [ -f out/$$file ]; then cp out/$$file assets/; fi; done
+	$(MAKE) pictures readme
 
-# The same on a second machine, after `make bench` there: its verdicts beside those of the first.
-rerun:
-	cp out/rerun.json assets/
-	$(MAKE) readme
+# the sketch, the GIF and the social picture, which belong to no experiment
+pictures: .venv/ready
+	$(BIN)/python docs/pictures.py
 
+# README.md and docs/*.md, from docs/templates and assets/*.json
 readme: .venv/ready
-	$(BIN)/python tests/readme.py
+	$(BIN)/python docs/scale.py
+	$(BIN)/python docs/readme.py
 
 bench: .venv/ready
-	$(BIN)/python tests/bench.py figures tests score growth ranks memory
+	$(BIN)/python tests/bench.py figures tests score growth
 
 clean:
 	rm -rf .venv out

@@ -26,7 +26,7 @@ class EmpiricalScore:
 
     def __init__(self, x, y=None, device=None, chunk=4096):
         self.x = x
-        self.y = torch.as_tensor([] if y is None else y).cpu()
+        self.y = torch.tensor([] if y is None else y.tolist())
         self.N = len(x)
         if self.N == 0 or len(self.y) not in (0, self.N):
             raise ValueError(f"the data must be N >= 1 points and N labels or none, not {self.N} and {len(self.y)}")
@@ -39,7 +39,7 @@ class EmpiricalScore:
         self.D = len(self.centre)
 
     def softmax_mean(self, z, t, rows):
-        """Return x_* (B, D) and the effective number of points 1 / sum_i w_i^2 (B, 1), over the data points `rows`."""
+        """Return x_* (B, D) and the effective number of points 1 / sum_i w_i^2 (B, 1) of the data points `rows`."""
         # We divide all weights by exp(top), where top is the largest logit so far, so that no exponential overflows.
         # When a chunk has a larger logit, top grows, and what we have summed so far shrinks by the same factor.
         top = torch.full_like(t, -torch.inf)                                        # (B, 1)
@@ -62,9 +62,9 @@ class EmpiricalScore:
 
     def distances(self, z, t, points):
         """Return |z - (1 - t) x_i| = alpha |z / alpha - x_i| with alpha = 1 - t, (B, n)."""
-        # At t = 1 all distances are equal. An alpha of 1e-12 changes none of them by more than float64 rounds.
+        # At t = 1 we cannot divide by alpha. An alpha of 1e-12 instead changes no distance by more than 1e-12 |x_i|.
         alpha = (1 - t).clamp(min=1e-12)
-        # cdist subtracts large numbers if the data are far from the origin. Their mean is a better origin.
+        # cdist loses digits if the data lie far from the origin. We move the origin to their mean, the centre.
         z = z / alpha - self.centre
         points = points - self.centre
         return alpha * torch.cdist(z, points)
@@ -77,7 +77,7 @@ class EmpiricalScore:
         for b, rows in self.groups(y, len(z)):
             x_star[b], size[b] = self.softmax_mean(z64[b], t64[b], rows)
         x_star = x_star.view_as(z)
-        return as_query(x_star, z), as_query(size[:, 0], z)
+        return as_query(x_star, z), as_query(size.flatten(), z)
 
     def posterior_mean(self, z, t, y=None):
         """Return x_*(z, t), (B, *shape)."""
@@ -100,18 +100,18 @@ class EmpiricalScore:
         return as_query(v_star.view_as(z), z)
 
     def sample_posterior(self, z, t, y=None, generator=None):
-        """Return the row number of one data point per query (B,), drawn with the probabilities w_i."""
+        """Return the row of one data point per query (B,), drawn with the probabilities w_i. The generator: a CPU's."""
         # Gumbel's trick: if the g_i are Gumbel noise, the i with the largest logit_i + g_i is such a draw.
         def noisy_logits(distances, t):
-            noise = torch.empty_like(distances).exponential_(generator=generator)
-            gumbel = -noise.log()
+            noise = torch.empty_like(distances, device="cpu").exponential_(generator=generator)
+            gumbel = -noise.log().to(self.device)
             return gumbel - (distances / t).square() / 2
 
         z64, t64 = self.queries(z, t)
         draw = torch.zeros_like(t64).long()
         for b, rows in self.groups(y, len(z)):
             _, draw[b] = self.best_points(noisy_logits, z64[b], t64[b], rows)
-        return draw[:, 0].to(z.device)
+        return draw.flatten().to(z.device)
 
     def r_star(self, z, t):
         """Return the r_i = |z - (1 - t) x_i| / (t sqrt D) closest to 1 over all data, and its i, both (B,).  Eq. (4)"""
@@ -121,7 +121,7 @@ class EmpiricalScore:
 
         z64, t64 = self.queries(z, t)
         _, index = self.best_points(closeness, z64, t64)
-        index = index[:, 0]
+        index = index.flatten()
         difference = z64 - (1 - t64) * self.points(index)
         r = (difference / t64).norm(dim=1) / self.D**0.5
         return as_query(r, z), index.to(z.device)
@@ -134,7 +134,8 @@ class EmpiricalScore:
         if k > self.N:
             raise ValueError(f"k must be at most {self.N}, the number of data points")
         x64, t64 = self.queries(x, 1.0)
-        value, index = self.best_points(nearness, x64, 0 * t64, k=k)
+        no_noise = 0 * t64
+        value, index = self.best_points(nearness, x64, no_noise, k=k)
         return as_query(value.square(), x), index.to(x.device)
 
     def best_points(self, value, z, t, rows=None, k=1):
@@ -159,8 +160,7 @@ class EmpiricalScore:
 
     def points(self, rows):
         """Return the data points `rows` (n,) as float64 (n, D)."""
-        rows = rows.cpu().numpy()
-        points = torch.as_tensor(self.x[rows])
+        points = torch.as_tensor(self.x[rows.cpu().numpy()])
         points = points.flatten(1).to(self.device)
         return points.double()
 
@@ -170,7 +170,7 @@ class EmpiricalScore:
             raise ValueError(f"z must hold finite numbers of shape (B, *{self.shape}), not {z.shape}")
         if not torch.is_tensor(t):
             t = torch.tensor(t, dtype=torch.float64)
-        in_range = (t >= 1e-18) & (t <= 1)
+        in_range = (t > 0) & (t <= 1)
         if t.shape not in ((), (len(z),)) or not in_range.all():
             raise ValueError(f"t must be one number or {len(z)} in (0, 1], not {t.shape} from {t.min()}")
         z = z.detach().flatten(1).to(self.device)
@@ -184,7 +184,7 @@ class EmpiricalScore:
             return
         y = torch.as_tensor(y).cpu()
         if len(y) != B:
-            raise ValueError(f"{B} queries need {B} labels, not {len(y)}")
+            raise ValueError(f"there are {B} queries, but {len(y)} labels")
         for label in y.unique():
             (rows,) = torch.where(self.y == label)
             if len(rows) == 0:

@@ -5,8 +5,8 @@ D_region defines where the network is asked for it, the supervision region:
 
     L = E |x_theta(z_t, t) - x_*(z_t, t)|^2,    z_t = (1 - t) x + t eps with x from D_region,    x_* over D_score
 
-A larger D_region leaves the target as it is. It only tells the network what the target does between the images of
-D_score, where the network was free to extrapolate. There, the empirical score collapses on D_score.
+A larger D_region leaves the target as it is. It tells the network what the target does between the images of D_score,
+where the network was free to extrapolate: there, the empirical score collapses on D_score.
 
     python exp_freedom.py                       # 18 small networks, 4 minutes on 2 CPU cores
     python exp_freedom.py --target sampled      # the paper's own target (C.7); or faiss, its way to find it
@@ -14,15 +14,13 @@ D_score, where the network was free to extrapolate. There, the empirical score c
 What you should see. At |D_region| = |D_score| the samples are new digits: held-out images recognise them (the gate).
 At 8 times that, most of them are copies.
 
-Exercises; the answers are in the table or in the figures. The networks are found again.
 1. python exp_freedom.py --threshold .15    Does the claim hang on what we call a copy? See Figure 5c.
-2. python exp_freedom.py --n-seeds 1        Which row goes, and why?
-3. python exp_freedom.py --redraw           In fig5_mechanism.png, why does the blue line rise?
+2. python exp_freedom.py --target sampled   Does an image drawn from the posterior do as well as x_*? See the table.
+3. In fig5_mechanism.png, why does the blue line rise with the region?
 """
-import collections
 import copy
 import functools
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -34,17 +32,24 @@ from plumbing import results
 from plumbing.cli import check_at_least, pick_device, run_command, setup_processes
 from plumbing.data import get_images, labels_in_turn, load_data, model_sizes
 from plumbing.faiss_score import FaissScore
-from plumbing.fast_score import make_score
+from plumbing.fast_score import FastEmpiricalScore
+from plumbing.grid import draw_pairs, run_grid
 from plumbing.images import to_uint8
-from plumbing.sweep import cached, run_jobs
-from sample import T_MIN, noise, predict_x, solve_ode
+from sample import T_MIN, noise, solve_ode
 from train import PRESETS as NETWORKS
 from train import Config as NetworkConfig
 from train import learning_rate, step_indices, step_noise, update_average
 
-# Read off Fig. 5c: the ratios and the fractions of copies, for a threshold that the paper does not give.
-PAPER = {"SiT-L/2": ((1, 2, 3, 4, 8, 25.6), (0.08, 0.41, 0.67, 0.76, 0.82, 0.85)),
-         "UNet-B": ((1, 2, 4, 8, 25.6), (0, 0.01, 0.05, 0.59, 0.80))}
+# Read off Fig. 5c: ratios, and the fraction of copies by a threshold that the paper does not give.
+PAPER = {"sit": ((1, 2, 3, 4, 8, 25.6), (0.08, 0.41, 0.67, 0.76, 0.82, 0.85)),
+         "unet": ((1, 2, 4, 8, 25.6), (0, 0.01, 0.05, 0.59, 0.80))}
+NEARER = "P(nearer than a real image)"
+FINDINGS = {
+    "dsm": f"plain training on the largest region: {NEARER}",
+    "outside": "error to x_* at held-out images, smallest region over largest, less 1",
+    "inside": "the same at images of D_score",
+    "agree": "two seeds in the largest region copy the same image, from the same noise",
+}
 
 
 @dataclass
@@ -70,110 +75,101 @@ class Config:
     out: str = ""  # folder of the results and networks; default out/exp_freedom/<preset>
 
 
-GPU = dict(steps=4000, batch=256, lr=3e-4, warmup=200)
 PRESETS = {
     "laptop": Config(),
     # D_score is 2,000 of the 60,000 images of MNIST; first: python data/prepare.py mnist
-    "gpu": Config("gpu", "mnist", NetworkConfig(model="SiT-S/4", keep=(500, 1000, 2000), **GPU),
-                  NetworkConfig(model="UNet-XS", **GPU), per_class=200, ratios=(1, 2, 4, 8, 25), workers=1, fast=True,
-                  device="auto"),
-    # C.7
+    "gpu": Config("gpu", "mnist", replace(NETWORKS["gpu"], model="SiT-S/4", steps=4000, keep=(500, 1000, 2000)),
+                  replace(NETWORKS["gpu"], model="UNet-XS", steps=4000), per_class=200, ratios=(1, 2, 4, 8, 25.6),
+                  workers=1, fast=True, device="auto"),
     "paper": Config("paper", "imagenet", replace(NETWORKS["paper"], model="SiT-L/2", keep=(50_000, 100_000, 200_000)),
                     replace(NETWORKS["paper"], model="UNet-B", keep=()), per_class=100, ratios=(1, 2, 3, 4, 8, 25.6),
-                    n_seeds=1, workers=1, fast=True, device="auto"),
+                    workers=1, fast=True, device="auto"),
 }
-# net is sit or unet; target is one of Config's, or dsm: plain training, whose target is the image itself
-Job = collections.namedtuple("Job", "net target ratio seed")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The two sets of images, and how we compare a network with D_score
 
 def choose_subsets(y, per_class, ratio, seed):
-    """Return the rows of D_score and of D_region: per_class and ratio * per_class images of each class of y (N,).
-
-    A class with too few images gives all of them. Raise ValueError if all classes together have too few.
-    """
+    """Return the rows of D_score and of D_region: per_class and ratio * per_class images of each class of y (N,)."""
     rng = np.random.default_rng(seed)
-    labels, counts = np.unique(y, return_counts=True)
+    labels = np.unique(y)
     wanted = round(per_class * ratio)
-    if per_class > counts.min() or wanted * len(labels) > len(y):
-        raise ValueError(f"ratio {ratio:g} needs {wanted} images of each of {len(labels)} classes, but the smallest "
-                         f"class has {counts.min()} and all have {len(y)}: lower per_class or the last of the ratios")
-    # both sets begin at the start of one random order, so that regions are nested
+    if wanted * len(labels) > len(y):
+        raise ValueError(f"ratio {ratio:g} needs {wanted} images of each class, {len(y)} are too few: lower per_class")
+    # both sets begin at the start of one random order of each class, so that regions are nested
     order = [rng.permutation(np.flatnonzero(y == label)) for label in labels]
-    score = np.concatenate([rows[:per_class] for rows in order])
-    region = np.concatenate([rows[:wanted] for rows in order])
-    return np.sort(score), np.sort(region)
+    return np.concatenate([rows[:per_class] for rows in order]), np.concatenate([rows[:wanted] for rows in order])
 
 
 def load_images(cfg, device):
-    """Return the data, and (images, labels) of D_score and of real images that are held out."""
+    """Return the data, and (images, labels) of D_score, of real images that are held out, and of a judge."""
     data = load_data(cfg.data)
-    score, _ = choose_subsets(data["y"], cfg.per_class, 1, cfg.seed)
-    if "x_heldout" not in data or len(score) < 50:
-        raise ValueError(f"{cfg.data}: we need images that are held out, and 50 or more in D_score, not {len(score)}")
+    if "x_heldout" not in data:
+        raise ValueError(f"{cfg.data} has no x_heldout.npy: we compare with real images that are held out")
+    score, _ = choose_subsets(data["y"], cfg.per_class, cfg.ratios[-1], cfg.seed)
     held = np.arange(len(data["x_heldout"]))[:1000]
-    return data, get_images(data, score, device), get_images(data, held, device, "x_heldout")
+    # the judge does not know D_score, or it would recognise every copy
+    rest = np.setdiff1d(np.arange(len(data["x"])), score)
+    judge = np.random.default_rng(cfg.seed).permutation(rest)[:20_000]
+    D_score, D_judge = get_images(data, score, device), get_images(data, judge, device)
+    return data, D_score, get_images(data, held, device, "x_heldout"), D_judge
 
 
 def calibrated_l2(E, x):
-    """Return |x - x_1|^2 over the mean to the 50 nearest images (B,): 0 for a copy, 1 at most. And the row of x_1.  C.7
-    """
+    """Return |x - x_1|^2 over its mean for the 50 nearest images (B,), 0 for a copy, and the row of x_1.  C.7"""
     d2, index = E.nearest(x, 50)                             # (B, 50), ascending
     return d2[:, 0] / d2.mean(1), index[:, 0]
 
 
+def recognise(x, x_judge, y_judge):
+    """Return the label for which the 5 nearest of the judge's images vote, (B,)."""
+    _, index = EmpiricalScore(x_judge).nearest(x, 5)
+    return y_judge[index].mode(1)[0]
+
+
 @torch.no_grad()
 def error_to_target(model, E, x, y):
-    """Return |x_theta - x_*|^2 per dimension at noised images x (B, C, H, W), a mean over t = .2 to .7, (B,)."""
+    """Return |x_theta - x_*|^2 per dimension at noised images x (B, C, H, W), a mean over t from .2 to .7, (B,)."""
     eps = noise(range(len(x)), x.shape[1:], seed=1).to(x.device)
-    errors = []
+    total = 0
     for t in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7):
-        z = (1 - t) * x + t * eps
-        difference = predict_x(model, z, t, y) - E.posterior_mean(z, t, y)
-        errors.append(difference.flatten(1).square().mean(1))
-    return torch.stack(errors).mean(0)
+        z = torch.lerp(x, eps, t)
+        total += (model(z, t, y) - E.posterior_mean(z, t, y)).square()
+    return total.flatten(1).mean(1) / 6
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One network: train it, generate images, measure them
 
-def find_target(kind, E, z, t, y, generator):
-    """Return the target of z (B, C, H, W): x_*, or an image drawn from its posterior, so that its mean is x_*.  C.7"""
+def find_target(kind, E, x, z, t, y, generator):
+    """Return the target of z: x_*, or an image drawn from its posterior. Both have their least loss at x_*.  C.7"""
+    if kind == "dsm":
+        return x
     if kind == "exact":
         # differs from the paper: Eq. (6) itself, which the paper calls infeasible
         return E.posterior_mean(z, t, y)
     return E.x[E.sample_posterior(z, t, y, generator)]       # Eq. (7)
 
 
-def train_network(net, job, data, region, E, device):
-    """Yield the network with averaged weights after each step of net.keep, and at the end.
-
-    The noisy images come from the rows `region` of the data. E is the empirical score of D_score.
-    """
-    torch.manual_seed(job.seed)
+def train_network(net, target, seed, data, region, E, device):
+    """Yield the network with averaged weights after each step of net.keep, and at the end. E is that of D_score."""
+    torch.manual_seed(seed)
     model = build_model(net.model, **model_sizes(data), prediction="x").to(device)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), net.lr, weight_decay=0, fused=device.type != "mps")
     for step in range(net.steps):
-        rows = region[step_indices(step, net.batch, len(region), job.seed)]
+        rows = region[step_indices(step, net.batch, len(region), seed)]
         x, y = get_images(data, rows, device)
-        t, eps, drop = step_noise(step, x.shape, job.seed, device)
+        t, eps, _ = step_noise(step, x.shape, seed, device)
         t = t.clamp(min=T_MIN)
         z = torch.lerp(x, eps, t[:, None, None, None])       # (B, C, H, W)
-
-        # differs from the paper: it has one softmax over all of D_score. Ours is over the class where the network knows
-        # the class, so that at ratio 1 plain training has the same minimiser.
-        keep = drop >= net.label_dropout
-        if job.target != "dsm":
-            generator = torch.Generator().manual_seed(1_000_003 * (job.seed + 500) + step)
-            x[keep] = find_target(job.target, E, z[keep], t[keep], y[keep], generator)
-            x[~keep] = find_target(job.target, E, z[~keep], t[~keep], None, generator)
-
+        # differs from the paper: it has one softmax over all of D_score. Ours is over the class of x, so that at ratio
+        # 1 plain training has the same minimum. We drop no labels, since we only sample with labels.
+        generator = torch.Generator().manual_seed(10**9 * (seed + 1) + step)
+        wanted = find_target(target, E, x, z, t, y, generator)
         # differs from the paper: unweighted in x. Its weight of scores, alpha^2 / sigma^4, leaves only small t.
-        x_theta = model(z, t, torch.where(keep, y, model.num_classes))
-        loss = (x_theta - x).square().mean()
+        loss = (model(z, t, y) - wanted).square().mean()
         loss.backward()
         optimizer.param_groups[0]["lr"] = learning_rate(net, step)
         optimizer.step()
@@ -184,128 +180,116 @@ def train_network(net, job, data, region, E, device):
 
 
 def measure_network(cfg, job):
-    """Return what we measure of a network after each step that is kept, arrays (steps, images), and eight samples."""
+    """Train the network of a job, such as "sit/exact/8/0". Return arrays: what we measure of it, and of real images."""
+    name, target, ratio, seed = job.split("/")
     _, _, device = setup_processes(pick_device(cfg.device))
-    data, (x_score, y_score), (x_real, y_real) = load_images(cfg, device)
-    _, region = choose_subsets(data["y"], cfg.per_class, job.ratio, cfg.seed)
-    E = make_score(dict(x=x_score, y=y_score), device, cfg.fast)
-    E_target = E
-    if job.target == "faiss":
-        E_target = FaissScore(x_score, y_score)
+    data, (x_score, y_score), (x_real, y_real), judge = load_images(cfg, device)
+    _, region = choose_subsets(data["y"], cfg.per_class, float(ratio), cfg.seed)
+    E = FastEmpiricalScore(x_score, y_score) if cfg.fast else EmpiricalScore(x_score, y_score)
+    E_target = FaissScore(x_score, y_score) if target == "faiss" else E
     # all networks start from the same noise, so that we can compare them sample by sample
     z1 = noise(range(cfg.n_samples), E.shape, cfg.seed).to(device)
     y = labels_in_turn(data, cfg.n_samples).to(device)
-    found = collections.defaultdict(list)
-    for model in train_network(getattr(cfg, job.net), job, data, region, E_target, device):
+    l2_of_steps = []
+    for model in train_network(getattr(cfg, name), target, int(seed), data, region, E_target, device):
         # differs from the paper: not dopri5, whose steps depend on the whole batch and differ between networks
         x = solve_ode(model, z1, y, solver="heun", steps=20)[-1]
         l2, nearest = calibrated_l2(E, x)
-        found["l2"].append(l2)
-        found["nearest"].append(nearest)
-        _, judges = EmpiricalScore(x_real).nearest(x, 5)
-        found["recognised"].append(y_real[judges].mode(1)[0] == y)
-        found["inside"].append(error_to_target(model, E, x_score, y_score))
-        found["outside"].append(error_to_target(model, E, x_real, y_real))
-    arrays = {name: torch.stack(values).cpu() for name, values in found.items()}
-    pairs = torch.stack([x[:8], x_score[nearest[:8]]])       # (2, 8, C, H, W)
-    return arrays | dict(images=to_uint8(pairs))
+        l2_of_steps.append(l2)
+    real, _ = calibrated_l2(E, x_real)
+    return dict(
+        l2=torch.stack(l2_of_steps),                         # (steps, n); all that follows is of the last step
+        nearer=(l2[:, None] < real).double().mean(1),        # the fraction of real images that are farther
+        real=real,
+        nearest=nearest,
+        recognised=recognise(x, *judge) == y,
+        known=recognise(x_real, *judge) == y_real,
+        outside=error_to_target(model, E, x_real, y_real),
+        inside=error_to_target(model, E, x_score, y_score),
+        images=to_uint8(torch.stack([x[:8], x_score[nearest[:8]]])))
 
 
-def find_network(cfg, job):
-    """Return measure_network(cfg, job), from a file if it was computed before."""
-    key = dict(job._asdict(), net=asdict(getattr(cfg, job.net)), data=load_data(cfg.data)["fingerprint"])
-    for name in ("per_class", "n_samples", "fast", "seed"):
-        key[f"cfg.{name}"] = getattr(cfg, name)
-    folder = results.results_folder("exp_freedom", cfg) / "networks"
-    return cached(folder, key, functools.partial(measure_network, cfg, job))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# All networks
-
-def measure(cfg):
-    """Return the rows and what the figures show."""
-    check_at_least(cfg, n_seeds=1, n_samples=8, workers=1)
-    if len(cfg.ratios) < 2 or cfg.ratios[0] != 1 or list(cfg.ratios) != sorted(set(cfg.ratios)):
-        raise ValueError(f"ratios must ascend from 1, not {cfg.ratios}")
-    data, (x_score, y_score), (x_real, y_real) = load_images(cfg, "cpu")
-    choose_subsets(data["y"], cfg.per_class, cfg.ratios[-1], cfg.seed)
-    real, _ = calibrated_l2(EmpiricalScore(x_score), x_real)
-    _, judges = EmpiricalScore(x_real).nearest(x_score, 5)
-    seeds = range(cfg.seed, cfg.seed + cfg.n_seeds)
-    ratios = {"sit": cfg.ratios, "unet": cfg.ratios, "dsm": cfg.ratios[-1:]}
-    jobs = {}
-    for kind in ratios:
-        net, target = ("sit", "dsm") if kind == "dsm" else (kind, cfg.target)
-        jobs[kind] = [Job(net, target, ratio, seed) for ratio in ratios[kind] for seed in seeds]
-    found = run_jobs(functools.partial(find_network, cfg), sum(jobs.values(), []), cfg.workers)
-
-    def collect(name, kind):
-        """Return what was measured of all networks of a kind, (ratios, seeds, steps, images)."""
-        values = np.stack([found[job][name] for job in jobs[kind]])
-        return values.reshape(len(ratios[kind]), cfg.n_seeds, *values.shape[1:])
-
-    arrays = dict(real=np.mean(real.numpy() < cfg.threshold), real_median=np.median(real))
-    for kind in jobs:
-        l2 = collect("l2", kind)
-        arrays[kind] = dict(copies=np.mean(l2 < cfg.threshold, axis=3), median=np.median(l2, axis=3),
-                            nearer=np.mean(nearer(l2, real), axis=3),
-                            recognised=np.mean(collect("recognised", kind), axis=3),
-                            inside=np.mean(collect("inside", kind), axis=3),
-                            outside=np.mean(collect("outside", kind), axis=3))
-    first, last = [found[Job("sit", cfg.target, ratio, cfg.seed)] for ratio in (cfg.ratios[0], cfg.ratios[-1])]
-    arrays |= dict(images=[first["images"], last["images"]])
-    return make_rows(cfg, collect, real, np.mean((y_real[judges].mode(1)[0] == y_score).numpy())), arrays
-
-
-def nearer(l2, real):
-    """Return the fraction of real images (n,) that are farther from D_score than each sample, like l2."""
-    return 1 - np.searchsorted(np.sort(real), l2, side="right") / len(real)
-
-
-def rise(pairs):
-    return np.mean(pairs[:, 1] - pairs[:, 0])
-
-
-def fold(pairs):
-    return np.mean(pairs[:, 0]) / np.mean(pairs[:, 1])
-
-
-def make_rows(cfg, collect, real, known):
-    """Return the claims and findings. `known` is the fraction of D_score that held-out images recognise."""
-    first, last = cfg.ratios[0], cfg.ratios[-1]
+def make_claims(cfg, name, found):
+    """Return both halves of C3: the network generalizes in the smallest region, and memorizes in the largest."""
+    recognised = found["recognised"][0].mean()
+    gate = recognised > 0.9 * found["known"].mean(), f"only {recognised:.2f} of the samples at ratio 1 are recognised"
     rows = []
-    for net, paper in (("sit", "SiT-L/2"), ("unet", "UNet-B")):
-        is_digit = np.mean(collect("recognised", net)[0, :, -1])
-        gate = (is_digit > 0.9 * known, f"gate: at ratio 1, {is_digit:.2f} of samples are recognised; train longer")
-        P = nearer(collect("l2", net)[[0, -1], :, -1], real)                                # (2, seeds, n)
-        copies = np.interp([first, last], *PAPER[paper])
-        name = getattr(cfg, net).model
-        text = f"{name}: P(a sample is nearer to D_score than a real image)"
-        rows.append(results.claim(f"fig5/rise/{net}", f"{text}, ratio {last:g} minus 1", f"> 0 ({copies[1]-copies[0]:+.2f})",
-                                  *results.over_seeds(P.transpose(1, 2, 0), rise), low=0, gate=gate))
-        rows.append(results.claim(f"fig5/memorizes/{net}", f"{text}, ratio {last:g}", "> .5",
-                                  *results.over_seeds(P[1], np.mean), low=0.5, gate=gate))
-    P = nearer(collect("l2", "dsm")[0, :, -1], real)
-    rows.append(results.finding("fig5/dsm", f"plain training on the same images: the same, ratio {last:g}",
-                                *results.over_seeds(P, np.mean)))
-    for region, where in (("outside", "held-out images"), ("inside", "images of D_score")):
-        pairs = collect(region, "sit")[[0, -1], :, -1].transpose(1, 2, 0)                   # (seeds, n, 2)
-        rows.append(results.finding(f"fig5/error/{region}", f"error to x_* at {where}: ratio 1 over ratio {last:g}",
-                                    *results.over_seeds(pairs, fold)))
-    if cfg.n_seeds > 1:
-        nearest = collect("nearest", "sit")[-1, :, -1]
-        agree = nearest[0] == nearest[1]
-        rows.append(results.finding("fig5/agree", "two seeds, the same noise: the same nearest image of D_score",
-                                    np.mean(agree), results.wilson_interval(agree.sum(), len(agree))))
+    for k, verb, bound in ((0, "generalizes", dict(high=0.5)), (-1, "memorizes", dict(low=0.5))):
+        text = f"{getattr(cfg, name).model} {verb} at ratio {cfg.ratios[k]:g}: {NEARER}"
+        paper = f"{np.interp(cfg.ratios[k], *PAPER[name]):.2f} copies"
+        nearer = results.over_seeds(found["nearer"][k], np.mean)
+        rows.append(results.claim(f"fig5/{verb}/{name}", text, paper, *nearer, gate=gate, **bound))
     return rows
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Drawing
+def measure(cfg):
+    """Return the rows, and what we measured of all networks, arrays (ratios, seeds, ...)."""
+    check_at_least(cfg, n_seeds=2, n_samples=8, workers=1)
+
+    def find_networks(net, target, ratios):
+        key = dict(net=getattr(cfg, net), data=load_data(cfg.data)["fingerprint"],
+                   numbers=(cfg.per_class, cfg.n_samples, cfg.seed))
+        jobs = [f"{net}/{target}/{ratio:g}" for ratio in ratios]
+        seeds = range(cfg.seed, cfg.seed + cfg.n_seeds)
+        folder = results.results_folder("exp_freedom", cfg) / "networks"
+        return run_grid(functools.partial(measure_network, cfg), jobs, seeds, cfg.workers, folder, key)
+
+    sit = find_networks("sit", cfg.target, cfg.ratios)
+    dsm = find_networks("sit", "dsm", cfg.ratios[-1:])
+    unet = find_networks("unet", cfg.target, cfg.ratios)
+    ours = dict(dsm=dsm["nearer"][0], agree=sit["nearest"][-1, :1] == sit["nearest"][-1, 1:])
+    for region in ("outside", "inside"):
+        smallest, largest = sit[region][[0, -1]]             # (seeds, images)
+        ours[region] = smallest / largest.mean() - 1
+    rows = make_claims(cfg, "sit", sit) + make_claims(cfg, "unet", unet)
+    for name, text in FINDINGS.items():
+        rows.append(results.finding(f"fig5/{name}", text, *results.over_seeds(ours[name], np.mean)))
+    return rows, dict(sit=sit, dsm=dsm, unet=unet)
+
 
 def plot(found, folder):
-    pass
+    """Draw fig5.png and fig5_mechanism.png."""
+    arrays, cfg, blue = found["arrays"], found["config"], results.BLUE
+    ratios, threshold = cfg["ratios"], cfg["threshold"]
+    is_copy = {kind: np.array(arrays[kind]["l2"]) < threshold for kind in arrays}           # (ratios, seeds, steps, n)
+    real = np.mean(np.array(arrays["sit"]["real"]) < threshold)
+
+    fig, axes = results.new_figure(4.8, columns=2, rows=2, height_ratios=(1, 2))
+    for ax, k, letter in zip(axes[0], (0, -1), "ab", strict=True):
+        images = np.array(arrays["sit"]["images"][k][0])
+        draw_pairs(ax, images, is_copy["sit"][k, 0, -1, :8])
+        ax.set_title(f"({letter}) $|D_{{region}}| = {ratios[k]:g}\\,|D_{{score}}|$")
+    ours, paper = axes[1]
+    for net, style in (("sit", "o-"), ("unet", "s--")):
+        copies = is_copy[net][:, :, -1].mean(2)              # (ratios, seeds)
+        spread = np.ptp(copies, axis=1) / 2
+        ours.errorbar(ratios, copies.mean(1), spread, fmt=style, color=blue, capsize=3, label=cfg[net]["model"])
+        paper.plot(*PAPER[net], style, color=blue)
+    ours.plot(ratios[-1], is_copy["dsm"][:, :, -1].mean(), "D", color=results.GREY, label="plain training")
+    ours.axhline(real, color=results.GREEN, ls=":", label="real images")
+    ours.legend()
+    ours.set(title="(c) Copies grow with the region", ylabel="fraction of copies")
+    paper.set(title="The paper's SiT-L/2 and UNet-B")
+    for ax in axes[1]:
+        ax.set(xscale="log", ylim=(-0.02, 1), xlabel="$|D_{region}|\\,/\\,|D_{score}|$")
+        ax.set_xticks(ratios, ratios)
+        ax.minorticks_off()
+    results.save_figure(fig, folder / "fig5.png")
+
+    fig, (left, right) = results.new_figure(3.4, columns=2)
+    for region, colour, label in (("outside", results.ORANGE, "held-out images"), ("inside", blue, "$D_{score}$")):
+        error = np.mean(arrays["sit"][region], axis=(1, 2))
+        left.plot(ratios, error, "o-", color=colour, label=label)
+    left.set(title="Error to the target, at noised ...", xlabel="$|D_{region}|\\,/\\,|D_{score}|$", ylim=0)
+    steps = [*cfg["sit"]["keep"], cfg["sit"]["steps"]]
+    for k, ratio in enumerate(ratios):
+        copies = is_copy["sit"][k].mean(axis=(0, 2))         # (steps,)
+        shade = (k + 1) / len(ratios)
+        right.plot(steps, copies, "o-", color=blue, alpha=shade, label=f"ratio {ratio:g}")
+    right.set(title="Copies against training", xlabel="steps", ylabel="fraction of copies", ylim=(-0.02, 1))
+    left.legend()
+    right.legend()
+    results.save_figure(fig, folder / "fig5_mechanism.png")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ Three exercises. The printed rows or the figure have the answer.
 # dependencies=["torch==2.13.0", "numpy==2.4.6", "scipy==1.17.1", "matplotlib==3.11.2", "tqdm==4.70.1", "tyro==1.0.17"]
 # ///
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -32,7 +33,6 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from matplotlib.figure import Figure
 from scipy import stats
 from tqdm import trange
 
@@ -63,9 +63,8 @@ PRESETS = {
     "paper": Config("paper", (100, 1000, 10000), depth=10, width=1000, iterations=20_000, lr=4e-4, eval_every=100),
 }
 
-# ---- The two scores --------------------------------------------------------------------------------------------------
-# differs from the paper: C.6 gives no weight. We compare means, E[x | z_t = z] = (z + t^2 s) / (1 - t). It weights the
-# error of a score s by lambda(t) = t^4 / (1 - t)^2. Without a weight, its average over t is infinite on fresh points.
+# ---- The two scores, compared by their means E[x | z_t = z] = (z + t^2 s) / (1 - t) ----------------------------------
+# differs from the paper: means weight the error of a score by t^4 / (1 - t)^2. Unweighted, its average is infinite.
 def empirical_mean(z, t, x):                                 # Eq. (2)
     """Return x_* (B, d), which belongs to s_*, of the points x (N, d), at z (B, d) and t (B, 1)."""
     # The softmax of -|z - (1 - t) x|^2 / 2 t^2. The term |z|^2 is the same for all points and drops out.
@@ -98,8 +97,7 @@ def velocity(layers, z, t):
 
 def noisy_batch(step, cfg, x):
     """Return what a step sees of the points x (S, N, d): z_t (S, B, d), t (S, B, 1) and the target v (S, B, d)."""
-    S, N, d = x.shape
-    B = cfg.batch
+    (S, N, d), B = x.shape, cfg.batch
     generator = torch.Generator(x.device).manual_seed(1_000_003 * cfg.seed + step)
     u, t = torch.rand(2, S, B, generator=generator, dtype=torch.float64)
     eps = torch.randn(S, B, d, generator=generator)
@@ -128,7 +126,7 @@ def train(cfg, n_points):
     layers = initial_layers(cfg, generator)
     x = torch.randn(cfg.seeds, max(cfg.points), cfg.d, generator=generator)[:, :n_points]
     z_eval, t_eval, means = (a.float() for a in evaluation_set(x, cfg.n_eval, generator))
-    adam = torch.optim.Adam(layers, lr=cfg.lr)
+    adam = torch.optim.Adam(layers, lr=cfg.lr, fused=True)
     errors = []
     for step in trange(cfg.iterations + 1, desc=f"N = {n_points}", disable=None):
         if step % cfg.eval_every == 0:
@@ -196,7 +194,9 @@ def draw(ax, x, band, style, color, label=None):
     ax.fill_between(x, low, high, color=color, alpha=0.2)
 
 def plot(folder, points, eval_every, curves, ratio):
-    """Draw fig10.png: the paper's three curves, and for each N which score is nearer at the end."""
+    """Draw fig10.png: the paper's three curves, and the nearer score at each N. Ignore a notebook's own backend."""
+    os.environ["MPLBACKEND"] = "agg"
+    from matplotlib.figure import Figure
     (star, _), (truth, fresh) = curves
     iterations = eval_every * np.arange(len(star))
     fig = Figure(figsize=(8.3, 4), layout="constrained")
@@ -206,13 +206,13 @@ def plot(folder, points, eval_every, curves, ratio):
     draw(left, iterations, fresh, "--", ORANGE, "fresh points, to $s_{gt}$")
     nearest = iterations[np.argmin(fresh, 0)[1]]
     title = f"Fresh points: nearest to $s_{{gt}}$ at iteration {nearest}"
-    left.set(title=title, xlabel="training iteration", ylabel="error of the learned score", yscale="log")
+    left.set(title=title, xlabel="training iteration", ylabel="error of the learned score")
     training, fresh = ratio
     draw(right, points, training, "o-", BLUE)
     draw(right, points, fresh, "o-", ORANGE)
     right.axhline(1, color="grey")
-    selective = [n for n, a, b in zip(points, training, fresh, strict=True) if a[2] < 1 < b[0]]
-    right.set(title=f"Selective (blue < 1 < orange): N = {selective}", xlabel="number N of training points",
+    selective = ", ".join(f"{n:,}" for n, a, b in zip(points, training, fresh, strict=True) if a[2] < 1 < b[0])
+    right.set(title=f"Selective: N = {selective} (blue < 1 < orange)", xlabel="number N of training points",
               ylabel="error to $s_*$ / error to $s_{gt}$", xscale="log", yscale="log")
     left.legend()
     fig.savefig(folder / "fig10.png", dpi=150)

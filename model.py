@@ -22,7 +22,7 @@ def sinusoid(t, dim):
     """(B,) -> (B, dim): [cos | sin] of t times dim/2 frequencies, spaced geometrically from 1 down to 1/10,000."""
     freqs = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angle = t[:, None] * freqs                               # (B, dim/2)
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
+    return torch.cat([angle.cos(), angle.sin()], 1)
 
 
 class TimeEmbedding(nn.Module):
@@ -52,9 +52,11 @@ def zero(module):
 
 class Denoiser(nn.Module):
     """What both networks offer: input_size, in_channels, num_classes, and `prediction`, "v" or "x"."""
-    def __init__(self, input_size, in_channels, num_classes, prediction):
+    def __init__(self, input_size, in_channels, num_classes, prediction, divisor):
         super().__init__()
-        assert prediction in ("v", "x"), prediction
+        assert prediction in ("v", "x")
+        if input_size % divisor:
+            raise ValueError(f"this model needs an image size divisible by {divisor}, not {input_size}")
         self.input_size = input_size
         self.in_channels = in_channels
         self.num_classes = num_classes
@@ -71,12 +73,11 @@ class Denoiser(nn.Module):
         return t, y
 
 
-# SiT: patches -> tokens -> blocks that the time and the label modulate -> patches.
 def sincos_2d(width, side):
     """Return (1, side^2, width) fixed positions: a half of the channels each for sin and cos of column and row."""
     freqs = 1 / 10_000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angle = torch.arange(side)[:, None] * freqs              # (side, width/4)
-    waves = torch.cat([angle.sin(), angle.cos()], dim=1)     # (side, width/2)
+    waves = torch.cat([angle.sin(), angle.cos()], 1)     # (side, width/2)
     column, row = waves.repeat(side, 1), waves.repeat_interleave(side, dim=0)
     return torch.cat([column, row], dim=1).float()[None]
 
@@ -122,12 +123,10 @@ class SiTBlock(nn.Module):
 
 
 class SiT(Denoiser):
-    """Scalable Interpolant Transformer. Module names follow the official code, so that its weights load by name."""
-    def __init__(self, depth, width, heads, patch, input_size, in_channels, num_classes, prediction="v",
+    """Scalable Interpolant Transformer: patches, tokens, blocks. Names are the official code's, to load its weights."""
+    def __init__(self, depth, width, heads, patch, input_size, in_channels, num_classes, prediction,
                  time_scale=1.0, gelu="tanh"):
-        super().__init__(input_size, in_channels, num_classes, prediction)
-        if patch < 1 or input_size % patch:
-            raise ValueError(f"patch size {patch} does not divide the image size {input_size}")
+        super().__init__(input_size, in_channels, num_classes, prediction, patch)
         self.patch = patch
         self.x_embedder = named(proj=nn.Conv2d(in_channels, width, kernel_size=patch, stride=patch))
         self.t_embedder = TimeEmbedding(256, width, time_scale)
@@ -210,51 +209,53 @@ class AttentionBlock(nn.Module):
 
 class UNet(Denoiser):
     """ADM's U-Net: blocks down, a middle, and blocks up, which also see what was made on the way down."""
-    def __init__(self, channels, input_size, in_channels, num_classes, prediction="v", attention_at=(1, 2, 4),
-                 mult=(1, 2, 4), res_blocks=2, groups=32, head_dim=64):
-        super().__init__(input_size, in_channels, num_classes, prediction)
-        if input_size % 4:
-            raise ValueError(f"a U-Net needs an image size divisible by 4, not {input_size}")
+    def __init__(self, channels, input_size, in_channels, num_classes, prediction, patch=1,
+                 attention_at=(1, 2, 4), mult=(1, 2, 4), res_blocks=2, groups=32, head_dim=64):
+        last = len(mult) - 1
+        super().__init__(input_size, in_channels, num_classes, prediction, patch * 2**last)
         emb_dim = 4 * channels
+        self.patch = patch
         self.t_embedder = TimeEmbedding(channels, emb_dim, 1000.0)
         self.y_embedder = named(embedding_table=nn.Embedding(num_classes + 1, emb_dim))
 
-        def stage(c_in, c_out, factor):
+        def stage(c_in, c_out, level):
             """Return a residual block, and attention at the resolutions that have it."""
             blocks = nn.ModuleList([ResBlock(c_in, c_out, emb_dim, groups)])
-            if factor in attention_at:
+            if 2**level in attention_at:
                 blocks.append(AttentionBlock(c_out, groups, head_dim))
             return blocks
 
-        # the way down: `skips` lists the channels of what the way up will be fed with
-        self.stem = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.stem = nn.Conv2d(in_channels * patch**2, channels, 3, padding=1)
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
-        skips = [channels]
+        skips = [channels]                                   # of what the way up will be fed with
         c = channels
-        for factor, width in zip((1, 2, 4), mult, strict=True):
+        for level, m in enumerate(mult):
             for _ in range(res_blocks):
-                self.down.append(stage(c, channels * width, factor))
-                c = channels * width
+                self.down.append(stage(c, channels * m, level))
+                c = channels * m
                 skips.append(c)
-            if factor < 4:
+            if level < last:
                 self.down.append(nn.ModuleList([ResBlock(c, c, emb_dim, groups, nn.AvgPool2d(2))]))
                 skips.append(c)
         middle = [AttentionBlock(c, groups, head_dim)] if attention_at else []
         self.middle = nn.ModuleList([ResBlock(c, c, emb_dim, groups), *middle, ResBlock(c, c, emb_dim, groups)])
-        for factor, width in zip((4, 2, 1), mult[::-1], strict=True):
+        for level in range(last, -1, -1):
             for i in range(res_blocks + 1):
-                blocks = stage(c + skips.pop(), channels * width, factor)
-                c = channels * width
-                if factor > 1 and i == res_blocks:
+                blocks = stage(c + skips.pop(), channels * mult[level], level)
+                c = channels * mult[level]
+                if level > 0 and i == res_blocks:
                     blocks.append(ResBlock(c, c, emb_dim, groups, nn.Upsample(scale_factor=2)))
                 self.up.append(blocks)
-        self.head = nn.Sequential(nn.GroupNorm(groups, c), nn.SiLU(), zero(nn.Conv2d(c, in_channels, 3, padding=1)))
+        out = zero(nn.Conv2d(c, in_channels * patch**2, 3, padding=1))
+        self.head = nn.Sequential(nn.GroupNorm(groups, c), nn.SiLU(), out)
+        # convolutions are a third faster where a pixel's channels lie side by side in memory
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, z, t, y=None):
         t, y = self.check(z, t, y)
         emb = self.t_embedder(t) + self.y_embedder(y)        # (B, 4 channels)
-        h = self.stem(z)
+        h = self.stem(F.pixel_unshuffle(z, self.patch))
         skips = [h]
         for blocks in self.down:
             for block in blocks:
@@ -263,38 +264,37 @@ class UNet(Denoiser):
         for block in self.middle:
             h = block(h, emb)
         for blocks in self.up:
-            h = torch.cat([h, skips.pop()], dim=1)
+            h = torch.cat([h, skips.pop()], 1)
             for block in blocks:
                 h = block(h, emb)
-        return self.head(h)
+        return F.pixel_shuffle(self.head(h), self.patch)
 
 
 # depth, width, heads: the paper's sizes, and small ones for a laptop. A name keeps its heads: no shape tells them.
 SIT_SIZES = {
-    "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16),
-    "pico": (1, 24, 2), "nano": (2, 32, 2), "micro": (3, 64, 4), "tiny": (3, 96, 3),
+    "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16), "femto": (1, 16, 1),
+    "pico": (1, 24, 2), "nano": (2, 32, 2), "mini": (2, 48, 3), "micro": (3, 64, 4), "tiny": (3, 96, 3),
 }
-UNET_CHANNELS = {"XS": 64, "S": 128, "B": 192, "L": 320, "pico": 8, "nano": 16, "micro": 24}
-SMALL = ("pico", "nano", "micro", "tiny")
+UNET_CHANNELS = {"XS": 64, "S": 128, "B": 192, "L": 320, "pico": 8, "nano": 16, "tiny": 32}
+PAPER = ("XS", "S", "B", "L", "XL")
 
 
 def build_model(name, input_size, in_channels, num_classes, prediction="v"):
-    """Return a new "SiT-<size>/<patch>", "UNet-<size>" or "UNet-<size>-conv"; raise ValueError for other names."""
+    """Return a new "SiT-<size>/<patch>" or "UNet-<size>[/<patch>][-conv]"; raise ValueError for other names."""
+    found = re.fullmatch(r"(SiT|UNet)-(\w+)(?:/([1-9]\d*))?(-conv)?", name)
+    kind, size, patch, conv = found.groups() if found else [None] * 4
     shape = (input_size, in_channels, num_classes, prediction)
-    kind, size, rest = (re.split("[-/]", name, maxsplit=2) + ["", ""])[:3]
     options = {}
-    if kind == "SiT" and size in SIT_SIZES and rest.isdecimal():
-        depth, width, heads = SIT_SIZES[size]
+    if kind == "SiT" and size in SIT_SIZES and patch and not conv:
         # the official scale of time starts slowly, and its GELU takes a CPU four times as long
-        if size in SMALL:
+        if size not in PAPER:
             options = dict(time_scale=1000.0, gelu="none")
-        return SiT(depth, width, heads, int(rest), *shape, **options)
-    if kind == "UNet" and size in UNET_CHANNELS and rest in ("", "conv"):
-        # a laptop has no time for attention over many pixels, and few channels cannot be split in 32 groups
-        if size in SMALL:
-            options = dict(attention_at=(4,), mult=(1, 2, 2), res_blocks=1, groups=8, head_dim=32)
-        if rest == "conv":
+        return SiT(*SIT_SIZES[size], int(patch), *shape, **options)
+    if kind == "UNet" and size in UNET_CHANNELS:
+        if size not in PAPER:
+            options = dict(attention_at=(2,), mult=(1, 2), res_blocks=1, groups=8, head_dim=32)
+        if conv:
             options["attention_at"] = ()
-        return UNet(UNET_CHANNELS[size], *shape, **options)
+        return UNet(UNET_CHANNELS[size], *shape, int(patch or 1), **options)
     raise ValueError(f"unknown model {name!r}: expected SiT-<size>/<patch>, UNet-<size> or UNet-<size>-conv, with a "
                      "size of the tables in model.py, such as SiT-tiny/4 or UNet-S")

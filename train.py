@@ -36,14 +36,14 @@ from sample import noise, solve_ode
 class Config:
     preset: Literal["laptop", "gpu", "paper"] = "laptop"  # where the defaults of all other fields come from
     data: str = "mnist5k"  # a data set under data/, or a folder of the same layout
-    model: str = "SiT-tiny/4"  # SiT-<size>/<patch>, UNet-<size> or UNet-<size>-conv: see model.py
+    model: str = "UNet-tiny/2-conv"  # SiT-<size>/<patch> or UNet-<size>[/<patch>][-conv]: see model.py
     prediction: Literal["v", "x"] = "v"  # the network predicts the velocity eps - x, or the clean image x
-    steps: int = 2500  # training iterations
-    batch: int = 64  # images per step, over all processes together
+    steps: int = 1200  # training iterations
+    batch: int = 32  # images per step, over all processes together
     accum: int = 1  # gradient accumulation: split each process's part of the batch so many times
     lr: float = 3e-3  # of AdamW, betas .9 and .999, without weight decay
     warmup: int = 100  # steps over which the learning rate rises to lr
-    decay: float = 0.0  # part of the steps, at the end, over which the learning rate falls linearly to 0
+    decay: float = 0.5  # part of the steps, at the end, over which the learning rate falls linearly to 0
     ema: float = 0.999  # decay of the averaged weights
     label_dropout: float = 0.1  # fraction of labels replaced by the null label, for the unconditional score
     repa: float = 0.0  # weight of REPA's alignment loss; the data need a teacher's features.npy
@@ -52,7 +52,7 @@ class Config:
     compile: bool = False  # torch.compile, worth its minute on GPUs
     seed: int = 0  # of the weights, the batches and the noise
     log_every: int = 100  # steps between log lines
-    save_every: int = 500  # steps between checkpoints, held-out losses and sample grids
+    save_every: int = 400  # steps between checkpoints, held-out losses and sample grids
     keep: tuple[int, ...] = ()  # steps whose averaged weights stay, as ema_<step>.pt
     grid: bool = True  # draw samples with every checkpoint
     device: str = "auto"  # auto, cpu, cuda, mps
@@ -61,11 +61,11 @@ class Config:
 
 PRESETS = {
     "laptop": Config(),
-    "gpu": Config("gpu", "mnist", "SiT-S/2", steps=20_000, batch=256, lr=3e-4, ema=0.9995, compile=True, log_every=200,
-                  save_every=5_000),
+    "gpu": Config("gpu", "mnist", "SiT-S/2", steps=20_000, batch=256, lr=3e-4, decay=0.0, ema=0.9995, compile=True,
+                  log_every=200, save_every=5_000),
     # C.1 of the paper: SiT-XL/2 on SD-VAE latents of ImageNet 256, 400K iterations on 4 H100
-    "paper": Config("paper", "imagenet", "SiT-XL/2", steps=400_000, batch=256, lr=1e-4, warmup=0, ema=0.9999,
-                    compile=True, log_every=500, save_every=10_000, keep=(200_000, 300_000, 400_000)),
+    "paper": Config("paper", "imagenet", "SiT-XL/2", steps=400_000, batch=256, lr=1e-4, warmup=0, decay=0.0,
+                    ema=0.9999, compile=True, log_every=500, save_every=10_000, keep=(200_000, 300_000, 400_000)),
 }
 
 

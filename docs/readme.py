@@ -81,8 +81,7 @@ def claims():
     lines = []
     for script in EXPERIMENTS:
         found = load(script)
-        lines += [f"## {script}.py", "", f"{found.get('device', 'cpu')}, {found['seconds']:.0f} seconds.", "",
-                  "| id | statement | paper | ours [95%] | verdict |", "|---|---|---|---|---|"]
+        lines += [f"## {script}.py", "", "| id | statement | paper | ours [95%] | verdict |", "|---|---|---|---|---|"]
         for r in found["claims"]:
             note = f": {r['note']}" if r["note"] else ""
             text = r["text"].replace("|", r"\|")

@@ -68,7 +68,7 @@ def read_sizes(state, args):
     if rows != classes + 1:
         raise ValueError(f"its label table has {rows} rows for {classes} classes, expected one more, the null label's")
     return dict(depth=depth, width=width, heads=SIT_SIZES[name][2], patch=patch, input_size=math.isqrt(tokens) * patch,
-                in_channels=channels, num_classes=classes)
+                in_channels=channels, num_classes=classes, prediction="v")
 
 
 def drop_unused(state, patch, channels):

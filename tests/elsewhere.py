@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 T = torch.Tensor
 GETTERS = {getattr(T, name).__get__: name for name in ("device", "is_cuda", "is_mps", "is_cpu")}
-BOTH = {T.copy_, T.view_as, T.to, T.cpu, T.type_as, T.data.__set__, T.grad.__set__, torch._has_compatible_shallow_copy_type}
+BOTH = {T.copy_, T.to, T.cpu, T.type_as, T.data.__set__, T.grad.__set__,
+        torch._has_compatible_shallow_copy_type}
 ON_HOST = {T.numpy, T.__array__}
 
 
@@ -74,23 +75,20 @@ class Elsewhere(TorchFunctionMode):
     def __torch_function__(self, f, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, T)]
+        tensors = tensors[:1] if f is T.view_as else tensors     # of the second, only the shape counts
         places = [self.there(a) for a in tensors]
         if f in GETTERS:
-            if not places[0]: return f(*args)
+            if not places[0]:
+                return f(*args)
             return self.place if GETTERS[f] == "device" else GETTERS[f] == f"is_{self.kind}"
         if f is T.cpu:
             return args[0].clone() if places[0] else args[0]
         if f in ON_HOST and places[0]:
             raise TypeError(f"can't convert {self.place} device type tensor to numpy: use Tensor.cpu()")
-        asked = None                                         # is the result to be on the device?
-        if kwargs.get("device") is not None:
-            asked, kwargs["device"] = self.asked(kwargs["device"]), "cpu"
-        elif f is T.to and len(args) > 1 and isinstance(args[1], T):
-            asked = places[1]
-        elif f is T.to and len(args) > 1 and isinstance(args[1], str | int | torch.device):
-            asked, args = self.asked(args[1]), (args[0], "cpu", *args[2:])
-        if kwargs.get("generator") is not None and \
-                (kwargs["generator"].device.type == self.kind) != (any(places) if asked is None else asked):
+        asked, args, kwargs = self.asked_of(f, args, kwargs, places)
+        there = any(places) if asked is None else asked
+        generator = kwargs.get("generator")
+        if generator is not None and (generator.device.type == self.kind) != there:
             raise RuntimeError(f"{f.__name__}: the generator is not on the device of the result")
         self.need_one_place(f, args, tensors, places)
         if f is T.to and places[0]:
@@ -101,9 +99,19 @@ class Elsewhere(TorchFunctionMode):
         out = f(*args, **kwargs)
         if f is T.to and asked not in (None, places[0]) and out is args[0]:
             out = out.clone()                                # another place is another storage
-        if (any(places) if asked is None else asked) and f not in {T.copy_, T.__setitem__, T.data.__set__}:
+        if there and f not in {T.copy_, T.__setitem__, T.data.__set__}:
             tree_map_only(T, self.put, out)
         return out
+
+    def asked_of(self, f, args, kwargs, places):
+        """Return whether the result is asked for on the device (None: not said), and the arguments for the CPU."""
+        if kwargs.get("device") is not None:
+            return self.asked(kwargs["device"]), args, kwargs | dict(device="cpu")
+        if f is T.to and len(args) > 1 and isinstance(args[1], T):
+            return places[1], args, kwargs
+        if f is T.to and len(args) > 1 and isinstance(args[1], str | int | torch.device):
+            return self.asked(args[1]), (args[0], "cpu", *args[2:]), kwargs
+        return None, args, kwargs
 
     def need_one_place(self, f, args, tensors, places):
         mixed = any(places) and not all(p or a.ndim == 0 for a, p in zip(tensors, places, strict=True))
@@ -133,7 +141,8 @@ def elsewhere(kind):
 
     def submit_there(pool, f, *args):                        # a mode is of one thread alone
         def run():
-            with mode: return f(*args)
+            with mode:
+                return f(*args)
         return submit(pool, run)
     told = dict(is_available=True, device_count=1, current_device=0, is_bf16_supported=True, synchronize=None,
                 get_device_name="NVIDIA H100 80GB HBM3", mem_get_info=(70 * 10**9, 80 * 10**9), set_device=None,

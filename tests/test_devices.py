@@ -1,5 +1,5 @@
-"""Everything on a device that is not there, see elsewhere.py: nothing mixes places, uses float64 on a Mac's GPU, or comes
-out otherwise than on the CPU."""
+"""Everything on a device that is not there, see elsewhere.py: nothing mixes places, uses float64 on a Mac's GPU, or
+comes out otherwise than on the CPU."""
 import dataclasses
 import runpy
 import sys
@@ -68,8 +68,8 @@ def test_training(kind, tmp_path):
     features = np.random.default_rng(0).normal(size=(len(data["x"]), 4, 6)).astype(np.float16)
     arrays = {k: np.array(v) for k, v in data.items() if k not in ("meta", "fingerprint")} | dict(features=features)
     save_dataset(tmp_path / "toy", arrays, data["meta"])
-    cfg = train.Config(data=str(tmp_path / "toy"), model="SiT-nano/4", steps=8, batch=16, accum=2, repa=0.5, log_every=4,
-                       repa_depth=1, save_every=4, keep=(4,), device=kind)
+    cfg = train.Config(data=str(tmp_path / "toy"), model="SiT-nano/4", steps=8, batch=16, accum=2, repa=0.5,
+                       log_every=4, decay=0.0, repa_depth=1, save_every=4, keep=(4,), device=kind)
 
     def weights(out, **fields):
         run = train.train(dataclasses.replace(cfg, out=str(tmp_path / out), **fields))

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import train
-from plumbing import cli, data as sets, files, results, sweep
+from plumbing import cli, files, results, sweep
+from plumbing import data as sets
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,13 +24,14 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_intervals():
     rng = np.random.default_rng(0)
     # of 200 samples of N(0, 1), 95% intervals hold the truth about 190 times
-    for interval, truth in ((functools.partial(results.bootstrap_interval, n=200), 0.0), (results.student_interval, 0.0)):
-        held = sum(low <= truth <= high for low, high in (interval(rng.standard_normal(40)) for _ in range(200)))
+    for interval in (functools.partial(results.bootstrap_interval, statistic=np.mean, n=100), results.student_interval):
+        held = sum(low <= 0 <= high for low, high in (interval(rng.standard_normal(40)) for _ in range(200)))
         assert 175 <= held <= 199
     low, high = results.wilson_interval(0, 50)
     assert abs(low) < 1e-12 and abs(high - 0.0713) < 1e-3                    # Wilson (1927)
     values = rng.standard_normal((60, 3))
-    assert results.bootstrap_interval(values, lambda v: v[:, 1].mean()) == results.bootstrap_interval(values[:, 1], np.mean)
+    of_column = results.bootstrap_interval(values, lambda v: v[:, 1].mean())
+    assert of_column == results.bootstrap_interval(values[:, 1], np.mean)
     assert results.bootstrap_interval(np.ones(5)) == (1.0, 1.0)
 
 
@@ -167,7 +169,8 @@ def test_a_bad_set_is_refused(tmp_path, changes, message):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("x.npy", b"junk", "x.npy cannot be read"), ("x.npy", None, "x.npy is missing"), ("y.npy", None, "y.npy is missing"),
+    ("x.npy", b"junk", "x.npy cannot be read"), ("x.npy", None, "x.npy is missing"),
+    ("y.npy", None, "y.npy is missing"),
     ("meta.json", b"{", "meta.json is not JSON"), ("meta.json", b"[1]", "meta.json must hold a JSON object"),
     ("meta.json", None, "meta.json is missing"), ("x.npy", "half", "x.npy cannot be read")])
 def test_damaged_files_are_refused(tmp_path, name, content, message):
@@ -279,8 +282,8 @@ def test_the_command_line(tmp_path):
 
 
 def test_a_notebooks_backend_does_not_stop_a_script(tmp_path):
-    done = run("--data", "digits", "--model", "SiT-pico/4", "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "r"),
-               MPLBACKEND="module://matplotlib_inline.backend_inline")
+    done = run("--data", "digits", "--model", "SiT-pico/4", "--steps", "2", "--device", "cpu", "--out",
+               str(tmp_path / "r"), MPLBACKEND="module://matplotlib_inline.backend_inline")
     assert done.returncode == 0, done.stderr
 
 

@@ -1,25 +1,30 @@
-"""data/prepare.py writes what is in the files; a bad input ends in one line and changes nothing. No network."""
-import functools
+"""data/prepare.py writes what is in the files; a bad input ends in one line and changes nothing. No network.
+data/imagenet.py: the right latents in the right rows, after a kill, and on any number of processes."""
+import copy
 import gzip
 import hashlib
-import http.server
 import io
 import json
+import shutil
 import struct
 import subprocess
 import sys
 import tarfile
-import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
+import imagenet  # noqa: E402
 import prepare  # noqa: E402
 
 from plumbing import data  # noqa: E402
+from plumbing.images import center_crop, read_rgb  # noqa: E402
 
 BINS = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
 X, Y, XT, YT = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
@@ -27,12 +32,14 @@ X, Y, XT, YT = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind 
 
 @pytest.fixture(autouse=True)
 def box(tmp_path, monkeypatch):
-    """A temporary folder that holds data/. Files of CIFAR-10 have 3 records. Downloads find nothing."""
-    monkeypatch.setattr(prepare, "DATA", tmp_path / "data")
-    monkeypatch.setattr(data, "DATA", tmp_path / "data")
-    monkeypatch.setattr(prepare, "CIFAR_BYTES", 3 * 3073)
-    monkeypatch.setattr(prepare, "DOWNLOADS", {"mnist": ("http://127.0.0.1:9/", {}), "cifar10": ("", {})})
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    """A temporary folder that holds data/. CIFAR-10's files have 3 records, shards 3 or 2 images. Small networks stand
+    for the VAE and for DINOv2."""
+    for module, name, value in (
+            (data, "DATA", tmp_path / "data"), (prepare, "DATA", tmp_path / "data"), (prepare, "CIFAR_BYTES", 3 * 3073),
+            (imagenet, "SHARD", 3), (imagenet, "SHARD_WITH_FEATURES", 2),
+            (imagenet, "load_vae", lambda name: copy.deepcopy(VAE)),
+            (imagenet, "load_dino", lambda name: copy.deepcopy(DINO))):
+        monkeypatch.setattr(module, name, value)
     return tmp_path
 
 
@@ -45,6 +52,27 @@ def write(folder, files):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     return folder
+
+
+def picture(width, height, seed=0):
+    """Waves and noise: RGB, without any symmetry."""
+    rng, (v, u) = np.random.default_rng(seed), np.mgrid[:height, :width]
+    waves = [128 + 90 * np.sin(u / (7 + seed + c) + v / (23 - c)) for c in range(3)]
+    return Image.fromarray(np.clip(np.stack(waves, -1) + rng.normal(0, 12, (height, width, 3)), 0, 255).astype("uint8"))
+
+
+IMAGES = {"n01/a.JPEG": picture(300, 400, 2).convert("L"), "n01/b.JPEG": picture(500, 375, 1),
+          "n01/c.JPEG": picture(333, 260, 3).convert("CMYK"), "n02/palette.png": picture(260, 280, 4).quantize(16),
+          "n02/tiny.png": picture(7, 5, 6)}
+FILES = list(IMAGES)
+
+
+@pytest.fixture
+def images(tmp_path):
+    for name, image in IMAGES.items():
+        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / "train" / name)
+    return tmp_path / "train"
 
 
 def mnist_files():
@@ -158,7 +186,10 @@ BAD = [  # a data set, what to do to a good folder, what the line must say
     ("cifar10", lambda src: (src / "c.tar.gz").unlink(), "--source .*c.tar.gz: there is no such"),
     ("folder", lambda src: None, "src: no images in this folder"),
     ("folder", lambda src: write(src, {"a.png": b"junk"}), "a.png cannot be read as an image"),
-    ("folder", lambda src: Image.new("L", (9, 9)).save(src / "a.png"), "1 images, expected at least 6")]
+    ("folder", lambda src: Image.new("L", (9, 9)).save(src / "a.png"), "1 images, expected at least 6"),
+    ("imagenet", lambda src: None, "src: holds no class folders"),
+    ("imagenet", lambda src: write(src, {"n01/a.txt": b""}), "n01: no images in this folder"),
+    ("imagenet", lambda src: write(src, {"n00/n01/a.png": b""}), "one level too high")]
 
 
 @pytest.mark.parametrize("name, change, message", BAD)
@@ -173,13 +204,14 @@ def test_bad_input(box, name, change, message):
     assert [p.name for p in (box / "t").rglob("*") if p.is_file()] == ["x.npy"]
 
 
-def test_a_target_that_is_no_data_set_is_never_replaced(box):
+def test_a_target_that_is_no_data_set_is_never_replaced(box, images):
     src = write(box / "data/mnist", mnist_files()[0])
     for name, options, message in (
             ("mnist", dict(source=src), "holds other files than a data set"),
             ("mnist", dict(source=src, out=src / X), "holds other files than a data set"),
             ("folder", dict(source=write(box / "digits", {"a.png": b""})), "the name of another data set: pass --out"),
-            ("folder", {}, "folder: expected --source DIR")):
+            ("folder", {}, "folder: expected --source DIR"),
+            ("imagenet", dict(source=images, heldout=box), "data: there is no such class in --source")):
         with pytest.raises(ValueError, match=message):
             run(name, **options)
 
@@ -189,25 +221,178 @@ def test_download(box, monkeypatch):
     files, arrays = mnist_files()
     packed = {f"{name}.gz": gzip.compress(content) for name, content in files.items()}
     served = write(box / "served", packed | {f"{YT}.gz": b"log in first"})
-    handler = type("Quiet", (http.server.SimpleHTTPRequestHandler,), dict(log_message=lambda *args: None))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=served))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in packed.items()}
-    monkeypatch.setitem(prepare.DOWNLOADS, "mnist", (f"http://127.0.0.1:{server.server_port}/", sums))
+    monkeypatch.setitem(prepare.DOWNLOADS, "mnist", (f"{served.as_uri()}/", sums))
     with pytest.raises(ValueError, match=f"{YT}.gz: not of sha256 .* pass --source"):
         run("mnist")
     assert sorted(p.name for p in (box / "data/.download/mnist").iterdir()) == sorted({*packed} - {f"{YT}.gz"})
     write(served, packed)
-    run("mnist")
-    server.shutdown()
-    server.server_close()
-    run("mnist")                                             # from what was kept
-    assert_written(box / "data/mnist", arrays)
+    for _ in range(2):
+        run("mnist")
+        assert_written(box / "data/mnist", arrays)
+        shutil.rmtree(served, ignore_errors=True)            # the second time, from what was kept
 
 
 def test_the_command(tmp_path):
-    command = [sys.executable, prepare.__file__, "mnist", "--source", write(tmp_path / "src", mnist_files()[0])]
-    for error in ("", f"error: {tmp_path / 'src' / YT}: missing, expected it here or in a folder below, .gz or not\n"):
-        done = subprocess.run([*command, "--out", "out"], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == bool(error) and done.stderr == error and (tmp_path / "out/x.npy").exists()
-        (tmp_path / "src" / YT).unlink(missing_ok=True)
+    command = [sys.executable, prepare.__file__, "mnist", "--source", write(tmp_path, {X: b""}), "--out", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {tmp_path / X}: header") and \
+        done.stderr.count("\n") == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ImageNet
+
+class Vae(torch.nn.Conv2d):
+    """Stand for a VAE: one convolution, which no mirror image commutes with."""
+    config = SimpleNamespace(scaling_factor=0.18215)
+
+    def encode(self, x):
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=self(x)))
+
+
+class Dino(torch.nn.Conv2d):
+    """Stand for DINOv2: one convolution. The first token is the class token."""
+
+    def forward(self, x):
+        tokens = super().forward(x).flatten(2).mT
+        return SimpleNamespace(last_hidden_state=torch.cat([tokens[:, :1] * 0 + 9, tokens], 1))
+
+
+torch.manual_seed(0)
+VAE, DINO = Vae(3, 4, 8, 8), Dino(3, 5, 14, 14)
+
+
+def encode(source, out, **options):
+    run("imagenet", source=source, out=out, batch=2, workers=0, **options)
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def tensor(path):
+    """Return an image, cropped, as (1, 3, 256, 256) in 0 .. 255."""
+    return torch.from_numpy(center_crop(read_rgb(path), 256)).permute(2, 0, 1)[None].float()
+
+
+def latent(x):
+    return VAE(x / 127.5 - 1)[0].detach().numpy() * 0.18215
+
+
+@pytest.mark.parametrize("width, height", [(500, 375), (1100, 1040), (1300, 514), (256, 256), (7, 5), (511, 700)])
+def test_the_crop_is_adms(width, height):
+    """torch's antialiased bicubic has Pillow's kernel; Pillow rounds to whole numbers after each axis."""
+    image = picture(width, height)
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
+
+    def resize(x, h, w, **how):
+        for size in ((x.shape[2], w), (h, w)):
+            x = F.interpolate(x, size, **how).add(0.5).floor().clamp(0, 255)
+        return x
+    while min(x.shape[2:]) >= 512:
+        x = resize(x, x.shape[2] // 2, x.shape[3] // 2, mode="area")
+    h, w = (round(side * 256 / min(x.shape[2:])) for side in x.shape[2:])
+    x = resize(x, h, w, mode="bicubic", antialias=True)[0, :, (h - 256) // 2:, (w - 256) // 2:][:, :256, :256]
+    off = (torch.from_numpy(center_crop(image, 256)) - x.permute(1, 2, 0)).abs()
+    assert off.shape == (256, 256, 3) and off.max() <= 1 and off.mean() < 0.001
+
+
+def test_rows(images, tmp_path):
+    shutil.copytree(images / "n02", tmp_path / "val/n02")                # not all classes need be there
+    encode(images, tmp_path / "o", heldout=tmp_path / "val", repa=True)
+    before = contents(tmp_path / "o"), (tmp_path / "o/x.npy").stat().st_mtime_ns
+    found = data.load_data(str(tmp_path / "o"))
+    assert found["x"].shape == (10, 4, 32, 32) and found["x"].dtype == found["features"].dtype == np.float16
+    assert found["y"].tolist() == [0] * 6 + [1] * 4 and found["y_heldout"].tolist() == [1, 1]
+    assert json.loads((tmp_path / "o/files.json").read_text()) == {"x": FILES, "x_heldout": FILES[3:]}
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    for k, name in enumerate(FILES):
+        plain, flipped = tensor(images / name), tensor(images / name).flip(-1)
+        for row, x in ((2 * k, plain), (2 * k + 1, flipped)):
+            assert np.abs(found["x"][row] - latent(x)).max() < 1e-3
+            tokens = DINO((F.interpolate(x / 255, 224, mode="bicubic") - mean) / std)  # the two steps commute
+            assert np.abs(found["features"][row] - tokens.last_hidden_state[0, 1:].detach().numpy()).max() < 0.005
+        # flipping the latent would not do
+        assert np.abs(latent(flipped) - latent(plain)[:, :, ::-1]).max() > 0.005
+    assert np.array_equal(found["x_heldout"], found["x"][6::2])
+    meta = found["meta"]
+    assert meta["classes"] == ["n01", "n02"] and meta["shape"] == [4, 32, 32] and "0.18215" in meta["scaling"]
+    assert sorted(meta["sha256"]) == ["x.npy", "x_heldout.npy", "y.npy", "y_heldout.npy"] and meta["skipped"] == []
+    encode(images, tmp_path / "o", heldout=tmp_path / "val", repa=True)     # it is there already
+    assert before == (contents(tmp_path / "o"), (tmp_path / "o/x.npy").stat().st_mtime_ns)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["o", "train", "val"]
+
+
+def test_bad_images_are_listed_and_may_be_skipped(images, tmp_path, capsys):
+    encode(images, tmp_path / "good")
+    (images / "n01/aa.JPEG").write_bytes((images / "n01/b.JPEG").read_bytes()[:9000])
+    (images / "n02/text.JPEG").write_text("404 not found")
+    with pytest.raises(ValueError, match="2 images cannot be read .*--skip-bad"):
+        encode(images, tmp_path / "o")
+    out = capsys.readouterr().out
+    assert f"{images}/n01/aa.JPEG cannot be read as an image: image file is truncated" in out and "text.JPEG" in out
+    assert not (tmp_path / "o").exists()
+    encode(images, tmp_path / "o", skip_bad=True)
+    for name in ("x.npy", "y.npy", "files.json"):
+        assert contents(tmp_path / "o")[name] == contents(tmp_path / "good")[name]
+
+
+def test_it_goes_on_and_encodes_only_what_is_missing(images, tmp_path, monkeypatch):
+    encode(images, tmp_path / "whole")
+    encoded, real = [], imagenet.encode
+
+    def counted(vae, batch):
+        encoded.append(len(batch))
+        if len(encoded) == 3:
+            raise KeyboardInterrupt
+        return real(vae, batch)
+    monkeypatch.setattr(imagenet, "encode", counted)
+    with pytest.raises(KeyboardInterrupt):                   # in the second of two shards of 3 and 2 images
+        encode(images, tmp_path / "o")
+    IMAGES[FILES[1]].rotate(180).save(images / FILES[3])     # a change of this shard makes nothing of the other anew
+    encode(images, tmp_path / "o")
+    assert encoded == [4, 2, 4, 4]
+    x, before = np.load(tmp_path / "o/x.npy"), np.load(tmp_path / "whole/x.npy")
+    assert np.array_equal(x[:6], before[:6]) and np.array_equal(x[8:], before[8:]) and not np.allclose(x[6], before[6])
+
+
+def test_processes_make_the_file_of_one(images, tmp_path, monkeypatch):
+    """Three processes, one after the other: each encodes its share, and the first puts the shards together."""
+    encode(images, tmp_path / "one", repa=True)
+    encoded = []
+    encode_shard = imagenet.encode_shard
+    monkeypatch.setattr(imagenet, "encode_shard", lambda *job: encoded.append(rank) or encode_shard(*job))
+    for rank in (2, 1, 0):
+        monkeypatch.setattr(imagenet, "setup_processes", lambda device, rank=rank: (rank, 3, device))
+        encode(images, tmp_path / "o", repa=True)
+    assert encoded == [2, 1, 0] and contents(tmp_path / "o") == contents(tmp_path / "one")
+
+
+def test_with_diffusers(images, tmp_path, monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    monkeypatch.undo()
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
+                                  up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=4)
+    vae.save_pretrained(tmp_path / "vae")
+    encode(images, tmp_path / "o", vae=str(tmp_path / "vae"))
+    with torch.no_grad():
+        z = vae.encode(tensor(images / FILES[1]).flip(-1) / 127.5 - 1).latent_dist.mode() * 0.18215
+    assert np.abs(np.load(tmp_path / "o/x.npy")[3] - z[0].numpy()).max() < 1e-3 * z.abs().max()
+
+
+def test_with_transformers(tmp_path, monkeypatch):
+    """A table of positions that is linear in the row stays so: away from the border, 16 rows sample the 37 evenly."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.undo()
+    config = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=518)
+    dino = transformers.Dinov2Model(transformers.Dinov2Config(**config))
+    ramp = torch.arange(-1, 37.0).repeat_interleave(37)[36:, None].expand(1370, 24)    # -1 of the class token
+    dino.embeddings.position_embeddings.data = ramp[None].clone()
+    dino.save_pretrained(tmp_path / "dino")
+    loaded = imagenet.load_dino(str(tmp_path / "dino"))
+    table = loaded.embeddings.position_embeddings[0]
+    want = ((torch.arange(16) + 0.5) * 37 / 16 - 0.5).repeat_interleave(16)[:, None].expand(256, 24)
+    assert (table[0] == -1).all() and torch.allclose(table[1:][48:-48], want[48:-48], atol=0.02)
+    got = imagenet.features(loaded, torch.zeros(1, 256, 256, 3, dtype=torch.uint8))
+    assert got.shape == (1, 256, 24) and got.mean(-1).abs().max() < 1e-4               # past the last norm

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 import train
-from plumbing import cli, data as sets
+from plumbing import cli
+from plumbing import data as sets
 from plumbing.files import load_run, lock_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +37,7 @@ def data(tmp_path_factory):
 
 def config(folder, out, **changes):
     fields = dict(data=folder, model="SiT-nano/4", steps=6, batch=12, log_every=2, save_every=3, device="cpu", warmup=0,
-                  out=str(out), grid=False)
+                  decay=0.0, out=str(out), grid=False)
     return train.Config(**fields | changes)
 
 
@@ -149,7 +150,8 @@ def test_the_update_is_adams(data, tmp_path):
     run = train.train(cfg)
     torch.manual_seed(cfg.seed)
     model = train.build_model("SiT-nano/4", 8, 1, 4)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], cfg.lr, weight_decay=0, fused=True)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, cfg.lr, weight_decay=0, fused=True)
     mean = torch.cat([v.flatten().double() for v in model.state_dict().values()])
     loaded = sets.load_data(data)
     for step in range(3):
@@ -284,7 +286,7 @@ def test_folders_of_runs(data, tmp_path):
     (dict(steps=0), "steps must be at least 1"),
     (dict(lr=float("nan")), "lr is out of range"),
     (dict(model="SiT-huge/4"), "unknown model 'SiT-huge/4'"),
-    (dict(model="SiT-nano/3"), "patch size 3"),
+    (dict(model="SiT-nano/3"), "divisible by 3, not 8"),
     (dict(device="cuda:9" if not torch.cuda.is_available() else "tpu"), "not available"),
     (dict(repa=1.0, repa_depth=3), "none of the 2 blocks"),
     (dict(repa=1.0, repa_depth=1, model="UNet-nano-conv"), "needs a SiT"),

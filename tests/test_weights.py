@@ -40,9 +40,12 @@ def official_state(learn_sigma=True, width=32):
 def official_forward(state, x, t, y):
     """Return f(x, t) as the published code computes it, in float64, written once more without any code of model.py."""
     s = {name: value.double() for name, value in state.items()}
-    def linear(name, a): return F.linear(a, s[f"{name}.weight"], s[f"{name}.bias"])
-    def norm(a): return F.layer_norm(a, a.shape[-1:], eps=1e-6)
-    def heads(a): return a.unflatten(2, (2, 16)).transpose(1, 2)
+
+    def linear(name, a):
+        return F.linear(a, s[f"{name}.weight"], s[f"{name}.bias"])
+
+    def norm(a):
+        return F.layer_norm(a, a.shape[-1:], eps=1e-6)
     patches = F.conv2d(x.double(), s["x_embedder.proj.weight"], s["x_embedder.proj.bias"], stride=2)
     h = patches.flatten(2).mT + s["pos_embed"]
     angle = t.double()[:, None] * torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float64) / 128)
@@ -50,7 +53,8 @@ def official_forward(state, x, t, y):
     c = F.silu(linear("t_embedder.mlp.2", F.silu(time)) + s["y_embedder.embedding_table.weight"][y])
     for i in range(2):
         m = linear(f"blocks.{i}.adaLN_modulation.1", c)[:, None].chunk(6, 2)
-        q, k, v = map(heads, linear(f"blocks.{i}.attn.qkv", norm(h) * (1 + m[1]) + m[0]).chunk(3, 2))
+        qkv = linear(f"blocks.{i}.attn.qkv", norm(h) * (1 + m[1]) + m[0])
+        q, k, v = qkv.unflatten(2, (3, 2, 16)).permute(2, 0, 3, 1, 4)
         a = torch.softmax(q @ k.mT / 4, -1) @ v
         h = h + m[2] * linear(f"blocks.{i}.attn.proj", a.transpose(1, 2).flatten(2))
         hidden = F.gelu(linear(f"blocks.{i}.mlp.fc1", norm(h) * (1 + m[4]) + m[3]), approximate="tanh")
@@ -84,9 +88,9 @@ def test_official_weights_give_the_velocity_of_the_paper(learn_sigma, tmp_path, 
 def test_repa_weights_have_our_time_and_sign():
     state = official_state(learn_sigma=False)
     args = dict(path_type="linear", prediction="v", num_classes=10)
-    for source in ({"ema": state, "args": args}, state | {"projectors.0.0.weight": torch.zeros(3, 32)}):
-        assert_velocity(load_sit_weights(source), official_forward(state, z, t, y))
-    assert_velocity(load_sit_weights(state, convention="repa"), official_forward(state, z, t, y))
+    for source, options in (({"ema": state, "args": args}, {}), (state, dict(convention="repa")),
+                            (state | {"projectors.0.0.weight": torch.zeros(3, 32)}, {})):
+        assert_velocity(load_sit_weights(source, **options), official_forward(state, z, t, y))
 
 
 def test_where_nothing_tells_it_is_measured(capsys):
@@ -101,8 +105,12 @@ def test_where_nothing_tells_it_is_measured(capsys):
         load_sit_weights(state, "it.pt")
 
 
-def wrapped(state, **args): return {"ema": state, "args": argparse.Namespace(**args)}
-def without(state, key): return {name: value for name, value in state.items() if not name.startswith(key)}
+def wrapped(state, **args):
+    return {"ema": state, "args": argparse.Namespace(**args)}
+
+
+def without(state, key):
+    return {name: value for name, value in state.items() if not name.startswith(key)}
 
 
 @pytest.mark.parametrize("change, message", [
@@ -136,7 +144,13 @@ class Hub(torch.nn.Linear):
         return cls(2, 2), dict(missing_keys=cls.missing, mismatched_keys=[], unexpected_keys=["old"])
 
 
-def test_a_network_with_random_weights_in_it_is_refused(tmp_path, monkeypatch):
+class Broken(types.ModuleType):
+    def __getattr__(self, name):
+        raise RuntimeError("Failed to import:\noperator torchvision::nms does not exist")
+
+
+def test_networks_of_the_hub(tmp_path, monkeypatch):
+    """A network with random weights in it is refused; of a missing or broken package, one line tells the cure."""
     assert not weights.pretrained("--vae", str(tmp_path), Hub).training
     monkeypatch.setattr(Hub, "missing", {"mid.b", "mid.a"})
     for name, kind, message in ((tmp_path, Hub, "2 weights of Hub are missing or misshapen, such as mid.a"),
@@ -144,20 +158,12 @@ def test_a_network_with_random_weights_in_it_is_refused(tmp_path, monkeypatch):
                                 ("a/b", torch.nn.Linear, "cannot be loaded as Linear")):
         with pytest.raises(ValueError, match=f"--vae {name}: {message}"):
             weights.pretrained("--vae", str(name), kind)
-
-
-class Broken(types.ModuleType):
-    def __getattr__(self, name):
-        raise RuntimeError("Failed to import:\noperator torchvision::nms does not exist")
-
-
-def test_optional_packages(monkeypatch):
-    monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(ImportError, match="--vae needs the package diffusers .*: pip install diffusers"):
-        weights.load_vae("x/y")
-    monkeypatch.setitem(sys.modules, "diffusers", Broken("diffusers"))
     monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
-    for cuda, build in ((None, "cpu"), ("12.8", "cu128")):
+    for package, cuda, message in (
+            (None, None, "--vae needs the package diffusers .*: pip install diffusers"),
+            (Broken("diffusers"), None, "nms does not exist.*'torchvision==0.28.*' --index-url .*/cpu"),
+            (Broken("diffusers"), "12.8", "nms does not exist.*'torchvision==0.28.*' --index-url .*/cu128")):
+        monkeypatch.setitem(sys.modules, "diffusers", package)
         monkeypatch.setattr(torch.version, "cuda", cuda)
-        with pytest.raises(ImportError, match="nms does not exist.*'torchvision==0.28.*' --index-url .*/" + build):
+        with pytest.raises(ImportError, match=message):
             weights.load_vae("x/y")

@@ -1,0 +1,325 @@
+"""Test plumbing/fast_score.py: what it strikes is light, whatever the data, and both engines agree.
+
+The truth is computed by differences in numpy's long double (80 bits on x86), from the very numbers that are given.
+"""
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from test_empirical_score import TIMES, draws_p_value, error
+
+import plumbing.fast_score as fast
+from empirical_score import EmpiricalScore
+from plumbing.fast_score import FastEmpiricalScore
+
+FUZZ = settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+BFLOAT16 = torch.bfloat16
+
+
+def tensor_core(a, b):
+    """Return a @ b of 16-bit numbers as an H100 adds up (Khattak and Mikaitis, arXiv 2512.07004).
+
+    It cuts 16 exact products and the sum so far off two bits below the last bit of the largest, and adds them.
+    """
+    def cut(s, largest, bits):
+        unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - bits)
+        return (s / unit).trunc() * unit
+
+    a, b = a.double(), b.double()
+    total = torch.zeros(len(a), b.shape[1], dtype=torch.float64)
+    for k in range(0, a.shape[1], 16):
+        terms = torch.cat([total[..., None], a[:, None, k:k + 16] * b.T[None, :, k:k + 16]], 2)
+        total = cut(terms, terms.abs().amax(2, keepdim=True), 26).sum(2)
+        total = cut(total, total, 24)
+    return total.float()
+
+
+@pytest.fixture(autouse=True)
+def no_gpu_needed(monkeypatch):
+    """Let products of bfloat16 numbers come out as on a GPU, and undo what `build` changes."""
+    mm = torch.mm
+
+    def emulated(a, b, out_dtype=None):
+        return mm(a, b) if out_dtype is None else tensor_core(a, b)
+
+    monkeypatch.setattr(torch, "mm", emulated)
+    for name in ("low_precision", "SHARE"):
+        monkeypatch.setattr(fast, name, getattr(fast, name))
+
+
+def random_set(seed, N, D, kind, scale, offset, dtype=torch.float32):
+    """Return N points of D dimensions that are hard in one way or another."""
+    g = torch.Generator().manual_seed(seed)
+    base = torch.randn(N, D, generator=g, dtype=torch.float64)
+    random = torch.rand(N, 1, generator=g, dtype=torch.float64)
+    if kind == "alike":                 # two groups, each within the error of bfloat16; the centre is in neither
+        base = base[torch.arange(N) % min(2, N)] + 10.0**(-2 - 5 * random) * base
+    elif kind == "duplicates":
+        base = base[torch.randint(max(1, N // 4), (N,), generator=g)]
+    elif kind == "norms":               # over six orders of magnitude
+        base = base * 10.0**(6 * random - 3)
+    elif kind == "ties":                # many distances are exactly equal
+        base = base.sign()
+    elif kind == "spikes":              # one dimension carries it all
+        base[:, 0] *= 1e4
+    return (scale * (base + offset)).to(dtype)
+
+
+def random_queries(x, t, B, seed, far):
+    """Return noisy points, half of them between two points, and stretched by `far`."""
+    g = torch.Generator().manual_seed(seed + 1)
+    i, j = torch.randint(len(x), (2, B), generator=g)
+    between = torch.rand(B, 1, generator=g).round() / 2
+    scale = (x - x.mean(0)).abs().amax().clamp(min=1e-30)
+    z = (1 - t) * (x[i] + between * (x[j] - x[i])) + t * scale * torch.randn(B, x.shape[1], generator=g)
+    return (far * z).to(x.dtype)
+
+
+def truth(x, z, t):
+    """Return |z - (1 - t) x|^2 and the softmax weights, (B, N), and the points, in long double."""
+    x, z = (a.double().numpy().astype(np.longdouble) for a in (x, z))
+    t = np.longdouble(t)
+    d2 = ((z[:, None] - (1 - t) * x)**2).sum(2)
+    w = np.exp(-(d2 - d2.min(1, keepdims=True)) / (2 * t * t))
+    return d2, w / w.sum(1, keepdims=True), x
+
+
+cases = st.fixed_dictionaries(dict(
+    seed=st.integers(0, 2**31), N=st.integers(1, 150), D=st.sampled_from([1, 2, 17, 64, 300]),
+    kind=st.sampled_from(["plain", "alike", "duplicates", "norms", "ties", "spikes"]),
+    scale=st.sampled_from([1e-6, 1.0, 1e3]), offset=st.sampled_from([0.0, 3.0, 1e4]),
+    t=st.sampled_from([1e-3, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.999]), far=st.sampled_from([1.0, 1.0, 30.0]),
+    low=st.sampled_from([BFLOAT16, torch.float32]), stored=st.sampled_from([BFLOAT16, torch.float32, torch.float64]),
+    chunk=st.sampled_from([7, 64, 1000]), directions=st.sampled_from([0, 1, 5, 40])))
+
+
+def build(case, share):
+    """Return the points, 8 queries, and the engine: it screens all questions, and gives up beyond this share."""
+    fast.low_precision, fast.SHARE = lambda device: case["low"], share
+    x = random_set(*(case[key] for key in ("seed", "N", "D", "kind", "scale", "offset", "stored")))
+    E = FastEmpiricalScore(x, chunk=case["chunk"])
+    E.small = 0
+    if E.levels and case["directions"]:
+        E.levels = [E.principal_level(min(case["directions"], E.D), case["low"]), *E.levels]
+    return x, random_queries(x.float(), case["t"], 8, case["seed"], case["far"]), E
+
+
+def float64_loss(E, z, t):
+    """Return what float64 may lose of a squared distance when the data are centred: (B, 1)."""
+    q2 = (z.double() - (1 - t) * E.centre).square().sum(1).numpy()[:, None]
+    centre = float(E.centre.norm())
+    return 1e-12 * (q2 + E.radius**2) + 1e-15 * centre * (np.sqrt(q2) + E.radius + 1e-3 * centre)
+
+
+@FUZZ
+@given(cases)
+def test_bounds_hold_and_nothing_that_matters_is_struck(case):
+    t = case["t"]
+    x, z, E = build(case, share=1)
+    d2, _, _ = truth(x, z, t)
+    z64, t64 = E.queries(z, t)
+    loss = float64_loss(E, z, t)
+    slack = 2 * t**2 * 20.0
+    for level in E.levels:
+        side = E.query_side(z64 - (1 - t) * E.centre, 1 - t64, level)
+        bounds = [fast.lower_bounds(side, c, columns) for _, c, columns in E.coordinates(level, None)]
+        lower = torch.cat(bounds).T.double() + side.qq[:, None] - side.slip[:, None]
+        room = loss + 2.0**-22 * np.abs(lower.numpy())
+        assert (lower.numpy() - room <= d2).all()
+        E.levels = [level]
+        found = E.screen(z64, t64, None, torch.full((8,), slack, dtype=torch.float64))
+        kept = np.zeros(d2.shape, dtype=bool)
+        kept[found.query, found.point] = True
+        best = d2.min(1, keepdims=True)
+        assert found.complete.all() and (kept | (d2 + loss > best + slack * (1 - 1e-6))).all()
+
+
+@FUZZ
+@given(cases, st.sampled_from([1, 1 / 32]))
+def test_the_weight_left_out_is_at_most_what_is_returned(case, share):
+    t = case["t"]
+    x, z, E = build(case, share)
+    d2, w, points = truth(x, z, t)
+    x_star, bound = E.posterior_mean_and_bound(z.double(), t)
+    assert (bound >= 0).all() and (bound <= E.tau).all()
+    z64, t64 = E.queries(z, t)
+    found = E.survivors_of_softmax(z64, t64, None)
+    kept = np.zeros(d2.shape, dtype=bool)
+    kept[found.query, found.point] = True
+    kept[~found.complete] = True
+    # float64 misses a logit by about this much: 1e-16 of the coordinates, times a distance, over t^2.
+    centre = float(E.centre.norm())
+    reach = float((z64 - (1 - t) * E.centre).norm(dim=1).max()) + E.radius
+    slop = 1e-14 * (E.radius + 1e-2 * centre) * reach / t**2
+    if slop < 1e-3:
+        light = w < 0.9 * E.tau / E.N
+        assert ((w * ~kept).sum(1) <= bound.numpy() * (1 + 1e-3) + 1e-300).all() and (kept | light).all()
+        error = np.abs(x_star.numpy() - (w @ points).astype(np.float64)).max()
+        assert error <= (1e-5 + slop) * (E.radius + 1e-30) + 1e-10 * centre
+
+
+@pytest.mark.parametrize("low, directions", [(BFLOAT16, 0), (BFLOAT16, 30), (torch.float32, 30)])
+def test_the_fuzz_has_teeth(low, directions, monkeypatch):
+    """Estimates instead of bounds strike points that matter: the tests above would see it."""
+    def estimates(side, c, columns):
+        return columns[:, :1] * side.lower[:, 0] / (1 - 2.0**-20) - fast.product(c, side.low)
+
+    monkeypatch.setattr(fast, "lower_bounds", estimates)
+    wrong = 0
+    for seed in range(20):
+        case = dict(seed=seed, N=150, D=64, kind="alike", scale=1.0, offset=0.0, t=1e-3, far=1.0, low=low,
+                    stored=torch.float32, chunk=1000, directions=directions)
+        x, z, E = build(case, share=1)
+        E.levels = E.levels[:1]
+        found = E.screen(*E.queries(z, 1e-3), None, torch.zeros(8, dtype=torch.float64))
+        kept = np.zeros((8, 150), dtype=bool)
+        kept[found.query, found.point] = True
+        wrong += (~kept[range(8), truth(x, z, 1e-3)[0].argmin(1)]).sum()
+    assert wrong > 0
+
+
+# ---- both engines ----------------------------------------------------------------------------------------------------
+
+def decaying(N=1500, D=256, seed=0):
+    """Return points (N, D) that vary little in most directions, as images do, in an ordered order, and labels."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(N, D, generator=g) * torch.arange(1, D + 1)**-0.7
+    x = x[x[:, 0].argsort()] + 3
+    x[7] = x[3]
+    return x, torch.arange(N) % 3
+
+
+def noisy(x, t):
+    return (1 - t) * x[:40] + t * torch.randn(40, x.shape[1], generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("t, low", [(t, torch.float32) for t in TIMES] + [(0.05, BFLOAT16), (0.3, BFLOAT16)])
+def test_both_engines_agree_on_every_method(t, labelled, low, monkeypatch):
+    monkeypatch.setattr(fast, "low_precision", lambda device: low)
+    x, y = decaying()
+    z, label = noisy(x, t), y[:40] if labelled else None
+    plain, quick = EmpiricalScore(x, y), FastEmpiricalScore(x, y, chunk=400)
+    quick.small = 0
+    assert quick.levels[0].V.shape == (256, 32)
+    for method in ("posterior_mean", "score", "velocity"):
+        a, b = getattr(quick, method)(z, t, label), getattr(plain, method)(z, t, label)
+        assert a.dtype == b.dtype and a.shape == b.shape and error(a, b) < 1e-5, method
+    x_star, bound = quick.posterior_mean_and_bound(z, t, label)
+    assert error(x_star, plain.posterior_mean(z, t, label)) < 1e-5 and (bound <= quick.tau).all()
+    assert torch.allclose(quick.mean_and_size(z, t, label)[1], plain.mean_and_size(z, t, label)[1], rtol=1e-4)
+    # Rows 3 and 7 are equal, so we compare the points and not their rows.
+    for ask in (lambda E: E.r_star(z, min(t, 0.999)), lambda E: E.nearest(z, 5)):
+        (a, i), (b, j) = ask(quick), ask(plain)
+        assert torch.allclose(a, b, atol=1e-9) and torch.equal(x[i], x[j])
+    draw = quick.sample_posterior(z, t, label, torch.Generator().manual_seed(0))
+    assert label is None or torch.equal(y[draw], label)
+    if t < 0.01:
+        assert torch.equal(x[draw], x[plain.sample_posterior(z, t, label)])
+
+
+@pytest.mark.parametrize("t", [0.1, 0.9])
+def test_draws_of_the_fast_engine_follow_the_softmax(t):
+    """At t = .1 they are drawn from the survivors. At t = .9 all points count."""
+    x, _ = decaying()
+    x[21:27] = x[20] + 0.01 * torch.randn(6, 256, generator=torch.Generator().manual_seed(2))
+    E, n = FastEmpiricalScore(x), 2_000
+    E.small = 0
+    z = noisy(x, t)[20:21]
+    assert E.survivors_of_softmax(*E.queries(z, t), None).complete.item() == (t < 0.5)
+    w = torch.from_numpy(truth(x, z, t)[1][0].astype(np.float64))
+    draws = E.sample_posterior(z.expand(n, -1), t, None, torch.Generator().manual_seed(0))
+    assert 1 / w.square().sum() > 1.5 and draws_p_value(draws, w) > 1e-3
+
+
+def test_queries_get_the_path_that_their_weights_ask_for(monkeypatch):
+    x = torch.randn(3000, 100, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0.01, 0.2, 0.95, 1.0])
+    z = (1 - t[:, None]) * x[:4] + t[:, None] * torch.randn(4, 100, generator=torch.Generator().manual_seed(1))
+    E = FastEmpiricalScore(x)
+    E.small = 0
+    assert E.survivors_of_softmax(*E.queries(z, t), None).complete.tolist() == [True, True, False, False]
+    size = E.mean_and_size(z, t)[1]
+    assert size[0] < 1.01 and size[3] == 3000
+
+
+# ---- hard numbers ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("scale", [1e19, 1e25, 1e-25, 1e-38])
+def test_numbers_that_float32_products_cannot_hold(scale):
+    x = scale * torch.randn(100, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    E = FastEmpiricalScore(x)
+    E.small = 0
+    z = 0.9 * x[:4]
+    assert E.levels == [] and torch.equal(E.posterior_mean(z, 0.1), EmpiricalScore(x).posterior_mean(z, 0.1))
+
+
+@pytest.mark.parametrize("huge", [[3], [3, 20], [*range(39)]])
+def test_huge_queries_leave_the_others_of_their_batch_alone(huge):
+    x, _ = decaying()
+    E, z = FastEmpiricalScore(x), noisy(x, 0.2)
+    E.small = 0
+    alone = E.posterior_mean(z, 0.2)
+    z[huge] *= 1e20
+    together = E.posterior_mean(z, 0.2)
+    others = [b for b in range(40) if b not in huge]
+    assert error(together[others], alone[others]) < 1e-6 and together.isfinite().all()
+
+
+@pytest.mark.parametrize("D", [784, 4096])
+def test_the_float32_stream_at_its_limit(D):
+    """Data and queries as large as the estimate lets pass: x_* misses at most 1e-5, in many dimensions too."""
+    g, t = torch.Generator().manual_seed(1), 0.5
+    x = torch.randn(300, D, generator=g, dtype=torch.float64)
+    z = torch.nn.functional.normalize(torch.randn(8, D, generator=g, dtype=torch.float64))
+    R = (x - x.mean(0)).norm(dim=1).max()
+    s = (0.8 * fast.LOSS * 2**23 * t**2 / (1 - t) / (1 + 1 - t) / R**2)**0.5
+    x, z = (s * x).float(), (s * R * torch.linspace(0.02, 0.9, 8)[:, None] * z).float()
+    E = FastEmpiricalScore(x)
+    E.small = 0
+    z64, t64 = E.queries(z, t)
+    assert E.fits_float32(z64, t64).all() and not E.survivors_of_softmax(z64, t64, None).complete.any()
+    _, w, points = truth(x, z, t)
+    assert error(E.posterior_mean(z, t), torch.from_numpy((w @ points).astype(np.float64))) < 1e-5
+
+
+@pytest.mark.parametrize("n, b, k", [(2048, 256, 784), (37, 5, 4096), (1, 1, 1), (3, 0, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
+def test_a_product_loses_no_more_than_the_bounds_allow(n, b, k, dtype):
+    """The sums are all of one sign, so that errors add up."""
+    if dtype == BFLOAT16:
+        n, b = min(n, 64), min(b, 8)
+    g = torch.Generator().manual_seed(0)
+    x, q = torch.rand(n, k, generator=g).to(dtype), torch.rand(b, k, generator=g).to(dtype)
+    bound = (k + 20) * 2.0**-23 * x.double().norm(dim=1)[:, None] * q.double().norm(dim=1)
+    assert ((fast.product(x, q) - x.double() @ q.double().T).abs() <= bound).all()
+
+
+def test_the_precision_that_the_caller_has_set_changes_nothing_and_comes_back():
+    x = random_set(0, 500, 64, "alike", 1.0, 0.0)
+    z, E = random_queries(x, 0.9, 8, 0, 1.0), FastEmpiricalScore(x)
+    E.small = 0
+    want, before = E.posterior_mean(z, 0.9), torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", BFLOAT16):
+            assert torch.equal(E.posterior_mean(z, 0.9), want)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_memory_map_of_whole_numbers(tmp_path):
+    numbers = 4_000_000_000 + np.random.default_rng(0).integers(0, 100, (600, 128))
+    np.save(tmp_path / "x.npy", numbers.astype(np.uint32))
+    E = FastEmpiricalScore(np.load(tmp_path / "x.npy", mmap_mode="r"))
+    E.small = 0
+    x, t = torch.from_numpy(numbers.astype(np.float64)), 1e-3
+    assert torch.equal(E.posterior_mean((1 - t) * x[:20], t), x[:20])
+    assert E.survivors_of_softmax(*E.queries((1 - t) * x[:20], t), None).complete.all()
+
+
+def test_tau_out_of_range():
+    with pytest.raises(ValueError, match="tau must lie in"):
+        FastEmpiricalScore(torch.zeros(3, 4), tau=0)

@@ -1,9 +1,9 @@
 # Two commands, neither of which needs the other first:
-#   make figures    set up, train the default model, then run every experiment: figures in out/<experiment>/laptop/fig*.png
+#   make figures    set up, train the default model, run every experiment: figures in out/<experiment>/laptop/
 #   make test       set up, then run the tests
 PYTHON ?= python3
-# Threads that wait for each other soon give their core away, instead of turning in circles: else a second program on the
-# same cores makes each of these ten times slower, not twice.
+# Threads that wait for each other soon give their core away, instead of turning in circles: else a second program on
+# the same cores makes each of these ten times slower, not twice.
 export GOMP_SPINCOUNT ?= 10000
 BIN := .venv/bin
 # a quick one first, the long ones last; each gets FLAGS, such as FLAGS="--preset gpu"
@@ -37,6 +37,7 @@ assets: .venv/ready
 	  cp out/$$script/laptop/fig*.png assets/ || exit 1; done
 	for file in bench.json bench_score.json bench_score.png bench_score_gpu.json; do \
 	  if [ -f out/$$file ]; then cp out/$$file assets/; fi; done
+	$(BIN)/python docs/scale.py
 	$(MAKE) pictures readme
 
 # the sketch, the GIF and the social picture, which belong to no experiment
@@ -45,7 +46,6 @@ pictures: .venv/ready
 
 # README.md and docs/*.md, from docs/templates and assets/*.json
 readme: .venv/ready
-	$(BIN)/python docs/scale.py
 	$(BIN)/python docs/readme.py
 
 bench: .venv/ready

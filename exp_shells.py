@@ -138,7 +138,7 @@ def memorization(E, model, x, y, seed):
     the result (C.4), (n, T), and the first image, noisy and sampled, (T, 2, C, H, W)."""
     hits, pictures = [], []
     for z, t in zip(noised(x, MEMO_TIMES, seed), MEMO_TIMES, strict=True):
-        _, out = solve_ode(model, z, y, [t, 0.0], solver="heun", steps=25)
+        _, out = solve_ode(model, z, y, [t, 0.0], solver="heun", steps=15)
         back = (out - x).flatten(1).square()
         back = back.sum(dim=1)
         nearest, _ = E.nearest(out, 1)

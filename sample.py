@@ -1,6 +1,6 @@
 """Sampling: follow the ODE dz/dt = v_theta(z, t) from noise at t = 1 down to an image at t = 0.
 
-    python sample.py --run out/laptop_mnist5k_UNet-tiny-2-conv            # writes a grid of samples beside the checkpoint
+    python sample.py --run out/laptop_mnist5k_UNet-tiny-2-conv       # writes a grid of samples beside the checkpoint
     python sample.py --run out/laptop_mnist5k_UNet-tiny-2-conv --w 4      # with classifier-free guidance
     torchrun --nproc_per_node=4 -- sample.py --run SiT-XL-2-256x256.pt --vae stabilityai/sd-vae-ft-ema --n 50000 \
         --out samples.npz --fid VIRTUAL_imagenet256_labeled.npz     # official weights, for FID; resumes

@@ -19,7 +19,7 @@ from matplotlib.animation import FuncAnimation, PillowWriter  # noqa: E402
 from empirical_score import EmpiricalScore  # noqa: E402
 from plumbing.data import load_data  # noqa: E402
 from plumbing.files import load_run  # noqa: E402
-from plumbing.results import BLUE, GREEN, GREY, ORANGE  # noqa: E402
+from plumbing.results import BLUE, GREY, ORANGE  # noqa: E402
 from sample import noise, solve_ode  # noqa: E402
 from train import Config, train  # noqa: E402
 

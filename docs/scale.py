@@ -3,6 +3,7 @@
 Nothing is run. Networks have shapes and no numbers, and data sets are two lines of a table.
 """
 import functools
+import importlib
 import sys
 from pathlib import Path
 
@@ -12,38 +13,37 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import exp_cfg_paradox  # noqa: E402
-import exp_freedom  # noqa: E402
-import exp_shells  # noqa: E402
-import train  # noqa: E402
 from model import build_model  # noqa: E402
 from plumbing.cli import count_flops  # noqa: E402
 from plumbing.files import write_json  # noqa: E402
 
 PEAK, SHARE, GPU_MEMORY = 989e12, 0.4, 80e9
-ASSUMED = (f"Counted, not run: the FLOPs of forward and backward passes, at {SHARE:.0%} of the {PEAK / 1e12:.0f} TFLOP/s "
-           "of an H100 in bfloat16, without sampling and the empirical score. Memory is what training takes on one GPU: "
-           "weights, their average, gradients, Adam's moments, the data if they fill less than a third of 80 GB, and "
-           "what the backward pass keeps of the images of a step, without --compile. The disk is for checkpoints. With "
-           "torchrun, four GPUs share a batch. exp_shells.py and exp_cfg_paradox.py find each other's networks.")
+BY_TRAIN = ("train", "exp_shells", "exp_cfg_paradox")
+ASSUMED = (
+    f"Counted, not run: FLOPs of forward and backward passes at {SHARE:.0%} of the {PEAK / 1e12:.0f} TFLOP/s of an "
+    "H100 in bfloat16, or of half as many where a script computes in TF32; without sampling and the empirical score. "
+    "Memory is what training takes on one GPU: weights, their average, gradients, Adam's moments, the data if they "
+    "fill less than a third of 80 GB, and what the backward pass keeps of the images of a step, without --compile. "
+    "The disk is for checkpoints. With torchrun, four GPUs share a batch. exp_shells.py and exp_cfg_paradox.py share "
+    "networks.")
 # shape of an image, classes, and the bytes of all images
 SETS = {"mnist": (dict(input_size=28, in_channels=1, num_classes=10), 60_000 * 28 * 28 * 4),
         "imagenet": (dict(input_size=32, in_channels=4, num_classes=1000), 2_562_334 * 4 * 32 * 32 * 2)}
 
 
 def list_networks(script, cfg):
-    """Return (the train.Config of every network that a command trains, whether processes share a batch)."""
+    """Return the train.Config of every network that a command trains."""
     if script == "train":
-        return [cfg], True
+        return [cfg]
     if script == "exp_freedom":
         # plain training on the largest region comes on top
         networks = [cfg.sit, cfg.unet] * len(cfg.ratios) + [cfg.sit]
-        return networks * cfg.n_seeds, False
-    return [cfg.network] * cfg.seeds, True
+        return networks * cfg.n_seeds
+    return [cfg.network] * cfg.seeds
 
 
-def kept_bytes(model, batch):
-    """Return the bytes that the backward pass of a batch needs, in bfloat16 where autocast says so."""
+def kept_bytes(model, batch, half):
+    """Return the bytes that the backward pass of a batch needs; half: under autocast to bfloat16."""
     kept = {}
 
     def keep(tensor):
@@ -56,14 +56,14 @@ def kept_bytes(model, batch):
         z = torch.empty(batch, model.in_channels, model.input_size, model.input_size)
         y = torch.zeros(batch, dtype=torch.long)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), \
-                torch.autocast("cpu", torch.bfloat16):
+                torch.autocast("cpu", torch.bfloat16, enabled=half):
             torch.func.functional_call(model, state, (z, torch.empty(batch), y))
         own = {value.untyped_storage()._cdata for value in state.values()}
     return sum(size for storage, size in kept.items() if storage not in own)
 
 
 @functools.cache
-def count(name, data):
+def count(name, data, half):
     """Return FLOPs of an image, bytes of the weights in float32, and bytes that the backward pass keeps of an image."""
     shape, _ = SETS[data]
 
@@ -72,33 +72,35 @@ def count(name, data):
 
     with torch.device("meta"):
         model = build()
-    one, three = kept_bytes(model, 1), kept_bytes(model, 3)
+    one, three = kept_bytes(model, 1, half), kept_bytes(model, 3, half)
     return count_flops(build, 1), 4 * sum(p.numel() for p in model.parameters()), (three - one) / 2
 
 
 def cost(script, preset):
     """Return one row of the table."""
-    networks, shared = list_networks(script, sys.modules[script].PRESETS[preset])
-    processes = 4 if shared and preset == "paper" else 1
+    networks = list_networks(script, importlib.import_module(script).PRESETS[preset])
+    # these trainings are train.py's: bfloat16, any number of processes, checkpoints, data on the GPU
+    by_train = script in BY_TRAIN
+    processes = 4 if by_train and preset == "paper" else 1
     launcher = "torchrun --nproc_per_node=4" if processes == 4 else "python"
     flops, disk, memory = 0, 0, 0
     for cfg in networks:
-        per_image, weights, kept = count(cfg.model, cfg.data)
+        per_image, weights, kept = count(cfg.model, cfg.data, by_train)
         flops += per_image * cfg.batch * cfg.steps
-        # the weights, their average and two moments, and the average once more for each step of cfg.keep
-        if script != "exp_freedom":
+        memory_of_one = 5 * weights + kept * cfg.batch / (processes * cfg.accum)
+        if by_train:
+            # the weights, their average and two moments, and the average once more for each step of cfg.keep
             disk += weights * (4 + len(cfg.keep))
-        _, images = SETS[cfg.data]
-        images = images if images < GPU_MEMORY / 3 else 0
-        # gradients as well, and a copy of the weights in bfloat16
-        memory = max(memory, 5.5 * weights + kept * cfg.batch / (processes * cfg.accum) + images)
+            _, images = SETS[cfg.data]
+            # autocast copies the weights to bfloat16
+            memory_of_one += weights / 2 + (images if images < GPU_MEMORY / 3 else 0)
+        memory = max(memory, memory_of_one)
     return dict(command=f"{launcher} {script}.py --preset {preset}", networks=len(networks),
-                hours=flops / (SHARE * PEAK * 3600), memory=memory / 1e9, disk=disk / 1e9)
+                hours=flops / (SHARE * PEAK * (1 if by_train else 0.5) * 3600), memory=memory / 1e9, disk=disk / 1e9)
 
 
 if __name__ == "__main__":
-    rows = [cost(script, preset) for preset in ("gpu", "paper")
-            for script in ("train", "exp_shells", "exp_cfg_paradox", "exp_freedom")]
+    rows = [cost(script, preset) for preset in ("gpu", "paper") for script in (*BY_TRAIN, "exp_freedom")]
     for row in rows:
         print(*row.values(), sep="  ")
     write_json(ROOT / "assets" / "costs.json", dict(assumed=ASSUMED, rows=rows))

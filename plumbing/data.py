@@ -192,8 +192,8 @@ def load_data(name):
 
 def get_images(data, rows, device, part="x"):
     """Return images (n, C, H, W) float32 and labels (n,) int64 of these rows, on the device."""
-    x = torch.from_numpy(np.asarray(data[part][rows])).to(device, torch.float32)
-    y = torch.from_numpy(np.asarray(data[part.replace("x", "y", 1)][rows])).to(device, torch.int64)
+    x = torch.from_numpy(np.array(data[part][rows])).to(device, torch.float32)
+    y = torch.from_numpy(np.array(data[part.replace("x", "y", 1)][rows])).to(device, torch.int64)
     return x, y
 
 
@@ -234,7 +234,7 @@ def feed_steps(arrays, rows_of_step, steps, device):
     on_gpu, workers = device.type == "cuda", 0
     if on_gpu:
         if sum(a.nbytes for a in arrays) < torch.cuda.mem_get_info(device)[0] / 3:
-            arrays, on_gpu = [torch.from_numpy(np.asarray(a)).to(device) for a in arrays], False
+            arrays, on_gpu = [torch.from_numpy(np.array(a)).to(device) for a in arrays], False
         else:
             workers = 2
     loader = torch.utils.data.DataLoader(StepBatches(arrays, rows_of_step), batch_size=None, sampler=steps,

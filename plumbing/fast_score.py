@@ -9,8 +9,8 @@ At small t nearly all weights of the softmax are zero, and it takes no precision
 2. The points that survive get their exact distances, by differences in float64. The softmax is over them alone.
 
 What we strike weighs less than tau = 1e-7 of the total. `posterior_mean_and_bound` returns the bound that was reached.
-If more than one point in 32 survives, as at t near 1, a finer screening along all directions follows. If that strikes
-too little as well, all points count: in float32 where this costs x_* less than 1e-5, else as in EmpiricalScore.
+If more than one point in 32 survives, a finer screening along all directions follows. If that strikes too little as
+well, as at t near 1, all points count: in float32 where this costs x_* less than 1e-5, else as in EmpiricalScore.
 
 r_star, nearest and small questions go to EmpiricalScore. tests/test_fast_score.py searches for data that break the
 bounds. Needs torch 2.9.
@@ -25,10 +25,9 @@ import torch
 
 from empirical_score import EmpiricalScore, as_query
 
-# We give up a query when more than this share of the points survives, and more than FEW.
-SHARE, FEW = 1 / 32, 32
-# The most pairs of a query and a point that we keep.
-PAIRS = 2**24
+# We keep this share of all pairs of a query and a point, and at most PAIRS. The queries still open divide them.
+# A level gives up a query that needs more, but it always allows FEW points.
+SHARE, PAIRS, FEW = 1 / 32, 2**24, 32
 # Lengths from 1 / HUGE to HUGE have squares and products that float32 can hold.
 HUGE = 1e15
 # A logit may lose this much in float32, by the estimate in `fits_float32`. Then x_* loses 1e-5 at most, as measured.
@@ -299,6 +298,7 @@ class FastEmpiricalScore(EmpiricalScore):
         (ask,) = torch.where(q.norm(dim=1) < HUGE)
         queries, points = [ask[:0]], [ask[:0]]
         levels = self.levels if self.is_large(z, rows) else []
+        pairs = min(PAIRS, SHARE * len(z) * (self.N if rows is None else len(rows)))
         with exact_float32(self.device):
             for number, level in enumerate(levels):
                 side = self.query_side(q[ask], alpha[ask], level)
@@ -306,7 +306,8 @@ class FastEmpiricalScore(EmpiricalScore):
                     # No point that survives is farther than the likeliest one and the slack.
                     likely = self.search(side, level, rows)
                     high[ask] = self.exact_d2(z, t, ask, likely) + slack[ask]
-                query, point, done = self.collect(side, level, rows, high[ask])
+                limit = max(FEW, pairs / max(1, len(ask)))
+                query, point, done = self.collect(side, level, rows, high[ask], limit)
                 queries.append(ask[query])
                 points.append(point)
                 complete[ask[done]] = True
@@ -327,10 +328,10 @@ class FastEmpiricalScore(EmpiricalScore):
             least = torch.minimum(here, least)
         return likely
 
-    def collect(self, side, level, rows, high):
+    def collect(self, side, level, rows, high, limit):
         """Return (query (P,), point (P,), complete (B,)): all pairs whose lower bound is at most `high` (B,).
 
-        We give up a query with too many: it is not complete, and returns none.
+        We give up a query with more than `limit` of them: it is not complete, and returns none.
         """
         # The bounds are relative to |q|^2. float64 has rounded d^2, and float32 rounds the limit.
         slip = 2.0**-40 * (high + side.qq) + side.slip
@@ -339,8 +340,6 @@ class FastEmpiricalScore(EmpiricalScore):
         live = torch.arange(len(high), device=self.device)
         complete = torch.zeros_like(live, dtype=torch.bool)
         seen = torch.zeros_like(live)
-        count = self.N if rows is None else len(rows)
-        limit = max(FEW, min(SHARE * count, PAIRS / max(1, len(high))))
         queries, points = [live[:0]], [live[:0]]
         for index, coordinates, columns in self.coordinates(level, rows):
             bounds = lower_bounds(side, coordinates, columns)                       # (n, B)
@@ -369,9 +368,9 @@ class FastEmpiricalScore(EmpiricalScore):
         d2 = [z.new_zeros(0)]
         pieces = zip(query.split(self.piece), point.split(self.piece), strict=True)
         for b, i in pieces:
-            alpha = 1 - t[b]
-            difference = torch.addcmul(z[b], alpha, self.points(i), value=-1)
-            d2.append(difference.square_().sum(1))
+            # In place: this is where most of the time goes.
+            difference = self.points(i).mul_(t[b] - 1).add_(z.index_select(0, b))
+            d2.append(difference.norm(dim=1).square())
         return torch.cat(d2)
 
     def query_side(self, q, alpha, level):
@@ -425,13 +424,17 @@ class FastEmpiricalScore(EmpiricalScore):
 
     @functools.cached_property
     def levels(self):
-        """The ways to screen, the cheapest first; none if float32 cannot hold the data."""
+        """The ways to screen, the cheapest first; none if float32 cannot hold the data.
+
+        The last one comes twice: the few queries that it leaves may have more points each at the second time.
+        """
         if not 1 / HUGE < self.radius < HUGE:
             return []
         low = low_precision(self.device)
         length = self.squares.sqrt() * (1 + 2.0**-7)
         columns = torch.stack([self.squares, length, 0 * length], 1).float()
-        levels = [Level(torch.float32, columns, kappa=2.0**-23)]
+        finest = Level(torch.float32, columns, kappa=2.0**-23)
+        levels = [finest, finest]
         if low == torch.bfloat16:
             levels.insert(0, Level(low, columns, kappa=1.02 * 2.0**-8))
         k = min(self.D // 8, self.N // 32, 512) // 16 * 16
@@ -503,14 +506,20 @@ class FastEmpiricalScore(EmpiricalScore):
         centre = self.centre.to(self.work)
         return (points - centre).to(dtype)
 
+    def points(self, rows):
+        """Return the data points `rows` (n,) as float64 (n, D), in memory of their own."""
+        points = self.read(rows).flatten(1)
+        return points.to(self.device).double()
+
     def read(self, where):
         """Return the points at a slice or at row numbers, as they are stored."""
+        if torch.is_tensor(self.x):
+            if isinstance(where, slice):
+                return self.x[where]
+            return self.x.index_select(0, where.to(self.x.device))
         if torch.is_tensor(where):
             where = where.cpu().numpy()
-        points = self.x[where]
-        if torch.is_tensor(points):
-            return points
-        return torch.from_numpy(np.array(points))
+        return torch.from_numpy(np.array(self.x[where]))
 
     def groups(self, y, B):
         """Yield (queries (b,), rows) as EmpiricalScore does, but no more queries at once than memory holds."""

@@ -1,16 +1,23 @@
 """What exp_scaling.py needs and is no lesson: its images, the names of what it keeps, and its intervals."""
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from scipy.stats import t as student
 
 from empirical_score import EmpiricalScore
-from plumbing.data import save_dataset
+from model import build_model
+from plumbing.cli import count_flops
+from plumbing.data import load_data, model_sizes, save_dataset
 from plumbing.fast_score import FastEmpiricalScore
-from plumbing.files import checkpoint_path
+from plumbing.files import checkpoint_path, load_run
+from plumbing.results import bootstrap_interval
+from plumbing.stand_ins import small_images
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Dead leaves: images whose detail no other image shares
@@ -46,7 +53,7 @@ def draw_leaves(n, side, seed, r_min=1.5):
 
 
 def leaves(n, side, texture, seed):
-    """Return (arrays, meta) of a data set of dead leaves without labels, with mean 0 and variance 1.
+    """Return (arrays, meta) of a data set of dead leaves, without labels; mean 0, variance 1.
 
     texture  factor of every disc's texture; 0: all discs are flat. Sets of one seed differ in nothing else.
     """
@@ -58,6 +65,12 @@ def leaves(n, side, texture, seed):
     return dict(x=x, y=np.zeros(n, np.int64)), meta
 
 
+def small_digits(name, side):
+    """Return (arrays, meta) of a data set of small digits with labels, with mean 0 and variance 1."""
+    x, y = small_images(name, side)
+    return dict(x=x, y=y), dict(name=f"{name}, {side} x {side}", num_classes=int(y.max()) + 1, source=name)
+
+
 def data_folder(cfg, folder, name, make):
     """Return the folder of a data set: --data, or one that make(), which returns (arrays, meta), draws on first use."""
     if cfg.data:
@@ -66,6 +79,25 @@ def data_folder(cfg, folder, name, make):
     if not path.exists():
         save_dataset(path, *make())
     return str(path)
+
+
+def image_sets(cfg, folder):
+    """Return {name: folder} of the data sets of Figure 3: leaves with less and less texture, then digits; or --data."""
+    if cfg.data:
+        return {Path(cfg.data).name: cfg.data}
+    sets = {}
+    for texture in cfg.textures:
+        make = functools.partial(leaves, cfg.n_images, 16, texture, cfg.seed)
+        sets[f"texture {texture:g}"] = data_folder(cfg, folder, f"leaves_{texture:g}_{cfg.n_images}_{cfg.seed}", make)
+    sets["digits"] = data_folder(cfg, folder, "digits_16", functools.partial(small_digits, "mnist5k", 16))
+    return sets
+
+
+def pick_rows(cfg, data):
+    """Return the rows of the training points on which all networks are measured."""
+    if not 1 < cfg.n_points <= len(data["x"]):
+        raise ValueError(f"n_points must lie between 2 and {len(data['x'])}, the number of images, not {cfg.n_points}")
+    return np.random.default_rng([cfg.seed, 1]).permutation(len(data["x"]))[:cfg.n_points]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -91,7 +123,27 @@ def make_score(data, device, fast):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Intervals
+# Statistics of Figure 3
+
+def stack_models(found):
+    """Return {"region term": (models, n)} of a list of {region: {term: (n,)}}, one for each model."""
+    out = {}
+    for region, parts in found[0].items():
+        for term in parts:
+            out[f"{region} {term}"] = torch.stack([model[region][term] for model in found])
+    return out
+
+
+def gather_seeds(measured):
+    """Return {data set: {"region term": (models, seeds, n)}} of {(data set, ...): {"region term": (models, n)}}."""
+    found = {}
+    for (name, *_), parts in measured.items():
+        for term, values in parts.items():
+            found.setdefault(name, {}).setdefault(term, []).append(values.numpy())
+    for name, parts in found.items():
+        found[name] = {term: np.stack(values, 1) for term, values in parts.items()}
+    return found
+
 
 def paired_change(values, weights):
     """Return (mean, interval) of the weighted sum over networks of values (K networks, S seeds, n images).
@@ -110,3 +162,51 @@ def paired_change(values, weights):
         quantile = student.ppf(0.975, K * (S - 1))
     half, mean = quantile * variance**0.5, per_image.mean()
     return float(mean), (float(mean - half), float(mean + half))
+
+
+def compare_ends(found):
+    """Return what changes from the first network to the last, with intervals: E^sup, E^ext, and rho on common points.
+
+    rho is the share of the energy gained by x_theta that x_* has as well. found: the models after the linear denoiser.
+    """
+    weights = np.zeros(len(found["sup error"]) - 1)
+    weights[0], weights[-1] = -1, 1
+    gains = [found[f"common {term}"][-1] - found[f"common {term}"][1] for term in ("both", "theta")]
+    gains = np.mean(gains, axis=1).T                         # (n, 2)
+
+    def share(gains):
+        both, theta = gains.mean(0)
+        return both / theta
+    return dict(sup=paired_change(found["sup error"][1:], weights), ext=paired_change(found["ext error"][1:], weights),
+                rho=(share(gains), bootstrap_interval(gains, share)))
+
+
+def describe_networks(cfg, folder, found):
+    """Return the networks' names and costs, the means of all terms, and E^sup and E^ext with paired intervals."""
+    data, names, cost = load_data(folder), [], []
+    for path in cfg.model_path:
+        names.append(Path(path).stem)
+        cost.append(sum(p.numel() for p in load_run(path)[0].parameters()))
+    for steps, model in itertools.product(cfg.lengths, cfg.models) if not cfg.model_path else ():
+        names.append(f"{model}, {steps:,} steps")
+        cost.append(steps * count_flops(functools.partial(build_model, model, **model_sizes(data)), cfg.network.batch))
+    table = {term: values.mean((1, 2)) for term, values in found.items()}
+    table["calibration"] = table["sup both"] / table["sup theta"]
+    arrays = dict(names=names, cost=cost, table=table)
+    for region in ("sup", "ext"):
+        errors = found[f"{region} error"][1:]
+        level, arrays[region] = errors[0].mean(), []
+        for weights in np.eye(len(errors)) - np.eye(len(errors))[0]:
+            change, (low, high) = paired_change(errors, weights)
+            arrays[region].append([level + change, level + low, level + high])
+    print_networks(arrays)
+    return arrays
+
+
+def print_networks(arrays):
+    """Print a line for the best linear denoiser and for each network: errors, calibration, terms, energy of samples."""
+    terms = ("sup error", "ext error", "common error", "calibration", "sup theta", "ext theta", "ext star", "ext both",
+             "samples energy")
+    print(f"\n{'':26s}" + "".join(f"{term:>15s}" for term in terms))
+    for k, name in enumerate(["best linear denoiser", *arrays["names"]]):
+        print(f"{name:26s}" + "".join(f"{arrays['table'][term][k]:15.4f}" for term in terms))

@@ -1,5 +1,4 @@
 """Test plumbing/fast_score.py: what it strikes is light, whatever the data, and both engines agree.
-
 The truth is computed by differences in numpy's long double (80 bits on x86), from the very numbers that are given.
 """
 import hypothesis.strategies as st
@@ -149,8 +148,7 @@ def test_the_weight_left_out_is_at_most_what_is_returned(case, share):
     kept[found.query, found.point] = True
     kept[~found.complete] = True
     # float64 misses a logit by about this much: 1e-16 of the coordinates, times a distance, over t^2.
-    centre = float(E.centre.norm())
-    reach = float((z64 - (1 - t) * E.centre).norm(dim=1).max()) + E.radius
+    centre, reach = float(E.centre.norm()), float((z64 - (1 - t) * E.centre).norm(dim=1).max()) + E.radius
     slop = 1e-14 * (E.radius + 1e-2 * centre) * reach / t**2
     if slop < 1e-3:
         light = w < 0.9 * E.tau / E.N
@@ -310,7 +308,7 @@ def test_the_precision_that_the_caller_has_set_changes_nothing_and_comes_back():
         torch.set_float32_matmul_precision(before)
 
 
-def test_a_memory_map_of_whole_numbers(tmp_path):
+def test_a_memory_map_of_whole_numbers_and_a_wrong_tau(tmp_path):
     numbers = 4_000_000_000 + np.random.default_rng(0).integers(0, 100, (600, 128))
     np.save(tmp_path / "x.npy", numbers.astype(np.uint32))
     E = FastEmpiricalScore(np.load(tmp_path / "x.npy", mmap_mode="r"))
@@ -318,8 +316,5 @@ def test_a_memory_map_of_whole_numbers(tmp_path):
     x, t = torch.from_numpy(numbers.astype(np.float64)), 1e-3
     assert torch.equal(E.posterior_mean((1 - t) * x[:20], t), x[:20])
     assert E.survivors_of_softmax(*E.queries((1 - t) * x[:20], t), None).complete.all()
-
-
-def test_tau_out_of_range():
     with pytest.raises(ValueError, match="tau must lie in"):
-        FastEmpiricalScore(torch.zeros(3, 4), tau=0)
+        FastEmpiricalScore(x, tau=0)

@@ -10,7 +10,7 @@ import torch
 
 import exp_toy2d as toy
 
-SMALL = toy.Config(nets=2, steps=1200, width=256, lambdas=(0.0, 10.0), device="cpu")
+SMALL = toy.Config(nets=2, steps=1200, width=256, lambdas=(0.0, 5.0), device="cpu")
 TINY = ["--steps=20", "--short=5", "--nets=2", "--width=32", "--lambdas", "0", "1", "--device=cpu"]
 
 

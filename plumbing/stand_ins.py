@@ -1,0 +1,126 @@
+"""What a laptop has in place of large networks: a teacher for REPA (DINOv2), and a judge of samples (Inception)."""
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from plumbing.data import load_data
+from plumbing.images import frechet, gaussian
+
+
+def small_images(name, side):
+    """Return the images of a data set and their labels (N,). Digits of 28 x 28 pixels become (N, 1, side, side), with
+    mean 0 and variance 1; others stay as they are."""
+    data = load_data(name)
+    if data["x"].shape[1:] != (1, 28, 28):
+        return data["x"], data["y"]
+    block = 32 // side
+    # a border of 2 pixels makes them 32 x 32
+    x = np.pad(data["x"], ((0, 0), (0, 0), (2, 2), (2, 2)), constant_values=-1)
+    blocks = x.reshape(-1, 1, side, block, side, block)
+    x = blocks.mean((3, 5))
+    return ((x - x.mean()) / x.std()).astype(np.float32), np.array(data["y"])
+
+
+def warp_images(x, strength=0.15):
+    """Return images (B, C, H, H) turned, sheared, scaled and shifted at random."""
+    change = 2 * torch.rand(len(x), 2, 3) - 1
+    maps = torch.eye(2, 3) + strength * change
+    grid = F.affine_grid(maps, x.shape, align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+def train_classifier(net, x, y, seed, warp=False, steps=800):
+    """Train a network to tell the labels y of images x (arrays or memory maps), and leave it in eval mode."""
+    optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    rng = np.random.default_rng(seed)
+    for _ in range(steps):
+        rows = rng.integers(len(x), size=128)
+        images = torch.from_numpy(x[rows]).float()
+        labels = torch.from_numpy(y[rows])
+        if warp:
+            images = warp_images(images)
+        loss = F.cross_entropy(net(images), labels)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    net.eval().requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The teacher
+
+class Teacher(nn.Module):
+    """Tell digits by five convolutions and the mean over all places."""
+
+    def __init__(self, places, width=48):
+        super().__init__()
+        self.convolutions = nn.Sequential()
+        for layer in range(5):
+            channels = width if layer else 1
+            self.convolutions.append(nn.Conv2d(channels, width, 3, padding=1))
+            self.convolutions.append(nn.BatchNorm2d(width))
+            self.convolutions.append(nn.SiLU())
+            if layer == 0:
+                self.convolutions.append(nn.AdaptiveAvgPool2d(places))
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x):
+        return self.head(self.convolutions(x).mean((2, 3)))
+
+    def features(self, x):
+        """Return (B, T, dim): what is seen at the place of each token of a SiT, then what is seen in the whole image.
+
+        A token has 2 x 2 pixels. Both parts are centred and of length 1, so that both count in the cosine.
+        """
+        place = self.convolutions(x).flatten(2).transpose(1, 2)          # (B, T, width)
+        whole = place.mean(1, keepdim=True).expand_as(place)
+        centred = [part - part.mean((0, 1)) for part in (place, whole)]
+        return torch.cat([F.normalize(part, dim=2) for part in centred], dim=2)
+
+
+def few_digits(name, side, n_student, n_teacher, seed):
+    """Return (arrays, meta) of a data set: a few small digits, without their labels, and a teacher's features of them.
+
+    The teacher has seen n_teacher digits, these among them, warped, and the labels.
+    """
+    x, y = small_images(name, side)
+    rows = np.random.default_rng(seed).permutation(len(x))
+    if not 1 <= n_student <= n_teacher <= len(x):
+        raise ValueError(f"n_student {n_student} and n_teacher {n_teacher} must be in this order, at most {len(x)}")
+    seen = rows[:n_teacher]
+    torch.manual_seed(seed)
+    teacher = Teacher(places=side // 2)
+    train_classifier(teacher, x[seen], y[seen], seed, warp=True)
+    x = x[rows[:n_student]]
+    features = teacher.features(torch.from_numpy(x))
+    arrays = dict(x=x, y=np.zeros(n_student, np.int64), features=features.numpy())
+    return arrays, dict(name="few digits", num_classes=1, source=name)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The judge
+
+class Judge:
+    """Measure the Frechet distance of images to those of a data set, in features of a network that tells its labels.
+
+    It is a perceptron, as different from the teacher as it can be: REPA must not teach what pleases the judge.
+    """
+
+    def __init__(self, name, side, seed):
+        x, y = small_images(name, side)
+        torch.manual_seed(seed + 1)
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(x[0].size, 256), nn.SiLU(), nn.Linear(256, 64), nn.SiLU())
+        self.net = nn.Sequential(self.body, nn.Linear(64, int(y.max()) + 1))
+        train_classifier(self.net, x, y, seed + 1)
+        self.moments = gaussian(self.features(x))
+
+    def features(self, x):
+        for start in range(0, len(x), 1024):
+            yield self.body(torch.as_tensor(x[start:start + 1024]).float())
+
+    def distance(self, images):
+        """Return the Frechet distance of images (B, C, H, W)."""
+        return frechet(*gaussian(self.features(images.cpu())), *self.moments)

@@ -19,7 +19,7 @@ bad samples than evenly spread points, and if the two losses are equal (P1's are
 """
 # /// script
 # requires-python = ">=3.11"
-# dependencies=["torch==2.13.0", "numpy==2.4.6", "scipy==1.17.1", "matplotlib==3.11.2", "tqdm==4.70.1", "tyro==1.0.17"]
+# dependencies = ["torch==2.13.0","numpy==2.4.6", "scipy==1.17.1", "matplotlib==3.11.2", "tqdm==4.70.1", "tyro==1.0.17"]
 # ///
 import json
 import sys
@@ -224,7 +224,7 @@ def compare(id, baseline, pat):
     # Of evenly spread points 1.2 / (1.2 + .2) are good. Losses that differ by less than a quarter are called equal.
     if ttest_1samp(baseline["share"], 0).confidence_interval().high > 6 / 7:
         verdict, note = "other regime", "its baseline makes no more bad samples than evenly spread points"
-    elif id != "fig9/p1" and not 0.75 < ratio < 1.25:
+    elif id != "P1" and not 0.75 < ratio < 1.25:
         verdict, note = "other regime", f"the losses are not equal: PAT's is {ratio:.2f} times the baseline's"
     elif low > 0:
         verdict = "reproduces"
@@ -233,7 +233,7 @@ def compare(id, baseline, pat):
     else:
         verdict, note = "not resolved", f"a change of {(high - low) / 2:.2f} could have been seen"
     return dict(
-        id=id,
+        id=f"fig9/{id}",
         text=f"{id}: good / (good + bad), PAT minus baseline",
         paper="> 0",
         ours=change.mean(), ci95=[low, high],
@@ -277,12 +277,12 @@ def main(cfg):
         models = {name: evaluate(cfg, x_theta, x) for name, x_theta, x in fitted}
         m = list(models.values())
         rows = [
-            compare("fig9/p1", m[0], m[1]),
-            compare("fig9/p2", m[2], m[3]),
-            compare("fig9/p3", m[4], m[5]),
-            compare("repa2d", m[6], m[-1]),
+            compare("P1", m[0], m[1]),
+            compare("P2", m[2], m[3]),
+            compare("P3", m[4], m[5]),
+            compare("REPA", m[6], m[-1]),
         ]
-        results = dict(script="exp_toy2d", config=vars(cfg), preset=cfg.preset, claims=rows, arrays=models)
+        results = dict(script="exp_toy2d", config=vars(cfg), claims=rows, arrays=models)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results))
     results = json.loads(path.read_text())

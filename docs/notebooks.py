@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))"""
 RUN = """import dataclasses
 
 cfg = dataclasses.replace(PRESETS["laptop"], {changes})
-main(cfg)"""
+{call}"""
 SHOW = """from IPython.display import Image, display
 
 for picture in sorted((Path(cfg.out) if cfg.out else ROOT / "out" / "{name}" / cfg.preset).glob("*.png")):
@@ -65,7 +65,8 @@ def cells_of(path, changes=""):
             cells.append(code(source) | dict(shared=not is_definition))
     if "\n    workers: int" in text:
         changes = ", ".join(filter(None, [changes, "workers=1"]))
-    cells += [prose("## Run it"), code(RUN.format(changes=changes)), code(SHOW.format(name=path.stem))]
+    call = "main(cfg)" if "\ndef main(cfg" in text else f'results.run_experiment("{path.stem}", cfg, measure, plot)'
+    cells += [prose("## Run it"), code(RUN.format(changes=changes, call=call)), code(SHOW.format(name=path.stem))]
     for number, cell in enumerate(cells):
         cell.pop("shared", None)
         cell["id"] = f"cell{number}"

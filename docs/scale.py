@@ -2,6 +2,7 @@
 
 Nothing is run. Networks have shapes and no numbers, and data sets are two lines of a table.
 """
+import dataclasses
 import functools
 import importlib
 import sys
@@ -18,7 +19,7 @@ from plumbing.cli import count_flops  # noqa: E402
 from plumbing.files import write_json  # noqa: E402
 
 PEAK, SHARE, GPU_MEMORY = 989e12, 0.4, 80e9
-BY_TRAIN = ("train", "exp_shells", "exp_cfg_paradox")
+SCRIPTS = ("train", "exp_shells", "exp_cfg_paradox", "exp_freedom", "exp_scaling")
 ASSUMED = (
     f"Counted, not run: FLOPs of forward and backward passes at {SHARE:.0%} of the {PEAK / 1e12:.0f} TFLOP/s of an "
     "H100 in bfloat16, or of half as many where a script computes in TF32; without sampling and the empirical score. "
@@ -26,9 +27,9 @@ ASSUMED = (
     "fill less than a third of 80 GB, and what the backward pass keeps of the images of a step, without --compile. "
     "The disk is for checkpoints. With torchrun, four GPUs share a batch. exp_shells.py and exp_cfg_paradox.py share "
     "networks.")
-# shape of an image, classes, and the bytes of all images
-SETS = {"mnist": (dict(input_size=28, in_channels=1, num_classes=10), 60_000 * 28 * 28 * 4),
-        "imagenet": (dict(input_size=32, in_channels=4, num_classes=1000), 2_562_334 * 4 * 32 * 32 * 2)}
+# size, channels and classes of a data set's images, and how many there are; in float16 latents, in float32 pixels
+SETS = {"mnist5k_8": (8, 1, 1, 500), "digits_16": (16, 1, 10, 4500), "leaves": (16, 1, 1, 20_000),
+        "mnist": (28, 1, 10, 60_000), "imagenet": (32, 4, 1000, 2_562_334)}
 
 
 def list_networks(script, cfg):
@@ -39,7 +40,19 @@ def list_networks(script, cfg):
         # plain training on the largest region comes on top
         networks = [cfg.sit, cfg.unet] * len(cfg.ratios) + [cfg.sit]
         return networks * cfg.n_seeds
-    return [cfg.network] * cfg.seeds
+    return list_scaling(cfg) if script == "exp_scaling" else [cfg.network] * cfg.seeds
+
+
+def list_scaling(cfg):
+    """Return the networks of exp_scaling.py; those of Figure 6 are among those of Figure 7."""
+    module = importlib.import_module("exp_scaling")
+    # names stand for data sets that nobody draws
+    module.data_folder = module.scaling.data_folder = lambda cfg, folder, name, make: cfg.data or name
+    jobs = [(cfg.network, job) for _, jobs in module.plan_fig3(cfg, None) for job in jobs]
+    recipes = [(cfg.sits, repa) for repa in cfg.lambdas]
+    recipes += [(cfg.unets, 0.0), ([f"{model}-conv" for model in cfg.unets], 0.0)]
+    jobs += [(cfg.network7, job) for recipe in recipes for job in module.make_jobs(cfg, None, *recipe)]
+    return [dataclasses.replace(network, **dataclasses.asdict(job)) for network, job in jobs]
 
 
 def kept_bytes(model, batch, half):
@@ -63,13 +76,9 @@ def kept_bytes(model, batch, half):
 
 
 @functools.cache
-def count(name, data, half):
+def count(name, shape, half):
     """Return FLOPs of an image, bytes of the weights in float32, and bytes that the backward pass keeps of an image."""
-    shape, _ = SETS[data]
-
-    def build():
-        return build_model(name, **shape)
-
+    build = functools.partial(build_model, name, *shape)
     with torch.device("meta"):
         model = build()
     one, three = kept_bytes(model, 1, half), kept_bytes(model, 3, half)
@@ -79,28 +88,28 @@ def count(name, data, half):
 def cost(script, preset):
     """Return one row of the table."""
     networks = list_networks(script, importlib.import_module(script).PRESETS[preset])
-    # these trainings are train.py's: bfloat16, any number of processes, checkpoints, data on the GPU
-    by_train = script in BY_TRAIN
-    processes = 4 if by_train and preset == "paper" else 1
+    # exp_freedom.py has a loop of its own: in float32, without checkpoints, and the data are not on the GPU
+    by_train = script != "exp_freedom"
+    processes = 4 if preset == "paper" and script in SCRIPTS[:3] else 1
     launcher = "torchrun --nproc_per_node=4" if processes == 4 else "python"
-    flops, disk, memory = 0, 0, 0
+    flops, disk, memory = 0, 0, [0]
     for cfg in networks:
-        per_image, weights, kept = count(cfg.model, cfg.data, by_train)
+        *shape, n = next(values for name, values in SETS.items() if cfg.data.startswith(name))
+        per_image, weights, kept = count(cfg.model, tuple(shape), by_train)
         flops += per_image * cfg.batch * cfg.steps
-        memory_of_one = 5 * weights + kept * cfg.batch / (processes * cfg.accum)
+        memory.append(5 * weights + kept * cfg.batch / (processes * cfg.accum))
         if by_train:
             # the weights, their average and two moments, and the average once more for each step of cfg.keep
-            disk += weights * (4 + len(cfg.keep))
-            _, images = SETS[cfg.data]
+            disk += weights * (4 + sum(step <= cfg.steps for step in cfg.keep))
+            images = n * shape[0]**2 * shape[1] * (2 if cfg.data == "imagenet" else 4)
             # autocast copies the weights to bfloat16
-            memory_of_one += weights / 2 + (images if images < GPU_MEMORY / 3 else 0)
-        memory = max(memory, memory_of_one)
+            memory[-1] += weights / 2 + (images if images < GPU_MEMORY / 3 else 0)
     return dict(command=f"{launcher} {script}.py --preset {preset}", networks=len(networks),
-                hours=flops / (SHARE * PEAK * (1 if by_train else 0.5) * 3600), memory=memory / 1e9, disk=disk / 1e9)
+                hours=flops / (SHARE * PEAK * (1 if by_train else 0.5) * 3600), memory=max(memory) / 1e9, disk=disk / 1e9)
 
 
 if __name__ == "__main__":
-    rows = [cost(script, preset) for preset in ("gpu", "paper") for script in (*BY_TRAIN, "exp_freedom")]
+    rows = [cost(script, preset) for preset in ("gpu", "paper") for script in SCRIPTS]
     for row in rows:
         print(*row.values(), sep="  ")
     write_json(ROOT / "assets" / "costs.json", dict(assumed=ASSUMED, rows=rows))

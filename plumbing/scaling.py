@@ -65,6 +65,21 @@ def leaves(n, side, texture, seed):
     return dict(x=x, y=np.zeros(n, np.int64)), meta
 
 
+def draw_fields(n, side, seed):
+    """Return n Gaussian fields with a 1/f spectrum as a data set, their second moments (D, D), and frequencies (D,).
+
+    The moments are those of the density that the fields are drawn from, whose perfect denoiser is a Wiener filter.
+    """
+    f = torch.hypot(torch.fft.fftfreq(side)[:, None], torch.fft.fftfreq(side)).flatten()
+    power = f.clamp(min=1 / side)**-2
+    waves = torch.fft.fft2(torch.eye(side**2).view(-1, side, side), norm="ortho").flatten(1)
+    moments = (waves * (power / power.mean()) @ waves.mH).real
+    generator = torch.Generator().manual_seed(seed)
+    white = torch.randn(side**2, n, generator=generator)
+    x = (torch.linalg.cholesky(moments) @ white).T.reshape(n, 1, side, side)
+    return dict(x=x.numpy(), y=np.zeros(n, np.int64)), moments, f
+
+
 def small_digits(name, side):
     """Return (arrays, meta) of a data set of small digits with labels, with mean 0 and variance 1."""
     x, y = small_images(name, side)
@@ -210,3 +225,30 @@ def print_networks(arrays):
     print(f"\n{'':26s}" + "".join(f"{term:>15s}" for term in terms))
     for k, name in enumerate(["best linear denoiser", *arrays["names"]]):
         print(f"{name:26s}" + "".join(f"{arrays['table'][term][k]:15.4f}" for term in terms))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics of Figure 7
+
+def fit_line(points):
+    """Return slope and offset of the distance over L, Eq. (5). points (..., 3): FLOPs, L, distance."""
+    _, L, distance = points.reshape(-1, 3).T
+    return np.polyfit(L, distance, 1)
+
+
+def compare_at_equal_L(one, two):
+    """Return the distance of recipe one over that of recipe two at equal L, for each seed; and the range of common L.
+
+    one, two: (seeds, networks, 3). We compare the lines of each seed in the middle of the range.
+    """
+    L_one = one[..., 1].mean(0)
+    L_two = two[..., 1].mean(0)
+    low = max(L_one.min(), L_two.min())
+    high = min(L_one.max(), L_two.max())
+    middle = (low + high) / 2
+    ratios = []
+    for seed_one, seed_two in zip(one, two, strict=True):
+        distance = np.polyval(fit_line(seed_one), middle)
+        other = np.polyval(fit_line(seed_two), middle)
+        ratios.append(distance / other)
+    return np.array(ratios), high - low

@@ -3,6 +3,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from plumbing.results import BLUE, GREY, ORANGE, save_figure
+from plumbing.scaling import compare_at_equal_L, fit_line
 
 # The paper's E^sup and E^ext: SiT-S, B and L after 200K, 300K and 400K iterations, and SiT-XL. One SiT-B is hidden.
 PAPER_SUP = (0.18843, 0.18789, 0.18750, 0.1866, 0.18567, 0.18494, 0.18432, 0.18374, 0.18340)
@@ -98,9 +99,47 @@ def draw_mechanism(arrays, folder):
     save_figure(fig, folder / "fig3_mechanism.png")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures 6 and 7
+
 def draw_fig6(arrays, folder):
-    raise NotImplementedError
+    """Draw the levels of what changes, for REPA and for another seed."""
+    places = np.arange(3)
+    fig, ax = plt.subplots(figsize=(8.3, 3.6), layout="constrained")
+    styles = (("of_points", -0.2, BLUE, "on training points"), ("of_path", 0.2, ORANGE, "on trajectories"))
+    for name, shift, colour, label in styles:
+        changes = 100 * np.array(arrays[name])               # (seeds, 3)
+        ax.bar(places + shift, changes.mean(0), 0.38, color=colour, label=label)
+        # a dot for each seed
+        ax.plot(places + shift, changes.T, "k.")
+    ax.set_xticks(places, ["by REPA", "by REPA, in common\nwith other seeds", "by another seed"])
+    ax.set_ylabel("change of the network, % of L")
+    ax.set_title(f"REPA changes the network {arrays['ratio']:.2f} times as much on trajectories as on training points")
+    ax.legend()
+    save_figure(fig, folder / "fig6.png")
 
 
-def draw_fig7(arrays, folder):
-    raise NotImplementedError
+def draw_fig7(points, folder):
+    """Draw the distance over L for recipes with REPA, and for U-Nets; larger markers took more FLOPs."""
+    points = {name: np.array(values) for name, values in points.items()}
+    none, *repa, attention, convolutions = points
+    colours = ("black", "#B9A3D6", "#5E3C99", "#D9A400", "#7B3F00")
+    colours = dict(zip(points, colours, strict=False))
+    panels = {"(b) REPA": [none, *repa], "(c) Convolutions": [none, attention, convolutions]}
+    most = points[attention][..., 0].max()
+    fig, axes = plt.subplots(1, 2, figsize=(8.3, 3.9), sharex=True, sharey=True, layout="constrained")
+    for ax, title in zip(axes, panels, strict=True):
+        for name in panels[title]:
+            flops, L, distance = points[name].reshape(-1, 3).T
+            area = 10 + 110 * flops / most
+            ax.scatter(L, distance, area, color=colours[name], alpha=0.4, lw=0)
+            ends = np.array([L.min(), L.max()])
+            line = np.polyval(fit_line(points[name]), ends)
+            ax.plot(ends, line, color=colours[name], label=name)
+        # the last recipe of each panel against the first
+        ratios, _ = compare_at_equal_L(points[name], points[none])
+        ax.set_title(f"{title}: {ratios.mean():.2f} times\nthe distance at equal L")
+        ax.set_xlabel("supervision loss L")
+        ax.legend(loc="upper left")
+    axes[0].set_ylabel("Fréchet distance")
+    save_figure(fig, folder / "fig7.png")

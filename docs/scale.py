@@ -38,15 +38,11 @@ def list_networks(script, cfg):
         return [cfg]
     if script == "exp_freedom":
         # plain training on the largest region comes on top
-        networks = [cfg.sit, cfg.unet] * len(cfg.ratios) + [cfg.sit]
-        return networks * cfg.n_seeds
-    return list_scaling(cfg) if script == "exp_scaling" else [cfg.network] * cfg.seeds
-
-
-def list_scaling(cfg):
-    """Return the networks of exp_scaling.py; those of Figure 6 are among those of Figure 7."""
-    module = importlib.import_module("exp_scaling")
-    # names stand for data sets that nobody draws
+        return ([cfg.sit, cfg.unet] * len(cfg.ratios) + [cfg.sit]) * cfg.n_seeds
+    if script != "exp_scaling":
+        return [cfg.network] * cfg.seeds
+    # the networks of Figure 6 are among those of Figure 7; names stand for data sets that nobody draws
+    module = importlib.import_module(script)
     module.data_folder = module.scaling.data_folder = lambda cfg, folder, name, make: cfg.data or name
     jobs = [(cfg.network, job) for _, jobs in module.plan_fig3(cfg, None) for job in jobs]
     recipes = [(cfg.sits, repa) for repa in cfg.lambdas]
@@ -92,7 +88,7 @@ def cost(script, preset):
     by_train = script != "exp_freedom"
     processes = 4 if preset == "paper" and script in SCRIPTS[:3] else 1
     launcher = "torchrun --nproc_per_node=4" if processes == 4 else "python"
-    flops, disk, memory = 0, 0, [0]
+    flops, disk, memory, rate = 0, 0, [], SHARE * PEAK * (1 if by_train else 0.5)
     for cfg in networks:
         *shape, n = next(values for name, values in SETS.items() if cfg.data.startswith(name))
         per_image, weights, kept = count(cfg.model, tuple(shape), by_train)
@@ -104,8 +100,9 @@ def cost(script, preset):
             images = n * shape[0]**2 * shape[1] * (2 if cfg.data == "imagenet" else 4)
             # autocast copies the weights to bfloat16
             memory[-1] += weights / 2 + (images if images < GPU_MEMORY / 3 else 0)
-    return dict(command=f"{launcher} {script}.py --preset {preset}", networks=len(networks),
-                hours=flops / (SHARE * PEAK * (1 if by_train else 0.5) * 3600), memory=max(memory) / 1e9, disk=disk / 1e9)
+    counts = dict(hours=flops / rate / 3600, memory=max(memory) / 1e9, disk=disk / 1e9)
+    return dict(command=f"{launcher} {script}.py --preset {preset}", networks=len(networks)) | {
+        name: float(f"{value:.3g}") for name, value in counts.items()}
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def test_wiener_filter_is_gaussian_conditioning_and_its_trajectories_are_known()
     moments, z = root @ root.T, torch.randn(7, 5, dtype=torch.float64)
     for t in (0.2, 0.7, 1.0):
         want = (1 - t) * z @ torch.linalg.inv((1 - t)**2 * moments + t**2 * torch.eye(5)) @ moments
-        assert (Wiener(moments, 5)(z, t) - want).abs().max() < 1e-9
+        assert (Wiener(moments, 5)(z, t) - want).abs().max() < 1e-7
     # in the basis of the moments, z_t = sqrt((1 - t)^2 S + t^2) z_1
     cfg, z1 = dataclasses.replace(SMALL, n_times=200), noise(range(6), (5, 1, 1))
     path, images = exp_scaling.trajectories(cfg, Wiener(moments.float(), 5), z1, None)
@@ -173,7 +173,7 @@ def test_the_judge_finds_no_distance_to_its_own_images():
     judge = Judge("mnist5k", 8, 0)
     x = torch.from_numpy(small_images("mnist5k", 8)[0])
     assert frechet(*gaussian(judge.features(x)), *judge.moments) < 1e-6
-    assert judge.distance(x[:2000]) < 1 < judge.distance(-x)
+    assert judge.distance(x[::2]) < 1 < judge.distance(-x)
 
 
 def test_L_is_the_error_to_the_empirical_velocity(tmp_path):

@@ -20,7 +20,7 @@ import torch
 class EmpiricalScore:
     """Answer exact questions about the noisy versions of N data points.
     x (N, *shape): tensor, array or memory map, read `chunk` points at a time and never copied whole. y (N,): labels.
-    Queries: z (B, *shape), t a number or (B,) in (0, 1], y (B,) or None. With y, only data of the query's class count.
+    Queries: z (B, *shape), t a number or (B,) in (0, 1], y (B,) or None. With y, a query uses data of its class.
     Results have the dtype and the device of z, and no gradient. Bad input raises ValueError.
     """
 
@@ -61,7 +61,7 @@ class EmpiricalScore:
         return weighted / total, size
 
     def distances(self, z, t, points):
-        """Return |z - (1 - t) x_i| = alpha |z / alpha - x_i| with alpha = 1 - t, (B, n)."""
+        """Return |z - (1 - t) x_i| = alpha |z / alpha - x_i|, alpha = 1 - t, (B, n): no x_i depends on t."""
         # At t = 1 we cannot divide by alpha. An alpha of 1e-12 instead changes no distance by more than 1e-12 |x_i|.
         alpha = (1 - t).clamp(min=1e-12)
         # cdist loses digits if the data lie far from the origin. We move the origin to their mean, the centre.
@@ -86,7 +86,7 @@ class EmpiricalScore:
     def score(self, z, t, y=None):
         """Return s_*(z, t), the gradient of log p_t at z, (B, *shape).  Eq. (2)"""
         z64, t64 = self.queries(z, t)
-        x_star = self.posterior_mean(z64.view_as(z), t, y)
+        x_star = self.posterior_mean(z64.view_as(z), t, y)  # not of z: the answer has the query's dtype, float64
         x_star = x_star.flatten(1)
         s_star = ((1 - t64) * x_star - z64) / t64**2
         return as_query(s_star.view_as(z), z)
@@ -94,17 +94,17 @@ class EmpiricalScore:
     def velocity(self, z, t, y=None):
         """Return v_*(z, t), (B, *shape)."""
         z64, t64 = self.queries(z, t)
-        x_star = self.posterior_mean(z64.view_as(z), t, y)
+        x_star = self.posterior_mean(z64.view_as(z), t, y)  # not of z: the answer has the query's dtype, float64
         x_star = x_star.flatten(1)
         v_star = (z64 - x_star) / t64
         return as_query(v_star.view_as(z), z)
 
     def sample_posterior(self, z, t, y=None, generator=None):
-        """Return the row of one data point per query (B,), drawn with the probabilities w_i. The generator: a CPU's."""
+        """Return the row of one data point per query (B,), drawn with the probabilities w_i. generator: on the CPU."""
         # Gumbel's trick: if the g_i are Gumbel noise, the i with the largest logit_i + g_i is such a draw.
         def noisy_logits(distances, t):
             noise = torch.empty_like(distances, device="cpu").exponential_(generator=generator)
-            gumbel = -noise.log().to(self.device)
+            gumbel = -noise.log().to(self.device)  # minus the log of an exponential variable is Gumbel noise
             return gumbel - (distances / t).square() / 2
 
         z64, t64 = self.queries(z, t)
@@ -116,7 +116,7 @@ class EmpiricalScore:
     def r_star(self, z, t):
         """Return the r_i = |z - (1 - t) x_i| / (t sqrt D) closest to 1 over all data, and its i, both (B,).  Eq. (4)"""
         def closeness(distances, t):
-            r = distances / (t * self.D**0.5)
+            r = distances / (t * self.D**0.5)  # near 1 for the x_i that z was made from, as |eps| is near sqrt(D)
             return -(r - 1).abs()
 
         z64, t64 = self.queries(z, t)
@@ -133,7 +133,7 @@ class EmpiricalScore:
 
         if k > self.N:
             raise ValueError(f"k must be at most {self.N}, the number of data points")
-        x64, t64 = self.queries(x, 1.0)
+        x64, t64 = self.queries(x, 1.0)  # queries() refuses t = 0, which we want here: pass 1, and make it 0
         no_noise = 0 * t64
         value, index = self.best_points(nearness, x64, no_noise, k=k)
         return as_query(value.square(), x), index.to(x.device)

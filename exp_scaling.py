@@ -21,7 +21,6 @@ Gates: for Figure 3, E^sup below the best linear denoiser's; for Figure 7, range
 import dataclasses
 import functools
 import itertools
-import operator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -31,7 +30,7 @@ import torch
 import train
 from model import build_model
 from plumbing import scaling, scaling_figures
-from plumbing.cli import count_flops, pick_device, run_command
+from plumbing.cli import count_flops, pick_device, run_command, setup_processes
 from plumbing.data import get_images, labels_in_turn, load_data, model_sizes
 from plumbing.files import check_fit, load_run
 from plumbing.results import claim, finding, results_folder, run_experiment, student_interval
@@ -57,8 +56,8 @@ class Config:
     model_path: tuple[str, ...] = ()  # SiT weights or runs, small to large: Figure 3 of these, and no training
     data: str = ""  # a data set in place of those made here
     network: train.Config = field(default_factory=functools.partial(
-        train.Config, batch=64, lr=8e-3, decay=1.0, label_dropout=0.0, grid=False, save_every=10**6,
-        device="cpu"))  # Figure 3: how its networks are trained
+        train.Config, batch=64, lr=8e-3, decay=1.0, label_dropout=0.0, grid=False,
+        save_every=10**6))  # Figure 3: how its networks are trained
     models: tuple[str, ...] = ("SiT-pico/4", "SiT-nano/4", "SiT-mini/4", "SiT-micro/4")  # Figure 3: small to large
     lengths: tuple[int, ...] = (500, 1000)  # Figure 3: training iterations; each length is a training of its own
     seeds: int = 2  # Figure 3: trainings of every network
@@ -68,7 +67,7 @@ class Config:
     n_times: int = 16  # times t = (k + 1/2) / n_times, which are also the steps of Heun's method
     network7: train.Config = field(default_factory=functools.partial(
         train.Config, batch=64, lr=3e-3, warmup=50, decay=0.0, label_dropout=0.0, repa_depth=2, keep=(150, 250, 400),
-        grid=False, save_every=10**6, device="cpu"))  # Figures 6 and 7: the same; measured after the steps `keep`
+        grid=False, save_every=10**6))  # Figures 6 and 7: the same; measured after the steps `keep`
     sits: tuple[str, ...] = ("SiT-micro/2",)  # Figures 6 and 7: SiTs, small to large
     unets: tuple[str, ...] = ("UNet-pico",)  # Figure 7c: U-Nets, each with attention and without
     lambdas: tuple[float, ...] = (0.0, 0.5, 2.0)  # weights of REPA; the first is none
@@ -98,7 +97,6 @@ PRESETS = {
 }
 
 
-# One network: train it, and follow it from noise to images.
 def train_network(network, folder, job):
     """Train, resume or find the network of a job. Return its run, a folder named by all that the network depends on."""
     settings = dataclasses.replace(network, **dataclasses.asdict(job))
@@ -226,12 +224,10 @@ def plan_fig3(cfg, folder):
 
 def measure_fig3(cfg, folder):
     if cfg.model_path:
-        name, data = next(iter(scaling.image_sets(cfg, folder).items()))
-        cases = [(name, data, cfg.model_path)]
+        cases = [(name, data, cfg.model_path) for name, data in scaling.image_sets(cfg, folder).items()]
     else:
         plan = plan_fig3(cfg, folder)
-        # the longest first, or the last would train alone
-        jobs = sorted(itertools.chain(*(jobs for _, jobs in plan)), key=operator.attrgetter("steps"), reverse=True)
+        jobs = scaling.slowest_first(itertools.chain(*(jobs for _, jobs in plan)))
         runs = run_jobs(functools.partial(train_network, cfg.network, folder), jobs, cfg.workers)
         cases = [(name, jobs[0].data, tuple(map(runs.get, jobs))) for name, jobs in plan]
     measured = run_jobs(functools.partial(measure_runs, cfg, folder), cases, cfg.workers)
@@ -243,6 +239,8 @@ def measure_fig3(cfg, folder):
     linear, *errors = arrays["table"]["sup error"]
     gate = (max(errors) < linear, f"E^sup of all networks below {linear:.3f}, the best linear denoiser's: train longer")
     ends, what = arrays["ends"], "largest and longest minus smallest and shortest"
+    if len(errors) == 1:
+        return scaling.describe_levels(ends[first]), arrays
     rows = [
         claim("fig3/sup", f"Fig 3: E^sup, {what}", "-0.0050", *ends[first]["sup"], high=0, gate=gate),
         claim("fig3/ext", f"Fig 3: E^ext, {what}", "+0.0025", *ends[first]["ext"], low=0, gate=gate),
@@ -403,18 +401,19 @@ def measure_fig7(cfg, folder):
 
 def measure(cfg):
     """Measure the figures asked for. Return their rows, and {"fig3": arrays, ...}."""
+    if cfg.model_path and cfg.only in ("fig6", "fig7"):
+        raise ValueError(f"--model-path is for Figure 3: it goes without --only {cfg.only}")
     folder, rows, arrays = results_folder("exp_scaling", cfg), [], {}
+    cfg.network.device = cfg.network7.device = cfg.device
+    # under torchrun, every process takes its own GPU
+    setup_processes(pick_device(cfg.device))
     for name, measure_figure in dict(fig3=measure_fig3, fig6=measure_fig6, fig7=measure_fig7).items():
-        wanted = cfg.only in ("all", name) and not (cfg.model_path and name != "fig3")
-        if wanted:
+        if cfg.only in ("all", name) and (name == "fig3" or not cfg.model_path):
             more, arrays[name] = measure_figure(cfg, folder)
             rows += more
     return rows, arrays
 
 
-def main(cfg):
-    run_experiment("exp_scaling", cfg, measure, scaling_figures.plot)
-
-
 if __name__ == "__main__":
+    main = functools.partial(run_experiment, "exp_scaling", measure=measure, plot=scaling_figures.plot)
     run_command(main, PRESETS, __doc__)

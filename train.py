@@ -1,4 +1,4 @@
-"""Train a diffusion model by denoising score matching (Eq. 1), the way every experiment of the paper does.
+"""Train a diffusion model by denoising score matching (Eq. 1 of the paper), the way every experiment does.
 
     python train.py                                     # 4,500 real digits, about 6 minutes on 2 CPU cores
     torchrun --nproc_per_node=4 train.py                # the same update, each batch divided among 4 processes
@@ -8,7 +8,7 @@
 Writes out/<run>/: ckpt.pt (the same command resumes from it), log.jsonl (a line per log step), samples.png.
 
 Everything random about step k (which images, which t, which noise, which labels are dropped) is a function of
-(seed, k), drawn for the whole global batch; every process takes its slice. So N processes make the update of one, and
+(seed, k, device), drawn for the whole batch; every process takes its slice. So N processes make the update of one, and
 a run that was interrupted goes on as if nothing had happened, without saving the state of any random generator.
 """
 import copy
@@ -111,9 +111,9 @@ class Objective(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, x, y, t, eps, features=None):
-        """Return (mean squared error, alignment): of x, eps (B, C, H, W), y, t (B,), features (B, T, dim) or None."""
+        """Return (squared error, -cosine), both to minimise; x, eps (B, C, H, W), y, t (B,), features (B, T, dim)."""
         t_ = t[:, None, None, None]
-        z = (1 - t_) * x + t_ * eps                          # (B, C, H, W)
+        z = (1 - t_) * x + t_ * eps                          # (B, C, H, W); t = 0 is clean, t = 1 pure noise
         target = eps - x if self.model.prediction == "v" else x
         if features is None:
             return (self.model(z, t, y).float() - target).square().mean(), 0.0
@@ -151,7 +151,7 @@ def heldout_loss(model, data, device):
 # ----------------------------------------------------------------------------------------------------------------------
 # The run
 
-# fields that may change when a run goes on; all others belong to what it computes
+# fields in which a resumed run may differ from its checkpoint; another kind of device draws other noise
 MAY_CHANGE = ("preset", "out", "device", "compile", "log_every", "save_every", "steps", "keep", "grid", "accum", "init")
 
 
@@ -206,12 +206,12 @@ def train(cfg, alone=False):  # noqa: C901 (the loop is told in one piece)
 
     arrays = [data[name] for name in ("x", "y", "features") if name != "features" or cfg.repa]
     batches = feed_steps(arrays, rows_of_step, range(first_step, cfg.steps), device)
-    running, logged = 0.0, first_step
+    running, last_log = 0.0, first_step                      # sum of the losses since the last log line; its step
     for step, (x, y, *features) in log.bar(batches):
         t, eps, drop = (a[mine] for a in step_noise(step, (cfg.batch, *shape), cfg.seed, device))
-        y = torch.where(drop < cfg.label_dropout, num_classes, y)
+        y = torch.where(drop < cfg.label_dropout, num_classes, y)        # num_classes is the null label
 
-        # forward and backward, a micro-batch at a time; gradients are exchanged with the last one
+        # forward and backward, a micro-batch at a time; processes average their gradients with the last one only
         for start in range(0, per_process, micro):
             part = slice(start, start + micro)
             exchange = world == 1 or start + micro == per_process
@@ -233,14 +233,14 @@ def train(cfg, alone=False):  # noqa: C901 (the loop is told in one piece)
         logs, saves = is_last or done % cfg.log_every == 0, is_last or is_kept or done % cfg.save_every == 0
         if not (logs or saves):
             continue
-        loss = training.mean_over_processes(running / (done - logged), world)
+        loss = training.mean_over_processes(running / (done - last_log), world)
         if not math.isfinite(loss):
             raise ValueError(f"the loss is {loss} at step {done}, lr {learning_rate(cfg, step):g}: it diverged. The "
                              "last checkpoint is from before; try a smaller --lr")
         if logs:
             tested = heldout_loss(average, data, device) if saves and rank == 0 else None
             log.write(step=done, loss=loss, heldout_loss=tested, lr=learning_rate(cfg, step))
-            running, logged = 0.0, done
+            running, last_log = 0.0, done
         if saves and rank == 0:
             training.save_run(run, parts, identity, done, keep=is_kept)
             if cfg.grid:

@@ -116,8 +116,8 @@ def scale():
     lines = [costs["assumed"], "", "| command | networks | GPU-hours of training | memory of a GPU | disk |",
              "|---|---|---|---|---|"]
     for c in costs["rows"]:
-        lines.append(f"| `{c['command']}` | {c['networks']} | {c['hours']:.3g} | {c['memory']:.2g} GB | "
-                     f"{c['disk']:.2g} GB |")
+        lines.append(f"| `{c['command']}` | {c['networks']} | {c['hours']:.3g} | {c['memory']:.3g} GB | "
+                     f"{c['disk']:.3g} GB |")
     return "\n".join(lines)
 
 

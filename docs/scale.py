@@ -1,7 +1,4 @@
-"""Count what the presets gpu and paper take, and write assets/costs.json: python docs/scale.py
-
-Nothing is run. Networks have shapes and no numbers, and data sets are two lines of a table.
-"""
+"""Count what the presets gpu and paper take, without running them, and write assets/costs.json: python docs/scale.py"""
 import dataclasses
 import functools
 import importlib
@@ -63,10 +60,10 @@ def kept_bytes(model, batch, half):
     with FakeTensorMode():
         state = {name: torch.empty(shape, requires_grad=True) for name, shape in shapes.items()}
         z = torch.empty(batch, model.in_channels, model.input_size, model.input_size)
-        y = torch.zeros(batch, dtype=torch.long)
+        t, y = torch.empty(batch), torch.zeros(batch, dtype=torch.long)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), \
                 torch.autocast("cpu", torch.bfloat16, enabled=half):
-            torch.func.functional_call(model, state, (z, torch.empty(batch), y))
+            torch.func.functional_call(model, state, (z, t, y))
         own = {value.untyped_storage()._cdata for value in state.values()}
     return sum(size for storage, size in kept.items() if storage not in own)
 

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import itertools
 import json
+import operator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from plumbing.cli import count_flops
 from plumbing.data import load_data, model_sizes, save_dataset
 from plumbing.fast_score import FastEmpiricalScore
 from plumbing.files import checkpoint_path, load_run
-from plumbing.results import bootstrap_interval
+from plumbing.results import bootstrap_interval, finding
 from plumbing.stand_ins import small_images
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -101,10 +102,14 @@ def image_sets(cfg, folder):
     if cfg.data:
         return {Path(cfg.data).name: cfg.data}
     sets = {}
-    for texture in cfg.textures:
+    # given weights are measured on the first set alone
+    for texture in cfg.textures[:1] if cfg.model_path else cfg.textures:
         make = functools.partial(leaves, cfg.n_images, 16, texture, cfg.seed)
         sets[f"texture {texture:g}"] = data_folder(cfg, folder, f"leaves_{texture:g}_{cfg.n_images}_{cfg.seed}", make)
-    sets["digits"] = data_folder(cfg, folder, "digits_16", functools.partial(small_digits, "mnist5k", 16))
+    if not cfg.model_path:
+        sets["digits"] = data_folder(cfg, folder, "digits_16", functools.partial(small_digits, "mnist5k", 16))
+    for data in sets.values():
+        pick_rows(cfg, load_data(data))
     return sets
 
 
@@ -123,6 +128,11 @@ def name_run(settings):
     text = json.dumps(dataclasses.asdict(settings), sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{Path(settings.data).name}_{settings.model.replace('/', '-')}_{settings.steps}_{digest}"
+
+
+def slowest_first(jobs):
+    """Return jobs, listed small to large, with the slowest first: started last, it would train alone."""
+    return sorted(reversed(list(jobs)), key=operator.attrgetter("steps"), reverse=True)
 
 
 def measurement_key(cfg, data, *runs):
@@ -191,9 +201,14 @@ def compare_ends(found):
 
     def share(gains):
         both, theta = gains.mean(0)
-        return both / theta
+        return both / theta if theta else 0.0
     return dict(sup=paired_change(found["sup error"][1:], weights), ext=paired_change(found["ext error"][1:], weights),
                 rho=(share(gains), bootstrap_interval(gains, share)))
+
+
+def describe_levels(ends):
+    """Return findings of E^sup and E^ext of a single network."""
+    return [finding(f"fig3/{region}", f"Fig 3: E^{region}", *ends[region]) for region in ("sup", "ext")]
 
 
 def describe_networks(cfg, folder, found):

@@ -109,8 +109,7 @@ def plain_rate(cfg, data, device, steps):
     objective, average = train.Objective(model), copy.deepcopy(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0, foreach=False, fused=False)
     for step in range(steps):
-        # the first step warms up
-        if step == 1:
+        if step == 1:                                        # the first step warms up
             started = now()
         x, y = get_images(data, np.random.randint(len(data["x"]), size=cfg.batch), device)
         y[torch.rand(cfg.batch, device=device) < cfg.label_dropout] = model.num_classes
@@ -260,7 +259,7 @@ def draw(table, path):
             ("fast", 0.3, "o-", BLUE, "fast_score.py, weights collapsed (t = .3)")):
         rows = [row for row in table if row["t"] == t and name in row]
         ax.loglog([row["N"] for row in rows], [row[name] for row in rows], style, color=colour, label=label)
-    ax.set(xlabel="data points N", ylabel="seconds", title=f"{table[0]['B']} queries, d = {table[0]['D']:,}")
+    ax.set(xlabel="data points N", ylabel="seconds", title=f"{table[0]['B']} posterior means, d = {table[0]['D']:,}")
     ax.legend()
     save_figure(fig, path)
 

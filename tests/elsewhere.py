@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import torch
+from test_fast_score import tensor_core
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -24,22 +25,6 @@ GETTERS = {getattr(T, name).__get__: name for name in ("device", "is_cuda", "is_
 BOTH = {T.copy_, T.to, T.cpu, T.type_as, T.data.__set__, T.grad.__set__,
         torch._has_compatible_shallow_copy_type}
 ON_HOST = {T.numpy, T.__array__}
-
-
-def tensor_core(a, b):
-    """a (n, k) @ b (k, m) of 16-bit numbers, in fp32, much as an H100 adds up (Khattak and Mikaitis, arXiv 2512.07004):
-    16 products at a time, which are exact, and the sum so far are cut off two bits below the last one of the largest of
-    them, added, and cut off to fp32. Nothing is rounded to nearest, so that sums of one sign always lose."""
-    a, b, total = a.double(), b.double(), torch.zeros(len(a), b.shape[1], dtype=torch.float64)
-
-    def cut(s, largest, bits):
-        unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - bits)
-        return (s / unit).trunc() * unit
-    for k in range(0, a.shape[1], 16):
-        terms = torch.cat([total[..., None], a[:, None, k:k + 16] * b.T[None, :, k:k + 16]], 2)
-        total = cut(terms, terms.abs().amax(2, keepdim=True), 24 + 2).sum(2)
-        total = cut(total, total, 24)
-    return total.float()
 
 
 class Generator(torch.Generator):

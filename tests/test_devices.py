@@ -96,11 +96,3 @@ def test_experiments(kind, name, tmp_path):
     argv = [a for a in TINY[name](tmp_path) if "--device" not in a]
     run_script(f"{name}.py", *argv, f"--device={kind}", f"--out={tmp_path / 'out'}")
     assert (tmp_path / "out" / "results.json").exists()
-
-
-def test_sampling(kind, tmp_path):
-    run_script("train.py", "--data=digits", "--model=UNet-pico", "--steps=4", "--batch=16", f"--out={tmp_path / 'run'}",
-               f"--device={kind}")
-    for argv in (["--w=2", "--solver=heun"], [f"--out={tmp_path / 'samples.npz'}"]):
-        run_script("sample.py", f"--run={tmp_path / 'run'}", "--n=4", *argv, f"--device={kind}")
-    assert (tmp_path / "samples.npz").exists()

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-import train
 from plumbing import cli, files, results, sweep
 from plumbing import data as sets
 
@@ -299,8 +298,3 @@ def test_flops_against_a_count_by_hand():
         def forward(self, z, t, y):
             return self.map(z.flatten(1).requires_grad_())
     assert cli.count_flops(Net, 3) == 3 * (2 * 3 * 16 * 5)
-
-
-def test_a_config_is_checked():
-    with pytest.raises(ValueError, match="steps must be at least 1, not 0"):
-        cli.check_at_least(train.Config(steps=0), batch=1, steps=1)

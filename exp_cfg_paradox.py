@@ -1,20 +1,20 @@
 """Figure 2: the paradox of classifier-free guidance, and the two curves that the paper does not show (Example 3.1).
 
-Guidance adds (w - 1)(s_theta^c - s_theta^0), the gap between the scores with a label and without, at every step of
-sampling. It works because that gap is large. Yet the network learned from two *empirical* scores, and next to a
-training image these do not differ: the softmax over all images and the one over the class have both collapsed on it.
+Guidance adds (w - 1)(s_theta^c - s_theta^0), the gap between the scores with a label and without, at every step. It
+works because that gap is large. Yet both scores were trained towards *empirical* ones, whose x_* is a softmax average
+of images. Next to a training image, that image has all the weight, with a label and without: there the gap is 0.
 
     python exp_cfg_paradox.py           # a minute on 2 CPU cores, after the default model is trained twice (8 minutes)
 
 What you should see. Left, as in the paper: the empirical gap on noisy training points is 0 until t of about .7, and
 the learned gap on sampling trajectories is large at every t. The paper concludes that the network makes the gap where
 it extrapolates. Right, the same two scores in the other region: the *learned* gap is as large on training points.
-The gaps of two training seeds point the same way, so they are no random misfit. To isolate the paper's explanation,
-that the two scores have other supervision regions, one would train a network on one class alone.
+The gaps of two training seeds point the same way, so they are no random misfit. The paper's explanation: s^c is trained
+near images of class c only, s^0 near all images. To test that alone, one would train a network on one class.
 
 Exercises; the answers are in the table that is printed last, or in the figure.
 1. python exp_cfg_paradox.py --w 4      Does guidance lead to where there is more to guide? See the learned gap on
-   training points over that on trajectories: it rises, since guidance uses up what it feeds on.
+   training points over that on trajectories. It rises: on guided trajectories the gap that is left is smaller.
 2. In measure, take the images from "x_heldout". Is it the shells that make the empirical gap vanish? See its row: it is
    0 for images that nobody trained on, too. At small t the softmax collapses on one image wherever it is asked.
 3. python exp_cfg_paradox.py --redraw   Where is the empirical gap larger, on training points or on trajectories? See
@@ -114,9 +114,9 @@ def stack(values):
 
 
 def median_difference(pairs):
-    """Return the mean over t of the medians of pairs[:, 0] less those of pairs[:, 1]; pairs (n, 2, T)."""
+    """Return the mean over t of the medians of pairs[:, 1] less those of pairs[:, 0]; pairs (n, 2, T)."""
     first, second = np.median(pairs, axis=0)
-    return (first - second).mean()
+    return (second - first).mean()
 
 
 def median_ratio(pairs):
@@ -135,7 +135,7 @@ def make_rows(sizes, cosines, t):
         """Return pairs (n, 2, T) of a gap and the learned gap on trajectories, for each seed."""
         return np.stack([size[name], outside], axis=2)
 
-    difference = results.over_seeds(against("empirical, supervision")[:, :, ::-1], median_difference)
+    difference = results.over_seeds(against("empirical, supervision"), median_difference)
     rows = [
         results.claim("fig2/gap", "Fig 2 learned gap on trajectories minus empirical gap on training points",
                       "> 0", *difference, low=0.0),

@@ -5,18 +5,18 @@ D_region defines where the network is asked for it, the supervision region:
 
     L = E |x_theta(z_t, t) - x_*(z_t, t)|^2,    z_t = (1 - t) x + t eps with x from D_region,    x_* over D_score
 
-A larger D_region leaves the target as it is. It tells the network what the target does between the images of D_score,
-where the network was free to extrapolate: there, the empirical score collapses on D_score.
+A larger D_region does not change the target, only where it is asked for: at noisy images that are not in D_score, too.
+There x_* is still made of images of D_score alone, mostly of one. A network that has to learn this will copy them.
 
     python exp_freedom.py                       # 18 small networks, 4 minutes on 2 CPU cores
     python exp_freedom.py --target sampled      # the paper's own target (C.7); or faiss, its way to find it
 
-What you should see. At |D_region| = |D_score| the samples are new digits. The gate: real images that are not in D_score
-recognise them, at least .9 times as often as other real images. At 8 times that, three of four are near copies.
+What you should see. The claim asks how often a sample is nearer to D_score than a held-out real image: at ratio 1, less
+than half of the time; at 8, more. The gate: a nearest-neighbour judge reads samples .9 times as well as real images.
 
 1. python exp_freedom.py --threshold .15    Does the claim hang on what we call a copy? See Figure 5c.
 2. python exp_freedom.py --target sampled   Does an image drawn from the posterior do as well as x_*? See the table.
-3. In fig5_mechanism.png, why does the blue line rise with the region?
+3. In fig5_mechanism.png, which line falls as the region grows, and why not the other one?
 """
 import copy
 import functools
@@ -167,8 +167,8 @@ def train_network(net, target, seed, data, region, E, device):
         t, eps, _ = step_noise(step, x.shape, seed, device)
         t = t.clamp(min=T_MIN)
         z = torch.lerp(x, eps, t[:, None, None, None])       # (B, C, H, W)
-        # differs from the paper: it has one softmax over all of D_score. Ours is over the class of x, so that at ratio
-        # 1 plain training has the same minimum. We drop no labels, since we only sample with labels.
+        # differs from the paper, whose x_* is over all of D_score. Ours is over the class of x, because plain training
+        # with labels has its minimum there: at ratio 1 the two agree. We drop no labels, since we sample with labels.
         generator = torch.Generator().manual_seed(10**9 * (seed + 1) + step)
         wanted = find_target(target, E, x, z, t, y, generator)
         # differs from the paper: unweighted in x. Its weight of scores, alpha^2 / sigma^4, leaves only small t.

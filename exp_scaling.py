@@ -6,14 +6,14 @@ noised training points, E^ext along the model's own trajectories. The paper: bet
 
     E^ext = |x_theta|^2 + |x_*|^2 - 2 <x_theta, x_*>
 
-A network that learns new detail gains the energy A. If the nearest training image shares the part rho of that detail,
-E^ext changes by (1 - 2 rho) A. It rises where rho < 1/2: leaves with a texture of their own (Figure 3 here). It falls
-where neighbours share their detail: digits. fig3_mechanism.png has the same without training, by Wiener filters.
-Figure 6 asks where REPA changes a network, Figure 7 whether its samples are better at the same supervision loss L.
+A network learns new detail: |x_theta|^2 grows by A, |x_*|^2 does not, <x_theta, x_*> grows by rho A. Here rho is the
+share of that detail that x_*, mostly the nearest training image, has too. So E^ext changes by (1 - 2 rho) A: it rises
+for leaves with a texture of their own, rho < 1/2, and falls for digits. fig3_mechanism.png: the same without training.
+REPA aligns features with a teacher's. Figure 6: where does it change a network? Figure 7: better samples at equal L?
 
     python exp_scaling.py --only fig3           # 3 minutes on 2 CPU cores; fig6 and fig7 together take 3 more
 
-Gates: for Figure 3, E^sup below the best linear denoiser's; for Figure 7, ranges of L that overlap.
+L = E |v_theta - v_*|^2 on noised training points. A gate (see measure_fig3, 6, 7) says if a claim can be judged here.
 1. python exp_scaling.py --only fig3 --textures 0      Does E^ext still rise? See rho.
 2. python exp_scaling.py --only fig3 --lengths 100 200 What does a network do that has learned less than a linear one?
 3. python exp_scaling.py --only fig7 --n-student 4500  What is a teacher worth that knows no more than the student?
@@ -284,8 +284,8 @@ def velocities(cfg, model, z, y):
 def split_change(base, aligned):
     """Return by how much v_theta of each seed differs with REPA, in common with other seeds, and between seeds.
 
-    base, aligned: v_theta without and with REPA, (seeds, ...). By chance, the changes R_s - B_s of two seeds differ
-    independently. So their mean product is what REPA itself does. Returns mean squares, (seeds, 3).
+    base, aligned: v_theta without and with REPA, (seeds, ...). The change of a seed is what REPA does, plus chance.
+    Chance is independent between seeds: the mean product of two seeds' changes keeps what REPA does. (seeds, 3).
     """
     change = aligned - base
     rows = []
@@ -328,7 +328,7 @@ def measure_fig6(cfg, folder):
         ratios.mean(),
         student_interval(ratios),
         low=1,
-        gate=(resolved, "another seed changes as much: train longer, or raise lambdas"),
+        gate=(resolved, "the changes of the seeds have nothing in common: train longer, or raise lambdas"),
     )
     return [row], dict(of_points=of_points, of_path=of_path, ratio=ratios.mean())
 
@@ -387,7 +387,7 @@ def measure_fig7(cfg, folder):
         found = [measured[job] for job in jobs]
         points[name] = np.reshape(found, (cfg.seeds7, -1, 3))
 
-    none, *_, repa, _, convolutions = points
+    none, *_, repa, _attention, convolutions = points        # names of recipes, in the order above; repa: most REPA
     slopes = [fit_line(seed)[0] for seed in points[none]]
     mean, ci95 = np.mean(slopes), student_interval(slopes)
     rows = [

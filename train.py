@@ -189,7 +189,7 @@ def train(cfg, alone=False):  # noqa: C901 (the loop is told in one piece)
         average.load_state_dict(model.state_dict())
     log = training.RunLog(run, cfg, model_args, device, world, quiet=alone or rank > 0)
     log.start(f"{cfg.model}, {sum(p.numel() for p in trainable) / 1e6:.2f}M parameters, {len(data['x']):,} images of "
-              f"{cfg.data}, {world} process(es) on {device} -> {run}", first_step)
+              f"{cfg.data} ({data['values']}), {world} process(es) on {device} -> {run}", first_step)
 
     # several processes average their gradients; a GPU runs the forward pass in bfloat16
     loss_fn = cli.compile_module(objective) if cfg.compile else objective

@@ -65,7 +65,11 @@ def cells_of(path, changes=""):
             cells.append(code(source) | dict(shared=not is_definition))
     if "\n    workers: int" in text:
         changes = ", ".join(filter(None, [changes, "workers=1"]))
-    call = "main(cfg)" if "\ndef main(cfg" in text else f'results.run_experiment("{path.stem}", cfg, measure, plot)'
+    call = "main(cfg)"
+    for node in tree.body[-1].body:
+        # below `if __name__ == "__main__"`, what the command runs may get its name
+        if isinstance(node, ast.Assign):
+            call = f"{ast.unparse(node)}\n{node.targets[0].id}(cfg)"
     cells += [prose("## Run it"), code(RUN.format(changes=changes, call=call)), code(SHOW.format(name=path.stem))]
     for number, cell in enumerate(cells):
         cell.pop("shared", None)

@@ -142,7 +142,8 @@ def check_labels(name, y, n, classes):
 
 
 def check_range(name, x):
-    """Print what values the images hold; raise ValueError for pixels that nobody has scaled, warn of other scales."""
+    """Return in words what values the images hold. Raise ValueError for pixels that nobody has scaled, warn of others.
+    """
     some = np.asarray(x[::max(1, len(x) // 1000)], dtype=np.float32)
     low, high, std = float(some.min()), float(some.max()), float(some.std())
     if high > 100:
@@ -151,6 +152,10 @@ def check_range(name, x):
     if (low >= 0 and std > 0) or std > 3:
         print(f"warning: {name} holds values from {low:.3g} to {high:.3g}, standard deviation {std:.3g}; expected "
               "pixels in [-1, 1], or latents of standard deviation about 1", file=sys.stderr)
+    if x.shape[1] == 8:
+        print(f"warning: {name} has 8 channels, as an autoencoder's moments have: keep the mean, the first 4, alone",
+              file=sys.stderr)
+    return f"values {low:.3g} to {high:.3g}, std {std:.3g}"
 
 
 def fingerprint(data):
@@ -163,7 +168,7 @@ def fingerprint(data):
 
 
 def load_data(name):
-    """Return dict(x, y, x_heldout, y_heldout, meta, fingerprint) of data/<name>, or of the folder `name`.
+    """Return dict(x, y, x_heldout, y_heldout, meta, fingerprint, values) of data/<name>, or of the folder `name`.
 
     x (N, C, H, W) and y (N,) are memory maps. Raise FileNotFoundError that says how to make a missing set, ValueError
     that names the file which is not what it should be.
@@ -185,7 +190,7 @@ def load_data(name):
             raise ValueError(f"{folder} is not a data set: {labels}.npy is missing")
         check_images(f"{folder}/{images}.npy", data[images], data["x"].shape[1:])
         check_labels(f"{folder}/{labels}.npy", data[labels], len(data[images]), classes)
-    check_range(f"{folder}/x.npy", data["x"])
+    data["values"] = check_range(f"{folder}/x.npy", data["x"])
     data["fingerprint"] = fingerprint(data)
     return data
 
@@ -195,6 +200,15 @@ def get_images(data, rows, device, part="x"):
     x = torch.from_numpy(np.array(data[part][rows])).to(device, torch.float32)
     y = torch.from_numpy(np.array(data[part.replace("x", "y", 1)][rows])).to(device, torch.int64)
     return x, y
+
+
+def rows_of_class(data, label):
+    """Return the rows of the images of a class. Raise ValueError unless there are two or more."""
+    rows = np.nonzero(data["y"] == label)[0]
+    if len(rows) < 2:
+        raise ValueError(f"class {label} has {len(rows)} images, expected two or more: classes are "
+                         f"{', '.join(map(str, np.unique(data['y'])[:12]))} ...")
+    return rows
 
 
 def model_sizes(data):

@@ -66,7 +66,7 @@ def test_training(kind, tmp_path):
     """The same weights as on the CPU, whose noise this device draws; with data that stay on the disk, too."""
     data = load_data("digits")
     features = np.random.default_rng(0).normal(size=(len(data["x"]), 4, 6)).astype(np.float16)
-    arrays = {k: np.array(v) for k, v in data.items() if k not in ("meta", "fingerprint")} | dict(features=features)
+    arrays = {k: np.array(data[k]) for k in ("x", "y", "x_heldout", "y_heldout")} | dict(features=features)
     save_dataset(tmp_path / "toy", arrays, data["meta"])
     cfg = train.Config(data=str(tmp_path / "toy"), model="SiT-nano/4", steps=8, batch=16, accum=2, repa=0.5,
                        log_every=4, decay=0.0, repa_depth=1, save_every=4, keep=(4,), device=kind)

@@ -21,9 +21,15 @@ def cfg_paradox(folder):
     return [*NETWORK, f"--network.out={folder / 'net'}", "--n=12", "--n-times=4"]
 
 
+def freedom(folder):
+    nets = [f"--{net}.{field}" for net in ("sit", "unet") for field in ("steps=2", "batch=8")]
+    return [*nets, "--sit.keep=1", "--per-class=3", "--ratios", "1", "2", "--n-samples=10", "--workers=1"]
+
+
 # the arguments of a tiny run, given a folder for its networks
-TINY = dict(exp_shells=shells, exp_cfg_paradox=cfg_paradox)
-PICTURES = dict(exp_shells={"fig1b.png", "fig4.png", "fig1b_dimensions.png"}, exp_cfg_paradox={"fig2.png"})
+TINY = dict(exp_shells=shells, exp_cfg_paradox=cfg_paradox, exp_freedom=freedom)
+PICTURES = dict(exp_shells={"fig1b.png", "fig4.png", "fig1b_dimensions.png"}, exp_cfg_paradox={"fig2.png"},
+                exp_freedom={"fig5.png", "fig5_mechanism.png"})
 
 
 def run(script, *argv, cwd=ROOT, **env):

@@ -2,14 +2,13 @@
 
     python tests/bench.py figures     # what a new user waits for: `make figures` in a clone of the last commit
     python tests/bench.py tests       # make test
-    python tests/bench.py train       # images a second and MFU of train.py, beside a plain step of the same network
+    python tests/bench.py train       # images a second and MFU of train.py
     python tests/bench.py score       # the exact empirical score beside other ways to compute it
     python tests/bench.py growth      # its time against the number of points
     python tests/bench.py gpu         # the same on a GPU, up to 2.56 million points of 4,096 dimensions
 
 Quote ratios, and the machine, which the first line names. `make assets` takes the numbers from out/bench*.json.
 """
-import copy
 import dataclasses
 import importlib.util
 import json
@@ -32,8 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from empirical_score import EmpiricalScore  # noqa: E402
-from model import build_model  # noqa: E402
-from plumbing.data import get_images, load_data, model_sizes, save_dataset  # noqa: E402
+from plumbing.data import load_data, save_dataset  # noqa: E402
 from plumbing.fast_score import FastEmpiricalScore  # noqa: E402
 from plumbing.results import BLUE, GREY, ORANGE, new_figure, save_figure  # noqa: E402
 
@@ -103,28 +101,9 @@ def tests(command=("make", "test")):
     keep("bench.json", tests=round(time.time() - started))
 
 
-def plain_rate(cfg, data, device, steps):
-    """Return images a second of the step as one would first write it: weights are averaged one by one, in float32."""
-    model = build_model(cfg.model, **model_sizes(data)).to(device)
-    objective, average = train.Objective(model), copy.deepcopy(model.state_dict())
-    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=0, foreach=False, fused=False)
-    for step in range(steps):
-        if step == 1:                                        # the first step warms up
-            started = now()
-        x, y = get_images(data, np.random.randint(len(data["x"]), size=cfg.batch), device)
-        y[torch.rand(cfg.batch, device=device) < cfg.label_dropout] = model.num_classes
-        loss, _ = objective(x, y, torch.rand(cfg.batch, device=device), torch.randn_like(x))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        for name, value in model.state_dict().items():
-            average[name].mul_(cfg.ema).add_(value, alpha=1 - cfg.ema)
-    return cfg.batch * (steps - 1) / (now() - started)
-
-
 def training(cfg=train.PRESETS["laptop"], steps=120, rounds=3):
-    """Measure train.py beside the plain step, in turn; on a GPU SiT-XL/2 on random latents, with its --compile."""
-    device, ours, plain = torch.device("cuda" if torch.cuda.is_available() else "cpu"), [], []
+    """Measure images a second and MFU of train.py; on a GPU of SiT-XL/2 on random latents, with its --compile."""
+    device, ours = torch.device("cuda" if torch.cuda.is_available() else "cpu"), []
     with tempfile.TemporaryDirectory() as folder:
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")
@@ -132,15 +111,13 @@ def training(cfg=train.PRESETS["laptop"], steps=120, rounds=3):
             save_dataset(Path(folder) / "latents", dict(x=x, y=np.arange(len(x)) % 1000), dict(num_classes=1000))
             cfg = dataclasses.replace(train.PRESETS["paper"], data=f"{folder}/latents", batch=64, keep=())
         cfg = dataclasses.replace(cfg, steps=steps, log_every=steps // 6, save_every=steps, grid=False)
-        data = load_data(cfg.data)
         for k in range(rounds):
             run = train.train(dataclasses.replace(cfg, out=f"{folder}/{k}"))
             # the first steps warm up
             ours += [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()][1:]
-            plain.append(plain_rate(cfg, data, device, steps // 2))
     best = max(ours, key=lambda line: line["images_per_second"])
-    found = dict(model=cfg.model, batch=cfg.batch, plain=max(plain)) | best
-    print("images a second of the plain step, and the fastest line of the log:", found)
+    found = dict(model=cfg.model, batch=cfg.batch) | best
+    print("the fastest line of the log:", found)
     keep("bench.json", device.type, train=found)
 
 

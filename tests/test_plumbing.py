@@ -18,8 +18,6 @@ from plumbing import data as sets
 ROOT = Path(__file__).resolve().parents[1]
 
 
-# ---- intervals and verdicts ------------------------------------------------------------------------------------------
-
 def test_intervals():
     rng = np.random.default_rng(0)
     # of 200 samples of N(0, 1), 95% intervals hold the truth about 190 times
@@ -63,8 +61,6 @@ def test_verdicts(ours, ci95, options, verdict):
         assert row["note"] == "the gate"
 
 
-# ---- an experiment ---------------------------------------------------------------------------------------------------
-
 @dataclasses.dataclass
 class Config:
     preset: str = "laptop"
@@ -105,8 +101,6 @@ def test_results_are_written_and_drawn_from_the_file_alone(tmp_path, capsys):
         results.run_experiment("exp_x", dataclasses.replace(cfg, redraw=True), None, plot)
 
 
-# ---- sweeps ----------------------------------------------------------------------------------------------------------
-
 def square(folder, job):
     def compute():
         with open(Path(folder) / "calls", "a") as f:
@@ -133,8 +127,6 @@ def test_a_worker_that_dies_is_told_in_one_line():
     with pytest.raises(OSError, match="a worker was killed.*--workers"):
         sweep.run_jobs(die, [1, 2], 2)
 
-
-# ---- data sets -------------------------------------------------------------------------------------------------------
 
 def write_set(folder, **changes):
     y = np.arange(12) % 3
@@ -248,8 +240,6 @@ def test_labels_in_turn_are_those_that_have_images(tmp_path):
     data = sets.load_data(write_set(tmp_path / "set", y=np.array([0, 5] * 6), meta=dict(num_classes=9)))
     assert sets.labels_in_turn(data, 5).tolist() == [0, 5, 0, 5, 0]
 
-
-# ---- files and the command line --------------------------------------------------------------------------------------
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a"

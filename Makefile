@@ -33,8 +33,7 @@ notebooks: .venv/ready
 
 # For maintainers: what the README shows, from the last `make bench`.
 assets: .venv/ready
-	for script in $(EXPERIMENTS); do cp out/$$script/laptop/results.json assets/$$script.json && \
-	  cp out/$$script/laptop/fig*.png assets/ || exit 1; done
+	$(BIN)/python docs/assets.py
 	for file in bench.json bench_score.json bench_score.png bench_score_gpu.json; do \
 	  if [ -f out/$$file ]; then cp out/$$file assets/; fi; done
 	$(BIN)/python docs/scale.py

@@ -9,8 +9,8 @@ of images. Next to a training image, that image has all the weight, with a label
 What you should see. Left, as in the paper: the empirical gap on noisy training points is 0 until t of about .7, and
 the learned gap on sampling trajectories is large at every t. The paper concludes that the network makes the gap where
 it extrapolates. Right, the same two scores in the other region: the *learned* gap is as large on training points.
-The gaps of two training seeds point the same way, so they are no random misfit. The paper's explanation: s^c is trained
-near images of class c only, s^0 near all images. To test that alone, one would train a network on one class.
+The gaps of two training seeds have a cosine of a third, not 0: it is no random misfit. The paper's explanation: s^c is
+trained near images of class c only, s^0 near all images. To test that alone, one would train a network on one class.
 
 Exercises; the answers are in the table that is printed last, or in the figure.
 1. python exp_cfg_paradox.py --w 4      Does guidance lead to where there is more to guide? See the learned gap on

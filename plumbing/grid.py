@@ -30,10 +30,14 @@ def run_cached(f, folder, key, job):
 
 def draw_pairs(ax, pairs, framed, labels=("sample", "nearest")):
     """Draw pairs of images, uint8 (2, n, H, W, C), one above the other, with a blue frame where framed (n,) is true."""
-    ax.imshow(np.vstack([np.hstack(row) for row in pairs[..., :3]]), cmap="gray", vmin=0, vmax=255)
+    # a white line around each image
+    margin = max(1, pairs.shape[2] // 16)
+    around = ((0, 0), (0, 0), (margin, margin), (margin, margin), (0, 0))
+    pairs = np.pad(pairs[..., :3], around, constant_values=255)
+    ax.imshow(np.vstack([np.hstack(row) for row in pairs]), cmap="gray", vmin=0, vmax=255)
     H, W = pairs.shape[2:4]
     for i in np.flatnonzero(framed):
-        ax.add_patch(Rectangle((i * W - 0.5, -0.5), W, 2 * H, fill=False, color=BLUE, lw=3, clip_on=False))
+        ax.add_patch(Rectangle((i * W, 0), W - 1, 2 * H - 1, fill=False, color=BLUE, lw=3))
     ax.set(xticks=[], yticks=[H / 2, 1.5 * H], yticklabels=labels)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)

@@ -1,4 +1,6 @@
 """The figures of exp_scaling.py, drawn from results.json alone."""
+import itertools
+
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -30,14 +32,13 @@ def tell_change(interval):
 
 def draw_fig3(arrays, folder):
     """Draw the two panels of the paper, and E^ext over E^sup with the paper's own points as an inset."""
-    fig, axes = plt.subplots(1, 3, figsize=(8.3, 3.3), layout="constrained")
+    fig, axes = plt.subplots(1, 3, figsize=(8.3, 3.4), layout="constrained")
     first, *others = arrays["ends"]
-    places = dict(sup="training points", ext="trajectories")
-    for ax, region, colour in zip(axes, places, (BLUE, ORANGE), strict=False):
+    panels = (("sup", "Training points", BLUE), ("ext", "Trajectories", ORANGE))
+    for ax, (region, place, colour) in zip(axes, panels, strict=False):
         draw_levels(ax, arrays, region, colour)
         change = tell_change(arrays["ends"][first][region][1])
-        ax.set_title(f"On {places[region]}\nthe error {change}")
-        ax.set_ylabel(f"$E^{{{region}}}$ per dimension")
+        ax.set(title=f"{place}: the\nerror {change}", ylabel=rf"$E^{{\rm {region}}}$, per dimension")
     draw_plane(axes[2], arrays)
     save_figure(fig, folder / "fig3.png")
     if others:
@@ -52,10 +53,10 @@ def draw_levels(ax, arrays, region, colour):
     for k, length in enumerate(kinds):
         mine = lengths == length
         level, low, high = levels[mine].T
-        shade = (k + 1) / len(kinds)
-        ax.errorbar(cost[mine], level, [level - low, high - level], fmt="o-", capsize=3, color=colour, alpha=shade,
-                    label=length or None)
+        ax.errorbar(cost[mine], level, [level - low, high - level], fmt="so"[k % 2] + "-", capsize=3, color=colour,
+                    alpha=(k + 1) / len(kinds), label=length or None)
     ax.set(xscale="log", xlabel="training compute (FLOPs)" if kinds != [""] else "parameters")
+    ax.xaxis.set_minor_formatter("")
     if kinds != [""]:
         ax.legend()
 
@@ -63,39 +64,44 @@ def draw_levels(ax, arrays, region, colour):
 def draw_plane(ax, arrays):
     """Draw E^ext over E^sup, and where networks would go if x_* had a share rho of what they learn."""
     sup, ext = np.array(arrays["sup"])[:, 0], np.array(arrays["ext"])[:, 0]
-    order = np.argsort(-sup)
-    end = sup.min() - sup[0]
+    gain = sup[0] - sup.min()
     for rho, style in ((0, ":"), (0.25, "--"), (0.5, "-")):
-        ax.plot([sup[0], sup[0] + end], [ext[0], ext[0] - (1 - 2 * rho) * end], style, color=GREY, lw=1)
-        ax.text(sup[0] + end, ext[0] - (1 - 2 * rho) * end, f" $\\rho$={rho:g}", color=GREY, va="center")
-    ax.plot(sup[order], ext[order], "o-", color="black")
+        end = ext[0] + (1 - 2 * rho) * gain
+        ax.plot([sup[0], sup[0] - gain], [ext[0], end], style, color=GREY, lw=1.2)
+        ax.annotate(rf"$\rho={rho:g}$", (sup[0] - gain, end), (4, -3), textcoords="offset points", color=GREY)
+    ax.plot(sup, ext, "o", color="black")
     ax.invert_xaxis()
-    ax.set(xlabel="$E^{sup}$", ylabel="$E^{ext}$", title="They learn detail that\nno neighbour has")
-    inset = ax.inset_axes([0.1, 0.7, 0.4, 0.28])
-    inset.plot(PAPER_SUP, PAPER_EXT, "o-", ms=3, lw=1, color=GREY)
-    inset.set(xticks=[], yticks=[], title="the paper")
+    ax.set(xlabel=r"$E^{\rm sup}$", ylabel=r"$E^{\rm ext}$", title="One error\nagainst the other")
+    inset = ax.inset_axes([0.06, 0.66, 0.4, 0.28])
+    inset.plot(PAPER_SUP, PAPER_EXT, "o", ms=3, color=GREY)
+    inset.set(xticks=[], yticks=[], xlabel="paper")
     inset.invert_xaxis()
 
 
 def draw_mechanism(arrays, folder):
     """Draw the ladder of perfect denoisers, and for each data set how E^ext changes at its rho."""
-    fig, axes = plt.subplots(1, 2, figsize=(8.3, 3.5), layout="constrained")
+    fig, axes = plt.subplots(1, 2, figsize=(8.3, 3.6), layout="constrained")
     ladder = arrays["ladder"]
-    for region, colour, place in (("ext", ORANGE, "trajectories"), ("sup", BLUE, "training points")):
-        axes[0].plot(ladder["modes"], ladder[region], "o-", color=colour, label=f"on {place}")
-    axes[0].set(xscale="log", xlabel="frequencies that it knows", ylabel="error per dimension",
-                title="Perfect denoisers that know\nless or more detail")
-    axes[0].legend()
-    for name, ends in arrays["ends"].items():
+    for region, colour, place in (("ext", ORANGE, "on trajectories"), ("sup", BLUE, "on training points")):
+        axes[0].plot(ladder["modes"], ladder[region], "o-", color=colour, label=place)
+    axes[0].set(xscale="log", xlabel="number of waves that it knows", ylabel="error, per dimension",
+                title="Perfect denoisers do it too: the\nmore detail one knows, the farther from $x_*$")
+    axes[0].set_xticks(ladder["modes"], [str(k) for k in ladder["modes"]])
+    axes[0].minorticks_off()
+    axes[0].legend(loc="center right")
+    agree = []
+    for marker, (name, ends) in zip(itertools.cycle("osD^"), arrays["ends"].items(), strict=False):
         rho, (low, high) = ends["rho"]
         change, (bottom, top) = ends["ext"]
-        axes[1].errorbar(rho, change, [[change - bottom], [top - change]], [[rho - low], [high - rho]], fmt="o",
-                         color=ORANGE, capsize=3)
-        axes[1].annotate(name, (rho, change), (6, 6), textcoords="offset points")
+        agree.append((change > 0) == (rho < 0.5))
+        axes[1].errorbar(rho, change, [[change - bottom], [top - change]], [[rho - low], [high - rho]], fmt=marker,
+                         color=ORANGE, capsize=3, label=name)
     axes[1].axhline(0, color=GREY, lw=1)
     axes[1].axvline(0.5, color=GREY, lw=1, ls="--")
-    axes[1].set(xlabel=r"$\rho$, share of the new detail that $x_*$ has", ylabel="change of $E^{ext}$",
-                title="The error rises where neighbours\nshare less than half")
+    where = "where" if all(agree) else "not always where"
+    axes[1].set(xlabel=r"$\rho$, the share of new detail that $x_*$ has too", ylabel=r"change of $E^{\rm ext}$",
+                title=f"It rises {where} neighbours\nshare less than half of the detail")
+    axes[1].legend()
     save_figure(fig, folder / "fig3_mechanism.png")
 
 

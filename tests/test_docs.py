@@ -93,7 +93,7 @@ def test_one_list_of_packages():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert dict(package.split("==") for package in project["dependencies"]) == pinned
     for script in ("exp_toy2d.py", "exp_gaussian.py"):
-        block = re.search(r"# dependencies = \[(.*?)\]", (ROOT / script).read_text(), re.S)[1]
+        block = re.search(r"# dependencies ?= ?\[(.*?)\]", (ROOT / script).read_text(), re.S)[1]
         needed = dict(package.split("==") for package in re.findall(r'"(.+?)"', block))
         assert needed.items() <= pinned.items()
 

@@ -23,7 +23,7 @@ def cfg_paradox(folder):
 
 def freedom(folder):
     nets = [f"--{net}.{field}" for net in ("sit", "unet") for field in ("steps=2", "batch=8")]
-    return [*nets, "--sit.keep=1", "--per-class=3", "--ratios", "1", "2", "--n-samples=10", "--workers=1"]
+    return [*nets, "--sit.keep=1", "--per-class=5", "--ratios", "1", "2", "--n-samples=10", "--workers=1"]
 
 
 # the arguments of a tiny run, given a folder for its networks

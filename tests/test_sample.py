@@ -128,8 +128,6 @@ def test_bad_grids_and_solvers():
         solve_ode(Given(gaussian_velocity), z, None, solver="rk4")
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
-
 @pytest.fixture
 def run(tmp_path):
     """A run's folder whose raw weights and averaged weights differ."""

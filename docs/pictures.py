@@ -85,9 +85,9 @@ def follow_samples(n, times):
 
 def draw_gif(path):
     plt.rcParams["font.size"] = 11
-    times = np.linspace(1, 0, 41)
+    times = np.linspace(1, 0, 17)
     outside, inside, images = follow_samples(10, times)
-    fig = plt.figure(figsize=(8.3, 3.4), layout="constrained")
+    fig = plt.figure(figsize=(8.3, 3.4))
     left, right = fig.subfigures(1, 2, width_ratios=(1.3, 1))
     ax, grid = left.subplots(), right.subplots(2, 3)
     shown = [panel.imshow(images[0, k], cmap="gray", vmin=-1, vmax=1) for k, panel in enumerate(grid.flat)]
@@ -96,16 +96,16 @@ def draw_gif(path):
 
     def draw(frame):
         ax.clear()
-        n = min(frame + 1, 40)
+        n = min(frame + 1, 16)
         ax.plot(times[:n], inside[:, :n].T, color=BLUE, lw=1)
         ax.plot(times[:n], outside[:, :n].T, color=ORANGE, lw=1)
         ax.set(xlim=(1, 0), ylim=(0.8, 5), xlabel="t", ylabel="distance to the nearest shell, $r_*$")
         ax.text(0.97, 4.6, "noisy training points", color=BLUE)
         ax.text(0.97, 4.2, "sampling", color=ORANGE)
         for k, image in enumerate(shown):
-            image.set_data(images[min(frame, 40), k])
+            image.set_data(images[min(frame, 16), k])
 
-    FuncAnimation(fig, draw, frames=48).save(path, PillowWriter(fps=8), dpi=72)
+    FuncAnimation(fig, draw, frames=22).save(path, PillowWriter(fps=4), dpi=50)
     plt.close(fig)
 
 

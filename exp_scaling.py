@@ -93,7 +93,7 @@ PRESETS = {
     "paper": Config("paper", data="imagenet", network=train.PRESETS["paper"], network7=train.PRESETS["paper"],
                     models=("SiT-S/2", "SiT-B/2", "SiT-L/2", "SiT-XL/2"), lengths=(200_000, 300_000, 400_000), seeds=1,
                     n_points=1000, n_times=100, sits=("SiT-S/2", "SiT-B/2"), unets=("UNet-S", "UNet-B"),
-                    lambdas=(0.0, 0.25, 0.5, 1.0), seeds7=1, n_samples=50_000, workers=1, fast=True, device="auto"),
+                    lambdas=(0.0, 0.25, 0.5, 1.0), n_samples=50_000, workers=1, fast=True, device="auto"),
 }
 
 

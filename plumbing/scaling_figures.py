@@ -93,14 +93,14 @@ def draw_mechanism(arrays, folder):
     for marker, (name, ends) in zip(itertools.cycle("osD^"), arrays["ends"].items(), strict=False):
         rho, (low, high) = ends["rho"]
         change, (bottom, top) = ends["ext"]
-        agree.append((change > 0) == (rho < 0.5))
+        agree.append(bottom > 0 if rho < 0.5 else top < 0)
         axes[1].errorbar(rho, change, [[change - bottom], [top - change]], [[rho - low], [high - rho]], fmt=marker,
                          color=ORANGE, capsize=3, label=name)
     axes[1].axhline(0, color=GREY, lw=1)
     axes[1].axvline(0.5, color=GREY, lw=1, ls="--")
-    where = "where" if all(agree) else "not always where"
+    rises = "It rises" if all(agree) else "Not resolved: it rises"
     axes[1].set(xlabel=r"$\rho$, the share of new detail that $x_*$ has too", ylabel=r"change of $E^{\rm ext}$",
-                title=f"It rises {where} neighbours\nshare less than half of the detail")
+                title=f"{rises} where neighbours\nshare less than half of the detail")
     axes[1].legend()
     save_figure(fig, folder / "fig3_mechanism.png")
 

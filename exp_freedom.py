@@ -202,7 +202,7 @@ def measure_network(cfg, job):
     real, _ = calibrated_l2(E, x_real)
     return dict(
         l2=torch.stack(l2_of_steps),                         # (steps, n); all that follows is of the last step
-        nearer=(l2[:, None] < real).double().mean(1),        # the fraction of real images that are farther
+        nearer=(l2[:, None] < real).float().mean(1),         # the fraction of real images that are farther
         real=real,
         nearest=nearest,
         recognised=recognise(x, *judge) == y,

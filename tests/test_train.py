@@ -100,7 +100,7 @@ def test_noise_of_a_step_is_a_function_of_seed_and_step():
 
 
 def test_learning_rate():
-    cfg = train.Config(lr=2.0, warmup=4, steps=100)
+    cfg = train.Config(lr=2.0, warmup=4, steps=100, decay=0.0)
     assert [train.learning_rate(cfg, k) for k in (0, 1, 3, 50, 99)] == [0.5, 1.0, 2.0, 2.0, 2.0]
     cfg = dataclasses.replace(cfg, decay=1.0)
     assert train.learning_rate(cfg, 50) == 1.0 and 0 < train.learning_rate(cfg, 99) < 0.03

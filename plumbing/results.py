@@ -148,6 +148,7 @@ def run_experiment(script, cfg, measure, plot):
     elif cfg.redraw:
         raise FileNotFoundError(f"nothing to redraw: there is no {folder}/results.json")
     if not cfg.redraw:
+        pick_device(cfg.device)
         started = time.time()
         rows, arrays = measure(cfg)
         if count_processes()[0]:

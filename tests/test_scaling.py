@@ -1,5 +1,6 @@
 """exp_scaling.py: errors, terms and intervals against closed forms and brute force; tiny runs of the command."""
 import dataclasses
+import functools
 import itertools
 import json
 import subprocess
@@ -12,6 +13,7 @@ import torch
 
 import exp_scaling
 from exp_scaling import PRESETS, Wiener, measure_models
+from plumbing import stand_ins
 from plumbing.data import load_data
 from plumbing.files import load_run
 from plumbing.images import frechet, gaussian
@@ -158,7 +160,13 @@ def test_what_repa_changes_in_common_is_free_of_chance():
     assert np.abs(exp_scaling.split_change(base, aligned).mean(0) - want).max() < 1e-12
 
 
-def test_the_teacher_sees_places_and_whole_images():
+@pytest.fixture
+def hasty(monkeypatch):
+    """Teacher and judge train for a few steps, where what they have learned does not matter."""
+    monkeypatch.setattr(stand_ins, "train_classifier", functools.partial(stand_ins.train_classifier, steps=20))
+
+
+def test_the_teacher_sees_places_and_whole_images(hasty):
     arrays, _ = few_digits("mnist5k", 8, 40, 200, 0)
     features, norms = arrays["features"], np.linalg.norm(arrays["features"], axis=2)
     assert features.shape == (40, 16, 96) and np.abs(norms - 2**0.5).max() < 1e-5
@@ -176,7 +184,7 @@ def test_the_judge_finds_no_distance_to_its_own_images():
     assert judge.distance(x[::2]) < 1 < judge.distance(-x)
 
 
-def test_L_is_the_error_to_the_empirical_velocity(tmp_path):
+def test_L_is_the_error_to_the_empirical_velocity(tmp_path, hasty):
     job = exp_scaling.make_jobs(TINY7, tmp_path, TINY7.sits, 0.5)[0]
     points = exp_scaling.measure_student(TINY7, tmp_path, Judge("mnist5k", 8, 0), job)
     assert points.shape == (2, 3) and points[1, 0] == 2 * points[0, 0]

@@ -18,7 +18,7 @@ from torchdiffeq import odeint
 
 from plumbing.cli import pick_device, run_command, setup_processes
 from plumbing.files import load_run
-from plumbing.samples import save_samples
+from plumbing.images import save_samples
 
 T_MIN = 1e-3  # where the solver stops dividing by t, with x-prediction
 

@@ -15,21 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 os.environ["MPLBACKEND"] = "Agg"
 
 
-def parse_config(presets, doc):
-    """Return the config that the command line asks for: --preset picks one, every other flag overrides one field."""
-    names = re.findall(r"(?:^| )--preset[= ](\S+)", " ".join(sys.argv[1:]))
-    name = names[-1] if names else next(iter(presets))
-    if name not in presets:
-        raise ValueError(f"unknown preset {name!r}: expected {', '.join(presets)}")
-    try:
-        return tyro.cli(type(presets[name]), default=presets[name], description=doc)
-    except SystemExit as stop:
-        # tyro ends with 2 after a typo, which it explains in a box of its own
-        sys.exit(1 if stop.code else 0)
-
-
 def run_command(main, presets, doc):
-    """Run main(config) as a command.
+    """Run main(config) as a command: --preset picks the config, every other flag overrides one field of it.
 
     A ValueError, OSError or ImportError is the user's to mend: it becomes one line on stderr and exit status 1.
     --debug shows the traceback instead.
@@ -37,11 +24,16 @@ def run_command(main, presets, doc):
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
+    names = [next(iter(presets)), *re.findall(r"--preset[= ](\S+)", " ".join(sys.argv))]
+    # tyro explains in a box of its own what is wrong with a flag, an unknown preset included
+    default = presets.get(names[-1], presets[names[0]])
     try:
-        cfg = parse_config(presets, doc)
+        cfg = tyro.cli(type(default), default=default, description=doc)
         # on a GPU, float32 products of networks use its tensor cores, as SiT's own code does
         torch.set_float32_matmul_precision("high")
         main(cfg)
+    except SystemExit as stop:
+        sys.exit(1 if stop.code == 2 else stop.code)
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on from the last checkpoint")
     except (ValueError, OSError, ImportError) as error:
@@ -59,11 +51,11 @@ def run_command(main, presets, doc):
 def pick_device(name="auto"):
     """Return the torch device of this name; "auto" takes cuda, then mps, then cpu. Raise ValueError if it is not there.
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    here = [kind for kind, there in available.items() if there]
     if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-    if not available.get(name.split(":")[0], False):
-        here = [kind for kind, there in available.items() if there]
+        name = here[0]
+    if name.split(":")[0] not in here:
         raise ValueError(f"device {name!r} is not available: expected auto or one of {', '.join(here)}")
     return torch.device(name)
 
@@ -105,9 +97,6 @@ def wait_for_all():
         dist.barrier()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a device can do
-
 # dense bfloat16 FLOP/s by their maker; the first name that fits counts
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}
 
@@ -118,9 +107,8 @@ def device_name(device):
 
 
 def peak_flops(device):
-    """Return the FLOP/s of a known GPU in bfloat16, or None."""
-    name = device_name(device)
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    """Return the FLOP/s of a known GPU in bfloat16, or 0."""
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in device_name(device)), 0)
 
 
 def count_flops(build, batch):
@@ -136,7 +124,6 @@ def count_flops(build, batch):
 
 def compile_module(module):
     """Return torch.compile(module). Raise ValueError where there is no compiler that it could use."""
-    compilers = (os.environ.get("CXX") or "g++", "g++", "c++", "clang++", "cl")
-    if not any(shutil.which(name) for name in compilers):
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "c++", "clang++", "cl"))):
         raise ValueError("--compile needs a C++ compiler, and none is here: install g++, or go without --compile")
     return torch.compile(module)

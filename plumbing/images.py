@@ -6,19 +6,19 @@ made with. FID compares Inception features of two sets of images by their mean a
 import functools
 import json
 import math
-import os
 import shutil
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from plumbing.cli import wait_for_all
-from plumbing.files import read_json, write_json, write_whole
-from plumbing.weights import optional_import
+from plumbing.cli import check_at_least, wait_for_all
+from plumbing.files import check_writable, read_json, write_json, write_whole
+from plumbing.weights import checksum, decode, load_vae, optional_import
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -28,15 +28,13 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 
 def find_images(folder):
     """Return the image files in a folder and below it, sorted. Print what is left out for its suffix."""
-    images, others = [], []
-    for path in sorted(Path(folder).rglob("*")):
-        if path.is_file() and not path.name.startswith("."):
-            kind = images if path.suffix.lower() in SUFFIXES else others
-            kind.append(path)
+    paths = [p for p in sorted(Path(folder).rglob("*")) if p.is_file() and not p.name.startswith(".")]
+    images = [path for path in paths if path.suffix.lower() in SUFFIXES]
+    others = [path.name for path in paths if path.suffix.lower() not in SUFFIXES]
     if not images:
         raise ValueError(f"{folder}: no images in this folder, expected {', '.join(SUFFIXES)}")
     if others:
-        print(f"{folder}: {len(others)} files that are no images are left out, such as {others[0].name}", flush=True)
+        print(f"{folder}: {len(others)} files that are no images are left out, such as {others[0]}", flush=True)
     return images
 
 
@@ -61,16 +59,13 @@ def read_rgb(path):
 
 def center_crop(image, size):
     """Return the middle of an RGB image as uint8 (size, size, 3): ADM's crop, which DiT and SiT use too."""
-    width, height = image.size
     # bicubic alone would alias where it shrinks an image much
-    while min(width, height) >= 2 * size:
-        width, height = width // 2, height // 2
-        image = image.resize((width, height), Image.Resampling.BOX)
-    scale = size / min(width, height)
-    width, height = round(width * scale), round(height * scale)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    top = (height - size) // 2
-    left = (width - size) // 2
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    top = (image.height - size) // 2
+    left = (image.width - size) // 2
     return np.array(image)[top:top + size, left:left + size]
 
 
@@ -105,75 +100,51 @@ def save_grid(x, path, columns=8):
     """Write images (B, C, H, W) in [-1, 1] as one PNG, row by row. Of four or more channels, the first three are shown.
     """
     x = x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
-    B, _, H, W = x.shape
-    rows = math.ceil(B / columns)
-    canvas = torch.zeros(rows * columns, H, W, 3, dtype=torch.uint8)
-    canvas[:B] = to_uint8(x)
-    canvas = canvas.view(rows, columns, H, W, 3).transpose(1, 2).reshape(rows * H, columns * W, 3)
+    rows = math.ceil(len(x) / columns)
+    images = F.pad(to_uint8(x), (0,) * 7 + (rows * columns - len(x),))
+    canvas = images.unflatten(0, (rows, columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
     # small images get visible pixels
-    k = max(1, 64 // H)
+    k = max(1, 64 // x.shape[2])
     canvas = canvas.repeat_interleave(k, 0).repeat_interleave(k, 1)
     with write_whole(path) as f:
         Image.fromarray(canvas.numpy()).save(f, "PNG")
 
 
-def check_made(found, made, where):
-    """Raise ValueError with the first thing in which the images found at `where` differ from those asked for."""
-    for key, value in made.items():
-        if found.get(key) != value:
-            raise ValueError(f"{where} holds images of {key} = {found.get(key)}, not {value}: delete it, or give "
-                             "another --out")
-
-
-def write_npz(path, draw, labels, size, batch, made, rank=0, world=1):
+def write_npz(path, draw, labels, batch, made, rank=0, world=1):
     """Draw images 0 .. len(labels) - 1 and write them to the .npz `path`. The same call goes on after a kill.
 
-    draw     indices (B,) -> uint8 (B, *size), size = (H, W, 3)
+    draw     indices (B,) -> uint8 (B, H, W, 3)
     batch    these many are always drawn together, whichever process does it, since dopri5's steps depend on the batch
     made     a dict of all that decides on the images; raise ValueError if what is there was made otherwise
     Each batch becomes a file in <path>.parts; the first process puts them together at the end.
     """
-    path = Path(path)
     parts = path.with_name(path.name + ".parts")
-    batches = torch.arange(len(labels)).split(batch)
-    files = [parts / f"{k:06d}" for k in range(len(batches))]
+    found, where = made, path
     if path.exists():
-        check_made(json.loads(str(read_npz(path, "made", "{}"))), made, path)
+        found = json.loads(str(read_npz(path, "made", "{}")))
+    elif (parts / "made.json").exists():
+        found, where = read_json(parts / "made.json"), parts
+    for key, value in made.items():
+        if found.get(key) != value:
+            raise ValueError(f"{where} holds images of {key} = {found.get(key)}, not {value}: delete it, or give "
+                             "another --out")
+    if not path.exists():
         if rank == 0:
-            shutil.rmtree(parts, ignore_errors=True)
-        return
+            write_json(parts / "made.json", made)
+        batches = torch.arange(len(labels)).split(batch)
+        files = [parts / f"{k:06d}.npy" for k in range(len(batches))]
+        mine = [k for k in range(rank, len(batches), world) if not files[k].exists()]
+        for k in tqdm(mine, desc="batches", disable=None if rank == 0 else True, leave=False):
+            images = draw(batches[k]).numpy()
+            with write_whole(files[k]) as f:
+                np.save(f, images)
+        wait_for_all()
+        if rank == 0:
+            images = np.concatenate([np.load(file) for file in files])
+            with write_whole(path) as f:
+                np.savez(f, arr_0=images, labels=labels.numpy(), made=json.dumps(made))
     if rank == 0:
-        if (parts / "made.json").exists():
-            check_made(read_json(parts / "made.json"), made, parts)
-        write_json(parts / "made.json", made)
-    # nobody draws before the first process has agreed
-    wait_for_all()
-    mine = [k for k in range(rank, len(batches), world) if not files[k].exists()]
-    for k in tqdm(mine, desc="batches", disable=None if rank == 0 else True, leave=False):
-        images = draw(batches[k]).numpy()
-        with write_whole(files[k]) as f:
-            f.write(images.tobytes())
-    wait_for_all()
-    if rank == 0:
-        merge(parts / "merged", files, (len(labels), *size), dict(labels=labels.numpy(), made=json.dumps(made)))
-        os.replace(parts / "merged", path)
-        shutil.rmtree(parts)
-
-
-def merge(path, files, shape, more):
-    """Write the bytes of `files` as arr_0 of the .npz `path`, file by file, and the arrays of the dict `more`."""
-    found, expected = sum(f.stat().st_size for f in files), math.prod(shape)
-    if found != expected:
-        raise ValueError(f"{files[0].parent} holds {found} bytes of images, expected {expected}: delete it")
-    with write_whole(path) as out, zipfile.ZipFile(out, "w") as archive:
-        # a bare ZipInfo leaves out the time of day, so that the same images make the same file
-        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as f:
-            np.lib.format.write_array_header_1_0(f, dict(descr="|u1", fortran_order=False, shape=shape))
-            for file in files:
-                f.write(file.read_bytes())
-        for name, array in more.items():
-            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as f:
-                np.lib.format.write_array(f, np.asarray(array), allow_pickle=False)
+        shutil.rmtree(parts, ignore_errors=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -191,20 +162,10 @@ def frechet(mean1, cov1, mean2, cov2):
 
 def gaussian(batches):
     """Return mean (dim,) and covariance (dim, dim) of features that come in batches (b, dim), in float64."""
-    n, origin = 0, None
-    total, outer = 0.0, 0.0
-    for features in batches:
-        features = np.asarray(features, dtype=np.float64)
-        if origin is None:
-            # a point near the mean, without which the sums of squares would cancel
-            origin = features.mean(0)
-        centred = features - origin
-        n += len(features)
-        total = total + centred.sum(0)
-        outer = outer + centred.T @ centred
-    if n < 2:
-        raise ValueError(f"a covariance needs at least 2 images, not {n}")
-    return origin + total / n, (outer - np.outer(total, total) / n) / (n - 1)
+    features = np.concatenate([np.asarray(batch, dtype=np.float64) for batch in batches])
+    if len(features) < 2:
+        raise ValueError(f"a covariance needs at least 2 images, not {len(features)}")
+    return features.mean(0), np.cov(features.T)
 
 
 @functools.cache
@@ -221,45 +182,32 @@ def inception():
 
 def read_npz(path, key, default=None):
     """Return one array of an .npz, or `default` if it has none of that name. Raise ValueError if it is no .npz."""
-    if not zipfile.is_zipfile(path):
-        if not Path(path).exists():
-            raise FileNotFoundError(f"there is no file {path}")
-        raise ValueError(f"{path} is not an .npz file (a single .npy array, perhaps): np.savez writes one")
     try:
         with np.load(path, allow_pickle=False) as archive:
             return archive[key] if key in archive.files else default
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read as an .npz file: {str(error).splitlines()[0]}") from error
-
-
-def npz_batches(path, batch):
-    """Yield arr_0 of an .npz, uint8 (n, H, W, 3), batch by batch. It is never in memory as a whole."""
-    with zipfile.ZipFile(path) as archive:
-        if "arr_0.npy" not in archive.namelist():
-            raise ValueError(f"{path} holds no images: arr_0 is missing")
-        with archive.open("arr_0.npy") as f:
-            np.lib.format.read_magic(f)
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
-            if fortran or dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
-                raise ValueError(f"{path}: arr_0 is {dtype} {shape}, expected uint8 (n, H, W, 3)")
-            for start in range(0, shape[0], batch):
-                size = (min(batch, shape[0] - start), *shape[1:])
-                yield np.frombuffer(bytearray(f.read(math.prod(size))), np.uint8).reshape(size)
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        # a single array, of an .npy file, makes a TypeError here
+        raise ValueError(f"{path} cannot be read as an .npz file, as np.savez writes one: {error}") from error
 
 
 def image_batches(source, batch=64):
     """Yield the images of a folder, all of one size, or of an .npz: uint8 (B, H, W, 3), batch by batch."""
-    if not Path(source).is_dir():
-        yield from npz_batches(source, batch)
-        return
-    paths = find_images(source)
-    size = read_rgb(paths[0]).size
-    for start in range(0, len(paths), batch):
-        images = [read_rgb(path) for path in paths[start:start + batch]]
-        for path, image in zip(paths[start:], images, strict=False):
-            if image.size != size:
-                raise ValueError(f"{path} is of size {image.size}, expected {size}, that of the first image")
-        yield np.stack([np.asarray(image) for image in images])
+    if Path(source).is_dir():
+        paths = find_images(source)
+        size = read_rgb(paths[0]).size
+        for start in range(0, len(paths), batch):
+            images = []
+            for path in paths[start:start + batch]:
+                images.append(read_rgb(path))
+                if images[-1].size != size:
+                    raise ValueError(f"{path} is of size {images[-1].size}, expected {size}, that of the first image")
+            yield np.stack([np.asarray(image) for image in images])
+    else:
+        images = read_npz(source, "arr_0", np.zeros(0))
+        if images.dtype != np.uint8 or images.shape[3:] != (3,):
+            raise ValueError(f"{source}: arr_0 is {images.dtype} {images.shape}, expected uint8 (n, H, W, 3)")
+        for start in range(0, len(images), batch):
+            yield images[start:start + batch]
 
 
 def statistics(source):
@@ -268,23 +216,74 @@ def statistics(source):
     An .npz that holds its own, mu and sigma, is believed, as ADM's references do, of this same network.
     """
     features = inception()
-    mu, sigma = None, None
     if not Path(source).is_dir():
         mu, sigma = read_npz(source, "mu"), read_npz(source, "sigma")
-    if mu is None:
-        return gaussian(map(features, image_batches(source)))
-    dim = features(np.zeros((1, 64, 64, 3), np.uint8)).shape[1]
-    if mu.shape != (dim,) or np.shape(sigma) != (dim, dim):
-        raise ValueError(f"{source}: mu {mu.shape} and sigma {np.shape(sigma)}, expected ({dim},) and ({dim}, {dim})")
-    return mu.astype(np.float64), sigma.astype(np.float64)
+        if mu is not None:
+            return mu.astype(np.float64), sigma.astype(np.float64)
+    return gaussian(map(features, image_batches(source)))
 
 
-def fid(npz, reference):
-    """Return the FID of an .npz of samples to a reference: a folder, an .npz, or what `statistics` returned for one.
+# ----------------------------------------------------------------------------------------------------------------------
+# What the command of sample.py does besides sampling
 
-    Call statistics(reference) before hours of sampling: it finds a reference or a package that is no good.
+
+def check_sampling(cfg, model, world):
+    """Raise ValueError for the first field of sample.Config that is out of range, or does not fit the model."""
+    check_at_least(cfg, n=1, batch=1, steps=1, seed=0)
+    if cfg.label is not None and not 0 <= cfg.label < model.num_classes:
+        raise ValueError(f"label {cfg.label} is none of this model's, 0 to {model.num_classes - 1}")
+    if cfg.out and Path(cfg.out).suffix not in (".png", ".npz"):
+        raise ValueError(f"--out {cfg.out} must end in .png or .npz")
+    is_npz = cfg.out.endswith(".npz")
+    if not is_npz and (cfg.fid or world > 1):
+        raise ValueError("FID, and several processes, are for an .npz: give --out NAME.npz")
+    if is_npz and not cfg.vae and model.in_channels not in (1, 3):
+        raise ValueError(f"{cfg.run} samples latents of {model.in_channels} channels: give their autoencoder, --vae")
+
+
+def pick_labels(cfg, num_classes):
+    """Return labels (n,): one class, all in turn, or random ones, each a function of the seed and its image's number.
     """
-    if not isinstance(reference, tuple):
-        reference = statistics(reference)
-    # never below 0, but for rounding
-    return max(0.0, frechet(*statistics(npz), *reference))
+    if cfg.label is not None:
+        return torch.full((cfg.n,), cfg.label)
+    if cfg.labels == "balanced":
+        return torch.arange(cfg.n) % num_classes
+    draws = [np.random.default_rng([cfg.seed, i]).integers(num_classes) for i in range(cfg.n)]
+    return torch.tensor(draws)
+
+
+@torch.no_grad()
+def save_samples(cfg, sample, model, device, rank, world):
+    """Draw cfg.n images, decoded, and write them to a PNG, or to an .npz, whose FID to cfg.fid is printed.
+
+    sample(index (B,), y (B,)) -> what the model samples for these images, (B, C, H, W)
+    """
+    check_sampling(cfg, model, world)
+    run = Path(cfg.run)
+    label = "" if cfg.label is None else f"_label{cfg.label}"
+    name = f"samples_w{cfg.w:g}_{cfg.solver}_seed{cfg.seed}{label}.png"
+    path = Path(cfg.out or (run if run.is_dir() else run.parent) / name)
+    check_writable(path.parent)
+    vae = load_vae(cfg.vae).to(device) if cfg.vae else None
+    labels = pick_labels(cfg, model.num_classes)
+
+    def draw(index):
+        x = sample(index, labels[index].to(device))
+        return decode(vae, x) if vae else x
+
+    if path.suffix == ".png":
+        images = torch.cat([draw(index) for index in torch.arange(cfg.n).split(cfg.batch)])
+        in_turn = cfg.label is None and model.num_classes <= 10
+        save_grid(images, path, columns=model.num_classes if in_turn else 8)
+    else:
+        # before hours of sampling: the reference, or the package, may be no good
+        reference = statistics(cfg.fid) if cfg.fid and rank == 0 else None
+        names = ("n", "label", "labels", "w", "solver", "steps", "batch", "seed")
+        made = {name: getattr(cfg, name) for name in names} | dict(
+            device=device.type, weights=checksum(model), vae=checksum(vae) if vae else "")
+        write_npz(path, lambda index: to_uint8(draw(index).expand(-1, 3, -1, -1)), labels, cfg.batch, made, rank, world)
+        if reference:
+            # never below 0, but for rounding
+            print(f"FID {max(0.0, frechet(*statistics(path), *reference)):.4f} to {cfg.fid}")
+    if rank == 0:
+        print(f"{cfg.n} samples ({device}, {cfg.solver}, w = {cfg.w:g}): {path}", flush=True)

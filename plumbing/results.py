@@ -11,7 +11,7 @@ import numpy as np
 import scipy.stats
 import torch
 
-from plumbing.cli import count_processes, pick_device
+from plumbing.cli import count_processes, device_name, pick_device
 from plumbing.files import ROOT, check_writable, one_writer, read_json, write_json, write_whole
 
 # supervision, extrapolation, controls and real images have the same colour in every figure
@@ -28,24 +28,14 @@ def bootstrap_interval(values, statistic=np.median, n=400, seed=0):
     def of_rows(rows):
         return statistic(values[rows])
 
-    rows = np.arange(len(values))
-    if (values == values[:1]).all():
-        return (float(of_rows(rows)),) * 2
-    result = scipy.stats.bootstrap((rows,), of_rows, vectorized=False, method="percentile", n_resamples=n,
-                                   rng=np.random.default_rng(seed))
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+    result = scipy.stats.bootstrap((np.arange(len(values)),), of_rows, vectorized=False, method="percentile",
+                                   n_resamples=n, rng=np.random.default_rng(seed))
+    return tuple(map(float, result.confidence_interval))
 
 
 def student_interval(values):
     """Return (low, high) of the mean of values (n,), by Student's t."""
-    interval = scipy.stats.ttest_1samp(values, 0).confidence_interval()
-    return float(interval.low), float(interval.high)
-
-
-def wilson_interval(hits, n):
-    """Return (low, high) of a fraction hits / n, by Wilson's score, which is sensible at 0 and 1 too."""
-    interval = scipy.stats.binomtest(int(hits), int(n)).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
+    return tuple(map(float, scipy.stats.ttest_1samp(values, 0).confidence_interval()))
 
 
 def over_seeds(samples, statistic=np.median):
@@ -110,26 +100,11 @@ def results_folder(script, cfg):
     return Path(cfg.out) if cfg.out else ROOT / "out" / script / cfg.preset
 
 
-def to_plain(value):
-    """Return arrays and tensors as lists, for JSON."""
-    if isinstance(value, np.generic):
-        return value.item()
-    return value.tolist()
-
-
-def read_results(script, folder):
-    """Return the results.json of a folder. Raise ValueError if it is of another script."""
-    results = read_json(folder / "results.json")
-    if results.get("script") != script:
-        raise ValueError(f"{folder}/results.json is of {results.get('script')}, not of {script}: give another --out")
-    return results
-
-
 def describe_run(script, cfg, seconds):
     """Return what results.json says of how it was made."""
     git = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=ROOT, capture_output=True, text=True)
     device = pick_device(cfg.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
+    name = device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
     versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
     return dict(script=script, preset=cfg.preset, seed=cfg.seed, device=name, seconds=round(seconds, 1),
                 commit=git.stdout.strip(), versions=versions, config=dataclasses.asdict(cfg))
@@ -142,38 +117,33 @@ def run_experiment(script, cfg, measure, plot):
     plot(results, folder) draws fig*.png from results.json; results["arrays"] holds lists
     """
     folder = results_folder(script, cfg)
+    path = folder / "results.json"
     check_writable(folder)
-    if (folder / "results.json").exists():
-        read_results(script, folder)
-    elif cfg.redraw:
-        raise FileNotFoundError(f"nothing to redraw: there is no {folder}/results.json")
+    if path.exists() or cfg.redraw:
+        before = read_json(path).get("script")
+        if before != script:
+            raise ValueError(f"{path} is of {before}, not of {script}: give another --out")
     if not cfg.redraw:
         pick_device(cfg.device)
         started = time.time()
         rows, arrays = measure(cfg)
         if count_processes()[0]:
             return
-        results = describe_run(script, cfg, time.time() - started) | dict(claims=rows, arrays=arrays)
-        # four digits are enough to draw from
-        text = json.dumps(results, default=to_plain)
-        plain = json.loads(text, parse_float=round_number)
-        plain["claims"] = json.loads(json.dumps(rows, default=to_plain))
+        results = describe_run(script, cfg, time.time() - started) | dict(arrays=arrays)
+        # NumPy's and torch's values become plain ones; four digits are enough to draw from
+        text = json.dumps(results, default=lambda value: value.tolist())
+        plain = json.loads(text, parse_float=lambda number: float(f"{float(number):.4g}"))
         with one_writer(folder):
-            write_json(folder / "results.json", plain)
-    results = read_results(script, folder)
+            write_json(path, plain | dict(claims=rows))
+    results = read_json(path)
     try:
         plot(results, folder)
     except (KeyError, IndexError, TypeError) as error:
         if not cfg.redraw:
             raise
-        raise ValueError(f"{folder}/results.json was written by another version of {script}.py: {error!r}") from error
-    print(folder / "results.json", *sorted(folder.glob("*.png")), sep="\n")
+        raise ValueError(f"{path} was written by another version of {script}.py: {error!r}") from error
+    print(path, *sorted(folder.glob("*.png")), sep="\n")
     print_rows(results["claims"])
-
-
-def round_number(text):
-    """Return a JSON number with four significant digits."""
-    return float(f"{float(text):.4g}")
 
 
 def new_figure(height, columns=1, rows=1, **options):

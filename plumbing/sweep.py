@@ -1,31 +1,23 @@
-"""Sweeps of many small networks: several train at once, and each is kept by what it depends on."""
+"""Sweeps of many small networks: several train at once, each is kept by what it depends on; a picture of samples."""
+import functools
 import hashlib
 import json
 import multiprocessing
 import os
 import signal
 import threading
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.patches import Rectangle
 from tqdm import tqdm
 
 from plumbing.cli import count_processes, setup_processes, wait_for_all
 from plumbing.files import read_weights, save_checkpoint
-
-
-def to_tensors(value):
-    """Return a result with its NumPy arrays as tensors, which a checkpoint can hold."""
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(value.copy())
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, dict):
-        return {name: to_tensors(part) for name, part in value.items()}
-    return value
+from plumbing.results import BLUE
 
 
 def cached(folder, key, compute):
@@ -38,7 +30,10 @@ def cached(folder, key, compute):
     path = Path(folder) / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.pt"
     if path.exists():
         return read_weights(path)["result"]
-    result = to_tensors(compute())
+    result = compute()
+    for name, value in result.items():
+        if isinstance(value, np.ndarray):
+            result[name] = torch.from_numpy(value)
     save_checkpoint(path, dict(key=text, result=result))
     return result
 
@@ -61,28 +56,52 @@ def run_jobs(f, jobs, workers):
     f keeps its results on the disk (see `cached`), so that the same command goes on after an interrupt. Under torchrun
     every process takes its share. f is a function of a module, or a functools.partial of one; jobs are hashable.
     """
-    jobs, results = list(jobs), {}
+    jobs = list(jobs)
     rank, world = count_processes()
     if world > 1:
         setup_processes(torch.device("cpu"))
         for job in jobs[rank::world]:
             f(job)
         wait_for_all()
-    with tqdm(total=len(jobs), desc="networks", disable=None, leave=False) as bar:
-        if workers == 1 or world > 1:
-            for job in jobs:
-                results[job] = f(job)
-                bar.update()
-            return results
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
-            futures = {pool.submit(f, job): job for job in jobs}
-            try:
-                for future in as_completed(futures):
-                    results[futures[future]] = future.result()
-                    bar.update()
-            except BrokenProcessPool as error:
-                raise OSError("a worker was killed, perhaps because memory ran out: use fewer --workers") from error
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    return results
+    bar = functools.partial(tqdm, total=len(jobs), desc="networks", disable=None, leave=False)
+    if workers == 1 or world > 1:
+        return {job: f(job) for job in bar(jobs)}
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
+        try:
+            return dict(zip(jobs, bar(pool.map(f, jobs)), strict=True))
+        except BrokenProcessPool as error:
+            raise OSError("a worker was killed, perhaps because memory ran out: use fewer --workers") from error
+
+
+def run_grid(f, settings, seeds, workers, folder, key):
+    """Return {name: array (settings, seeds, ...)} of what f("setting/seed") returns, a dict of tensors.
+
+    settings are texts, seeds are numbers. f and workers are those of run_jobs; what f returns is kept in `folder` under
+    `key`, which holds all that it depends on.
+    """
+    jobs = [f"{setting}/{seed}" for setting in settings for seed in seeds]
+    found = run_jobs(functools.partial(run_cached, f, folder, key), jobs, workers)
+    arrays = {}
+    for name in found[jobs[0]]:
+        values = torch.stack([found[job][name].cpu() for job in jobs])
+        arrays[name] = values.unflatten(0, (len(settings), len(seeds))).numpy()
+    return arrays
+
+
+def run_cached(f, folder, key, job):
+    return cached(folder, key | dict(job=job), functools.partial(f, job))
+
+
+def draw_pairs(ax, pairs, framed):
+    """Draw pairs of images, uint8 (2, n, H, W, C), one above the other, with a blue frame where framed (n,) is true."""
+    # a white line around each image
+    margin = max(1, pairs.shape[2] // 16)
+    around = ((0, 0), (0, 0), (margin, margin), (margin, margin), (0, 0))
+    pairs = np.pad(pairs[..., :3], around, constant_values=255)
+    ax.imshow(np.vstack([np.hstack(row) for row in pairs]), cmap="gray", vmin=0, vmax=255)
+    H, W = pairs.shape[2:4]
+    for i in np.flatnonzero(framed):
+        ax.add_patch(Rectangle((i * W, 0), W - 1, 2 * H - 1, fill=False, color=BLUE, lw=3))
+    ax.set(xticks=[], yticks=[H / 2, 1.5 * H], yticklabels=("sample", "nearest"))
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)

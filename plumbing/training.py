@@ -5,22 +5,20 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
 from model import build_model
-from plumbing.cli import count_flops, peak_flops
+from plumbing.cli import check_at_least, count_flops, peak_flops
 from plumbing.files import ROOT, check_fit, load_run, load_state, read_checkpoint, save_checkpoint, write_whole
 
 
 def check_training(cfg, world):
     """Raise ValueError for the first field of train.Config that is out of range."""
-    for name in ("steps", "batch", "accum", "log_every", "save_every"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(cfg, name)}")
+    check_at_least(cfg, steps=1, batch=1, accum=1, log_every=1, save_every=1, warmup=0, repa=0, seed=0)
     ranges = dict(lr=0 < cfg.lr < math.inf, ema=0 < cfg.ema < 1, label_dropout=0 <= cfg.label_dropout <= 1,
-                  repa=0 <= cfg.repa < math.inf, warmup=cfg.warmup >= 0, decay=0 <= cfg.decay <= 1,
-                  seed=0 <= cfg.seed <= 1e9)
+                  decay=0 <= cfg.decay <= 1)
     for name, fits in ranges.items():
         if not fits:
             raise ValueError(f"{name} is out of range: {getattr(cfg, name)}")
@@ -34,11 +32,11 @@ def check_repa(cfg, data, model):
     if not 1 <= cfg.repa_depth <= depth:
         raise ValueError(f"repa_depth {cfg.repa_depth} is none of the {depth} blocks of {cfg.model}: REPA needs a SiT "
                          "at least so deep")
-    found, wanted = data.get("features"), (len(data["x"]), model.pos_embed.shape[1])
-    if found is None or found.ndim != 3 or found.shape[:2] != wanted or found.dtype.kind != "f":
-        what = "nothing" if found is None else f"{found.dtype} {found.shape}"
-        raise ValueError(f"REPA needs a teacher's features beside x.npy of {cfg.data}: features.npy, floating point of "
-                         f"shape ({wanted[0]}, {wanted[1]}, dim), not {what}")
+    n, tokens = len(data["x"]), model.pos_embed.shape[1]
+    found = data.get("features", np.zeros(0))
+    if found.shape[:2] != (n, tokens) or found.ndim != 3:
+        raise ValueError(f"REPA needs a teacher's features beside x.npy of {cfg.data}: features.npy of shape "
+                         f"({n}, {tokens}, dim), not {found.dtype} {found.shape}")
     return found.shape[2]
 
 
@@ -47,29 +45,15 @@ def run_folder(cfg, preset, may_change):
     if cfg.out:
         return Path(cfg.out)
     parts = [cfg.preset, Path(cfg.data).name, cfg.model.replace("/", "-")]
-    for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
-        counts = field.name in ("steps", "init") or field.name not in ("data", "model", *may_change)
-        if counts and value != getattr(preset, field.name):
-            parts.append(f"{field.name}={Path(value).name if field.name == 'init' else value}")
+    silent = {"data", "model", *may_change} - {"steps", "init"}
+    for name, value in dataclasses.asdict(cfg).items():
+        if name not in silent and value != getattr(preset, name):
+            parts.append(f"{name}={Path(value).name if name == 'init' else value}")
     return ROOT / "out" / "_".join(parts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints
-
-def check_same(found, wanted, may_change, path):
-    """Raise ValueError that names the first thing in which a checkpoint differs from the run that wants to go on."""
-    if found["fingerprint"] != wanted["fingerprint"]:
-        raise ValueError(f"{path} was trained on other data of the same name: give another --out")
-    for name, before in found["config"].items():
-        now = wanted["config"].get(name, before)
-        if name not in may_change and before != now:
-            raise ValueError(f"{path} was trained with {name} = {before}, not {now}: give another --out")
-    if found["step"] > wanted["config"]["steps"]:
-        raise ValueError(f"{path} is at step {found['step']}, past the {wanted['config']['steps']} asked for: give "
-                         "another --out")
-
 
 def restore(run, parts, identity, may_change):
     """Load the checkpoint of a run into {"model": module, ...} and return its step; 0 if there is none.
@@ -79,17 +63,21 @@ def restore(run, parts, identity, may_change):
     path = Path(run) / "ckpt.pt"
     if not path.exists():
         return 0
-    checkpoint = read_checkpoint(path)
-    config = identity["config"]
-    # a rate that falls to 0 at the last step depends on how many steps there are
-    if config["decay"]:
-        may_change = [name for name in may_change if name != "steps"]
-    check_same(checkpoint, identity, may_change, path)
+    checkpoint, config = read_checkpoint(path), identity["config"]
+    if checkpoint["fingerprint"] != identity["fingerprint"]:
+        raise ValueError(f"{path} was trained on other data of the same name: give another --out")
+    for name, before in checkpoint["config"].items():
+        now = config.get(name, before)
+        # a rate that falls to 0 at the last step depends on how many steps there are
+        fixed = name not in may_change or (name == "steps" and config["decay"])
+        if fixed and now != before:
+            raise ValueError(f"{path} was trained with {name} = {before}, not {now}: give another --out")
+    if checkpoint["step"] > config["steps"]:
+        raise ValueError(f"{path} is at step {checkpoint['step']}, past the {config['steps']} asked for: give another "
+                         "--out")
     if checkpoint["device"] != identity["device"]:
         print(f"{run} was trained on {checkpoint['device']}: on {identity['device']} its noise can be another")
     for name, part in parts.items():
-        if name not in checkpoint:
-            raise ValueError(f"{path} is not a checkpoint to go on from: {name} is missing")
         load_state(part, checkpoint[name], path)
     return checkpoint["step"]
 
@@ -100,8 +88,6 @@ def load_initial(source, model):
     if start.prediction != model.prediction:
         raise ValueError(f"{source} predicts {start.prediction}, this run {model.prediction}: give --prediction "
                          f"{start.prediction}")
-    if getattr(start.t_embedder, "scale", None) != model.t_embedder.scale:
-        raise ValueError(f"{source} takes another scale of time than this model")
     load_state(model, start.state_dict(), source)
 
 
@@ -116,14 +102,13 @@ def save_run(run, parts, identity, step, keep):
 def load_networks(train, cfg, data, device):
     """Return the networks that an experiment measures: the weights at cfg.model_path, or cfg.seeds trainings of
     cfg.network by train.train, which differ in their seed. Raise ValueError if one is not for these data."""
-    paths = [cfg.model_path]
+    paths, models = [cfg.model_path], []
     if not cfg.model_path:
-        network = dataclasses.replace(cfg.network, device=cfg.device)
         paths = []
         for k in range(cfg.seeds):
-            out = f"{network.out}_{k}" if network.out else ""
-            paths.append(train(dataclasses.replace(network, seed=network.seed + k, out=out)))
-    models = []
+            out = f"{cfg.network.out}_{k}" if cfg.network.out else ""
+            network = dataclasses.replace(cfg.network, device=cfg.device, seed=cfg.network.seed + k, out=out)
+            paths.append(train(network))
     for path in paths:
         model, _ = load_run(path, device)
         check_fit(model, path, data)
@@ -145,11 +130,9 @@ class RunLog:
     """Print how a training goes, and write a line of log.jsonl per log step. A quiet one does neither."""
 
     def __init__(self, run, cfg, model_args, device, world, quiet):
-        self.path, self.cfg, self.device, self.quiet = run / "log.jsonl", cfg, device, quiet
+        self.path, self.cfg, self.quiet = run / "log.jsonl", cfg, quiet
         self.flops = count_flops(lambda: build_model(**model_args), 1) if not quiet else 0
-        peak = peak_flops(device)
-        self.peak = world * peak if peak else None
-        self.started = self.timed = 0
+        self.peak = world * peak_flops(device)
 
     def start(self, text, first_step):
         """Say what begins, and drop lines of the log from after the checkpoint."""
@@ -159,10 +142,11 @@ class RunLog:
             return
         print(f"{text}, steps {first_step} to {self.cfg.steps}", flush=True)
         if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= first_step]
+            lines = self.path.read_text().splitlines(keepends=True)
+            # a line that a kill cut short has no end
+            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= first_step]
             with write_whole(self.path) as f:
-                f.write("".join(line + "\n" for line in kept).encode())
+                f.write("".join(kept).encode())
 
     def bar(self, batches):
         """Return the batches behind a progress bar."""
@@ -178,14 +162,12 @@ class RunLog:
         if self.quiet:
             return
         images = (step - self.timed) * self.cfg.batch
-        seconds = max(time.time() - self.started, 1e-9)
-        values |= dict(images_per_second=images / seconds, tflops=images * self.flops / seconds / 1e12)
+        speed = images / max(time.time() - self.started, 1e-9)
+        values |= dict(images_per_second=speed, tflops=speed * self.flops / 1e12)
         if self.peak:
-            values["mfu"] = values["tflops"] * 1e12 / self.peak
-        record = dict(step=step)
-        for name, value in values.items():
-            if value is not None:
-                record[name] = float(f"{value:.6g}")
+            values["mfu"] = speed * self.flops / self.peak
+        rounded = {name: float(f"{value:.6g}") for name, value in values.items() if value is not None}
+        record = dict(step=step) | rounded
         print("  ".join(f"{name} {value:.4g}" for name, value in record.items()), flush=True)
         with open(self.path, "a") as f:
             f.write(json.dumps(record) + "\n")

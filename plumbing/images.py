@@ -28,13 +28,15 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 
 def find_images(folder):
     """Return the image files in a folder and below it, sorted. Print what is left out for its suffix."""
-    paths = [p for p in sorted(Path(folder).rglob("*")) if p.is_file() and not p.name.startswith(".")]
-    images = [path for path in paths if path.suffix.lower() in SUFFIXES]
-    others = [path.name for path in paths if path.suffix.lower() not in SUFFIXES]
+    images, others = [], []
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file() and not path.name.startswith("."):
+            kind = images if path.suffix.lower() in SUFFIXES else others
+            kind.append(path)
     if not images:
         raise ValueError(f"{folder}: no images in this folder, expected {', '.join(SUFFIXES)}")
     if others:
-        print(f"{folder}: {len(others)} files that are no images are left out, such as {others[0]}", flush=True)
+        print(f"{folder}: {len(others)} files that are no images are left out, such as {others[0].name}", flush=True)
     return images
 
 
@@ -49,7 +51,8 @@ def read_rgb(path):
                 raise ValueError("its pixels are floating point, expected 8 or 16 bits")
             if image.mode.startswith("I"):
                 # Pillow would clip 65535 to 255, not scale it
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+                gray = np.asarray(image).clip(0, 65535) // 257
+                image = Image.fromarray(gray.astype(np.uint8))
             return image.convert("RGB")
     except Exception as error:
         # given garbage, a decoder raises anything: OSError, SyntaxError, struct.error
@@ -59,13 +62,16 @@ def read_rgb(path):
 
 def center_crop(image, size):
     """Return the middle of an RGB image as uint8 (size, size, 3): ADM's crop, which DiT and SiT use too."""
+    width, height = image.size
     # bicubic alone would alias where it shrinks an image much
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    top = (image.height - size) // 2
-    left = (image.width - size) // 2
+    while min(width, height) >= 2 * size:
+        width, height = width // 2, height // 2
+        image = image.resize((width, height), Image.Resampling.BOX)
+    scale = size / min(width, height)
+    width, height = round(width * scale), round(height * scale)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    top = (height - size) // 2
+    left = (width - size) // 2
     return np.array(image)[top:top + size, left:left + size]
 
 
@@ -101,8 +107,10 @@ def save_grid(x, path, columns=8):
     """
     x = x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
     rows = math.ceil(len(x) / columns)
-    images = F.pad(to_uint8(x), (0,) * 7 + (rows * columns - len(x),))
-    canvas = images.unflatten(0, (rows, columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    absent = rows * columns - len(x)
+    images = F.pad(to_uint8(x), (0, 0, 0, 0, 0, 0, 0, absent))
+    images = images.unflatten(0, (rows, columns))
+    canvas = images.transpose(1, 2).flatten(2, 3).flatten(0, 1)
     # small images get visible pixels
     k = max(1, 64 // x.shape[2])
     canvas = canvas.repeat_interleave(k, 0).repeat_interleave(k, 1)
@@ -279,11 +287,17 @@ def save_samples(cfg, sample, model, device, rank, world):
         # before hours of sampling: the reference, or the package, may be no good
         reference = statistics(cfg.fid) if cfg.fid and rank == 0 else None
         names = ("n", "label", "labels", "w", "solver", "steps", "batch", "seed")
-        made = {name: getattr(cfg, name) for name in names} | dict(
-            device=device.type, weights=checksum(model), vae=checksum(vae) if vae else "")
-        write_npz(path, lambda index: to_uint8(draw(index).expand(-1, 3, -1, -1)), labels, cfg.batch, made, rank, world)
+        made = {name: getattr(cfg, name) for name in names}
+        made |= dict(device=device.type, weights=checksum(model))
+        made["vae"] = checksum(vae) if vae else ""
+
+        def draw_rgb(index):
+            return to_uint8(draw(index).expand(-1, 3, -1, -1))
+
+        write_npz(path, draw_rgb, labels, cfg.batch, made, rank, world)
         if reference:
+            distance = frechet(*statistics(path), *reference)
             # never below 0, but for rounding
-            print(f"FID {max(0.0, frechet(*statistics(path), *reference)):.4f} to {cfg.fid}")
+            print(f"FID {max(0.0, distance):.4f} to {cfg.fid}")
     if rank == 0:
         print(f"{cfg.n} samples ({device}, {cfg.solver}, w = {cfg.w:g}): {path}", flush=True)

@@ -34,7 +34,7 @@ from plumbing.data import get_images, labels_in_turn, load_data, model_sizes
 from plumbing.faiss_score import FaissScore
 from plumbing.fast_score import FastEmpiricalScore
 from plumbing.images import to_uint8
-from plumbing.sweep import draw_pairs, run_grid
+from plumbing.sweep import run_grid
 from sample import T_MIN, noise, solve_ode
 from train import PRESETS as NETWORKS
 from train import Config as NetworkConfig
@@ -48,8 +48,8 @@ PAPER = {
 NEARER = "P(nearer than a real image)"
 FINDINGS = {
     "dsm": f"plain training on the largest region: {NEARER}",
-    "outside": "error to x_* at held-out images: the smallest region's over the largest's",
-    "inside": "the same at images of D_score",
+    "smallest": "error to x_* at held-out images over that at D_score's, smallest region",
+    "largest": "the same, largest region",
     "agree": "from the same noise, two seeds in the largest region find the same image",
 }
 
@@ -228,7 +228,7 @@ def make_claims(cfg, name, found):
 
 def measure(cfg):
     """Return the rows, and what we measured of all networks, arrays (ratios, seeds, ...)."""
-    check_at_least(cfg, n_seeds=2, n_samples=1, workers=1)
+    check_at_least(cfg, n_seeds=2)
     def find_networks(net, target, ratios):
         key = dict(net=getattr(cfg, net), data=load_data(cfg.data)["fingerprint"],
                    numbers=(cfg.per_class, cfg.n_samples, cfg.seed))
@@ -240,10 +240,9 @@ def measure(cfg):
     sit = find_networks("sit", cfg.target, cfg.ratios)
     dsm = find_networks("sit", "dsm", cfg.ratios[-1:])
     unet = find_networks("unet", cfg.target, cfg.ratios)
-    ours = dict(dsm=dsm["nearer"][0], agree=sit["nearest"][-1, :1] == sit["nearest"][-1, 1:])
-    for region in ("outside", "inside"):
-        smallest, largest = sit[region][[0, -1]]             # (seeds, images)
-        ours[region] = smallest / largest.mean()
+    gap = sit["outside"] / sit["inside"].mean(axis=2, keepdims=True)                        # (ratios, seeds, images)
+    agree = sit["nearest"][-1, :1] == sit["nearest"][-1, 1:]
+    ours = dict(dsm=dsm["nearer"][0], smallest=gap[0], largest=gap[-1], agree=agree)
     rows = make_claims(cfg, "sit", sit) + make_claims(cfg, "unet", unet)
     for name, text in FINDINGS.items():
         rows.append(results.finding(f"fig5/{name}", text, *results.over_seeds(ours[name], np.mean)))
@@ -259,23 +258,23 @@ def plot(found, folder):
     fig, axes = results.new_figure(4.8, columns=2, rows=2, height_ratios=(1, 2))
     for ax, k, letter in zip(axes[0], (0, -1), "ab", strict=True):
         images = np.array(arrays["sit"]["images"][k][0])
-        draw_pairs(ax, images, is_copy["sit"][k, 0, -1, :8])
+        results.draw_pairs(ax, images, is_copy["sit"][k, 0, -1, :8])
         ax.set_title(f"({letter}) $|D_{{region}}| = {ratios[k]:g}\\,|D_{{score}}|$")
     ours, paper = axes[1]
     for net, style in (("sit", "o-"), ("unet", "s--")):
         copies = is_copy[net][:, :, -1].mean(2)              # (ratios, seeds)
         ours.errorbar(
-            ratios, copies.mean(axis=1), yerr=np.ptp(copies, axis=1) / 2, fmt=style, color=blue,
+            ratios, copies.mean(1), np.ptp(copies, 1) / 2, fmt=style, color=blue,
             label=cfg[net]["model"])
         paper.plot(PAPER_RATIOS, PAPER[net], style, color=blue)
     ours.plot(ratios[-1], is_copy["dsm"][:, :, -1].mean(), "D", color=results.GREY, label="plain training")
     ours.axhline(real, color=results.GREEN, ls=":", label="real images")
     ours.legend()
-    ours.set(title="(c) Copies grow with the region", ylabel="fraction of copies")
-    paper.set(title="The paper's SiT-L/2 and UNet-B")
-    for ax in axes[1]:
-        ax.set(xscale="log", ylim=(0, 1), xlabel="$|D_{region}|\\,/\\,|D_{score}|$")
-        ax.set_xticks(ratios, ratios)
+    ours.set(title="(c) Copies against the region", ylabel="fraction of copies")
+    paper.set_title("The paper's SiT-L/2 and UNet-B")
+    for ax, ticks in ((ours, ratios), (paper, PAPER_RATIOS)):
+        ax.set(xscale="log", ylim=(-0.02, 1), xlabel="$|D_{region}|\\,/\\,|D_{score}|$")
+        ax.set_xticks(ticks, ticks)
         ax.minorticks_off()
     results.save_figure(fig, folder / "fig5.png")
 
@@ -283,10 +282,11 @@ def plot(found, folder):
     for region, colour, label in (("outside", results.ORANGE, "held-out images"), ("inside", blue, "$D_{score}$")):
         error = np.mean(arrays["sit"][region], axis=(1, 2))
         left.plot(ratios, error, "o-", color=colour, label=label)
-    left.set(title="Error to the target, at noised ...", xlabel="$|D_{region}|\\,/\\,|D_{score}|$", ylim=0)
+    left.set(title="Error to $x_*$, at noised images", ylim=0,
+             xlabel="$|D_{region}|\\,/\\,|D_{score}|$")
     steps = [*cfg["sit"]["keep"], cfg["sit"]["steps"]]
     for k, ratio in enumerate(ratios):
-        copies = is_copy["sit"][k].mean(axis=(0, 2))         # (steps,)
+        copies = is_copy["sit"][k].mean((0, 2))             # (steps,)
         shade = (k + 1) / len(ratios)
         right.plot(steps, copies, "o-", color=blue, alpha=shade, label=f"ratio {ratio:g}")
     right.set(title="Copies against training", xlabel="steps", ylabel="fraction of copies", ylim=(0, 1))

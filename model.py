@@ -272,7 +272,7 @@ class UNet(Denoiser):
 
 # depth, width, heads: the paper's sizes, and small ones for a laptop. A name keeps its heads: no shape tells them.
 SIT_SIZES = {
-    "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16), "femto": (1, 16, 1),
+    "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16), "1x32": (1, 32, 2),
     "pico": (1, 24, 2), "nano": (2, 32, 2), "mini": (2, 48, 3), "micro": (3, 64, 4), "tiny": (3, 96, 3),
 }
 UNET_CHANNELS = {"XS": 64, "S": 128, "B": 192, "L": 320, "pico": 8, "nano": 16, "tiny": 32}

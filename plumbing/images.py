@@ -273,6 +273,8 @@ def save_samples(cfg, sample, model, device, rank, world):
     path = Path(cfg.out or (run if run.is_dir() else run.parent) / name)
     check_writable(path.parent)
     vae = load_vae(cfg.vae).to(device) if cfg.vae else None
+    if vae and vae.config.latent_channels != model.in_channels:
+        raise ValueError(f"{cfg.vae} decodes {vae.config.latent_channels} channels, the model has {model.in_channels}")
     labels = pick_labels(cfg, model.num_classes)
 
     def draw(index):

@@ -159,3 +159,19 @@ def save_figure(fig, path):
     with write_whole(path) as f:
         fig.savefig(f, dpi=150, format=Path(path).suffix[1:])
     plt.close(fig)
+
+
+def draw_pairs(ax, pairs, framed):
+    """Draw pairs of images, uint8 (2, n, H, W, C), one above the other, with a blue frame where framed (n,) is true."""
+    from matplotlib.patches import Rectangle
+    # a white line around each image
+    margin = max(1, pairs.shape[2] // 16)
+    around = ((0, 0), (0, 0), (margin, margin), (margin, margin), (0, 0))
+    pairs = np.pad(pairs[..., :3], around, constant_values=255)
+    ax.imshow(np.vstack([np.hstack(row) for row in pairs]), cmap="gray", vmin=0, vmax=255)
+    H, W = pairs.shape[2:4]
+    for i in np.flatnonzero(framed):
+        ax.add_patch(Rectangle((i * W, 0), W - 1, 2 * H - 1, fill=False, color=BLUE, lw=3))
+    ax.set(xticks=[], yticks=[H / 2, 1.5 * H], yticklabels=("sample", "nearest"))
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)

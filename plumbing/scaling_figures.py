@@ -1,6 +1,4 @@
 """The figures of exp_scaling.py, drawn from results.json alone."""
-import itertools
-
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -58,7 +56,10 @@ def draw_levels(ax, arrays, region, colour):
     ax.set(xscale="log", xlabel="training compute (FLOPs)" if kinds != [""] else "parameters")
     ax.xaxis.set_minor_formatter("")
     if kinds != [""]:
-        ax.legend()
+        # room for the legend above the error bars
+        low, high = ax.get_ylim()
+        ax.set_ylim(low, high + 0.35 * (high - low))
+        ax.legend(loc="upper center")
 
 
 def draw_plane(ax, arrays):
@@ -72,9 +73,10 @@ def draw_plane(ax, arrays):
     ax.plot(sup, ext, "o", color="black")
     ax.invert_xaxis()
     ax.set(xlabel=r"$E^{\rm sup}$", ylabel=r"$E^{\rm ext}$", title="One error\nagainst the other")
-    inset = ax.inset_axes([0.06, 0.66, 0.4, 0.28])
+    inset = ax.inset_axes([0.06, 0.62, 0.4, 0.28])
     inset.plot(PAPER_SUP, PAPER_EXT, "o", ms=3, color=GREY)
-    inset.set(xticks=[], yticks=[], xlabel="paper")
+    inset.set(xticks=[], yticks=[])
+    inset.set_title("the paper's", fontsize=10)
     inset.invert_xaxis()
 
 
@@ -90,18 +92,19 @@ def draw_mechanism(arrays, folder):
     axes[0].minorticks_off()
     axes[0].legend(loc="center right")
     agree = []
-    for marker, (name, ends) in zip(itertools.cycle("osD^"), arrays["ends"].items(), strict=False):
+    for name, ends in arrays["ends"].items():
         rho, (low, high) = ends["rho"]
         change, (bottom, top) = ends["ext"]
         agree.append(bottom > 0 if rho < 0.5 else top < 0)
-        axes[1].errorbar(rho, change, [[change - bottom], [top - change]], [[rho - low], [high - rho]], fmt=marker,
-                         color=ORANGE, capsize=3, label=name)
+        axes[1].errorbar(rho, change, [[change - bottom], [top - change]], [[rho - low], [high - rho]], fmt="o",
+                         color=ORANGE, capsize=3)
+        axes[1].annotate(name, (high, change), (6, -4), textcoords="offset points")
     axes[1].axhline(0, color=GREY, lw=1)
     axes[1].axvline(0.5, color=GREY, lw=1, ls="--")
-    rises = "It rises" if all(agree) else "Not resolved: it rises"
+    rises = r"$E^{\rm ext}$ rises" if all(agree) else "Not resolved: it rises"
     axes[1].set(xlabel=r"$\rho$, the share of new detail that $x_*$ has too", ylabel=r"change of $E^{\rm ext}$",
                 title=f"{rises} where neighbours\nshare less than half of the detail")
-    axes[1].legend()
+    axes[1].margins(x=0.2)
     save_figure(fig, folder / "fig3_mechanism.png")
 
 
@@ -146,6 +149,6 @@ def draw_fig7(points, folder):
         ratios, _ = compare_at_equal_L(points[name], points[none])
         ax.set_title(f"{title}: {ratios.mean():.2f} times\nthe distance at equal L")
         ax.set_xlabel("supervision loss L")
-        ax.legend(loc="upper left")
-    axes[0].set_ylabel("Fréchet distance")
+        ax.legend(loc="lower right")
+    axes[0].set(ylabel="Fréchet distance", ylim=0)
     save_figure(fig, folder / "fig7.png")

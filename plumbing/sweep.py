@@ -1,4 +1,4 @@
-"""Sweeps of many small networks: several train at once, each is kept by what it depends on; a picture of samples."""
+"""Sweeps of many small networks: several train at once, each is kept by what it depends on."""
 import functools
 import hashlib
 import json
@@ -12,12 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.patches import Rectangle
 from tqdm import tqdm
 
 from plumbing.cli import count_processes, setup_processes, wait_for_all
 from plumbing.files import read_weights, save_checkpoint
-from plumbing.results import BLUE
 
 
 def cached(folder, key, compute):
@@ -90,18 +88,3 @@ def run_grid(f, settings, seeds, workers, folder, key):
 
 def run_cached(f, folder, key, job):
     return cached(folder, key | dict(job=job), functools.partial(f, job))
-
-
-def draw_pairs(ax, pairs, framed):
-    """Draw pairs of images, uint8 (2, n, H, W, C), one above the other, with a blue frame where framed (n,) is true."""
-    # a white line around each image
-    margin = max(1, pairs.shape[2] // 16)
-    around = ((0, 0), (0, 0), (margin, margin), (margin, margin), (0, 0))
-    pairs = np.pad(pairs[..., :3], around, constant_values=255)
-    ax.imshow(np.vstack([np.hstack(row) for row in pairs]), cmap="gray", vmin=0, vmax=255)
-    H, W = pairs.shape[2:4]
-    for i in np.flatnonzero(framed):
-        ax.add_patch(Rectangle((i * W, 0), W - 1, 2 * H - 1, fill=False, color=BLUE, lw=3))
-    ax.set(xticks=[], yticks=[H / 2, 1.5 * H], yticklabels=("sample", "nearest"))
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)

@@ -206,7 +206,7 @@ def run(*args):
     return subprocess.run([sys.executable, "exp_scaling.py", *args], cwd=ROOT, capture_output=True, text=True)
 
 
-TINY = ("--only", "fig3", "--n-images", "60", "--n-points", "20", "--n-times", "3", "--workers", "1")
+TINY = ("--only", "fig3", "--seeds", "2", "--n-images", "60", "--n-points", "20", "--n-times", "3", "--workers", "1")
 
 
 def test_figure_3_trains_measures_and_draws_then_takes_given_weights(tmp_path):

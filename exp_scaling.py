@@ -32,9 +32,10 @@ from model import build_model
 from plumbing import scaling, scaling_figures
 from plumbing.cli import check_at_least, count_flops, pick_device, run_command, setup_processes
 from plumbing.data import get_images, labels_in_turn, load_data, model_sizes
+from plumbing.fast_score import make_score
 from plumbing.files import check_fit, load_run
 from plumbing.results import claim, finding, results_folder, run_experiment, student_interval
-from plumbing.scaling import compare_at_equal_L, data_folder, make_score, measurement_key
+from plumbing.scaling import compare_at_equal_L, data_folder, measurement_key
 from plumbing.stand_ins import Judge, few_digits
 from plumbing.sweep import cached, run_jobs
 from sample import noise, predict_x, solve_ode, velocity
@@ -68,8 +69,7 @@ class Config:
     n_points: int = 256  # noised training points, and as many trajectories
     n_times: int = 16  # times t = (k + 1/2) / n_times, which are also the steps of Heun's method
     network7: train.Config = field(default_factory=functools.partial(
-        TRAINING, lr=3e-3, warmup=50, decay=0.0, repa_depth=2,
-        keep=(150, 250, 400)))  # Figures 6 and 7: the same; measured after the steps `keep`
+        TRAINING, lr=3e-3, warmup=50, decay=0.0, repa_depth=2, keep=(150, 250, 400)))  # Figures 6 and 7: the same
     sits: tuple[str, ...] = ("SiT-micro/2",)  # Figures 6 and 7: SiTs, small to large
     unets: tuple[str, ...] = ("UNet-pico",)  # Figure 7c: U-Nets, each with attention and without
     lambdas: tuple[float, ...] = (0.0, 0.5, 2.0)  # weights of REPA; the first is none

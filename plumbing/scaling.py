@@ -11,11 +11,9 @@ import numpy as np
 import torch
 from scipy.stats import t as student
 
-from empirical_score import EmpiricalScore
 from model import build_model
 from plumbing.cli import count_flops
 from plumbing.data import load_data, model_sizes, save_dataset
-from plumbing.fast_score import FastEmpiricalScore
 from plumbing.files import checkpoint_path, load_run
 from plumbing.results import bootstrap_interval, finding
 from plumbing.stand_ins import small_images
@@ -139,12 +137,6 @@ def measurement_key(cfg, data, *runs):
     """Return all that a measurement of these runs depends on, for `cached`."""
     files = [(str(run), checkpoint_path(run).stat().st_mtime) for run in runs]
     return dict(data=data["fingerprint"], runs=files, n=cfg.n_points, times=cfg.n_times, seed=cfg.seed, fast=cfg.fast)
-
-
-def make_score(data, device, fast):
-    """Return the empirical score of a data set."""
-    engine = FastEmpiricalScore if fast else EmpiricalScore
-    return engine(data["x"], data["y"], device=device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

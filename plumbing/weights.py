@@ -14,7 +14,7 @@ import re
 import torch
 
 from model import SIT_SIZES, SiT, sinusoid
-from plumbing.files import load_state, read_weights
+from plumbing.files import load_state
 
 OFFICIAL = ("S", "B", "L", "XL")
 
@@ -130,17 +130,15 @@ def convert(checkpoint, convention, ema):
     return model, f"sit, since v(z, 1) has a correlation of {correlation:.2f} with z"
 
 
-def load_sit_weights(source, path="the weights", convention="auto", ema=True):
+def load_sit_weights(checkpoint, path, convention="auto", ema=True):
     """Return official SiT or REPA weights as a SiT in this project's time and sign, and print the convention found.
 
-    source      a .pt or .safetensors file, or the dict in it; then `path` is its name for messages
+    checkpoint  the dict in a .pt or .safetensors file; `path` is its name for messages
     convention  "sit", "repa", or "auto": what the file says, else what v(z, 1) of noise z says
     Raise ValueError that names the file if it holds other weights.
     """
-    if not isinstance(source, dict):
-        path, source = source, read_weights(source)
     try:
-        model, why = convert(source, convention, ema)
+        model, why = convert(checkpoint, convention, ema)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if int(os.environ.get("RANK", 0)) == 0:
@@ -154,19 +152,22 @@ def load_sit_weights(source, path="the weights", convention="auto", ema=True):
 
 def optional_import(module, name, option):
     """Return `name` of an optional package. Raise ImportError with the command that installs or mends it."""
-    package = module.split(".")[0].replace("_", "-")
     try:
         return getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise ImportError(f"{option} needs the package {package} ({error}): pip install {package}") from None
-    except (RuntimeError, OSError) as error:
-        # pip takes a torchvision for CUDA beside a torch for CPUs, and its import fails
-        build = "cpu" if torch.version.cuda is None else "cu" + torch.version.cuda.replace(".", "")
-        minor = int(torch.__version__.split(".")[1]) + 15
-        reason = str(error).strip().splitlines()[-1]
-        raise ImportError(f"{option}: {package} cannot be imported ({reason}); most often torchvision is not that of "
-                          f"this torch: pip install --force-reinstall --no-deps 'torchvision==0.{minor}.*' --index-url "
-                          f"https://download.pytorch.org/whl/{build}") from None
+    except (ImportError, RuntimeError, OSError) as error:
+        cause = error
+    if isinstance(cause, ModuleNotFoundError) and cause.name:
+        # with its version named, pip leaves this torch as it is
+        package = cause.name.split(".")[0].replace("_", "-")
+        raise ImportError(f"{option} needs the package {package}: pip install {package} "
+                          f"torch=={torch.__version__.split('+')[0]}")
+    # pip takes a torchvision for CUDA beside a torch for CPUs, and its import fails; transformers hides that
+    reason = str(cause.__cause__ or cause).strip().splitlines()[-1]
+    build = "cpu" if torch.version.cuda is None else "cu" + torch.version.cuda.replace(".", "")
+    minor = int(torch.__version__.split(".")[1]) + 15
+    raise ImportError(f"{option}: {module} cannot be imported ({reason}); most often torchvision is not that of this "
+                      f"torch: pip install --force-reinstall --no-deps 'torchvision==0.{minor}.*' --index-url "
+                      f"https://download.pytorch.org/whl/{build}")
 
 
 def pretrained(option, name, kind, **options):

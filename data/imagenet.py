@@ -179,7 +179,7 @@ def prepare(cfg, out):
     wait_for_all()
     if rank == 0:
         meta = dict(name="imagenet", source=str(cfg.source), num_classes=len(classes), classes=classes, made=made,
-                    scaling=f"latent x {vae.config.scaling_factor}", vae=cfg.vae)
+                    networks=networks, scaling=f"latent x {vae.config.scaling_factor}", vae=cfg.vae)
         with one_writer(work):
             finish(parts, work / "new", meta, cfg)
             shutil.rmtree(out, ignore_errors=True)

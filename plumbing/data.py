@@ -1,5 +1,6 @@
 """Data sets: a folder with x.npy (N, C, H, W), floats in about [-1, 1], y.npy (N,) labels, meta.json, and what is held
 out of training, x_heldout.npy and y_heldout.npy."""
+import contextlib
 import hashlib
 import os
 import shutil
@@ -74,23 +75,21 @@ def embedded_set(name):
 
 
 def find_folder(name):
-    """Return the folder of a data set. An embedded set is written to data/ on first use.
+    """Return the folder of a data set: a name is one under data/, a path such as ./digits is looked for here first.
 
-    A folder of the same name in the working directory is taken only where there is no such set.
+    An embedded set is written to data/ on first use; where it cannot be, return None.
     """
     folder = DATA / name
-    if name in EMBEDDED and not folder.exists():
-        arrays, meta = embedded_set(name)
-        try:
-            save_dataset(folder, arrays, meta)
-        except OSError:
-            # another process was faster, or the checkout cannot be written to
-            if not folder.exists():
-                return None
-    if folder.exists():
-        return folder
-    if Path(name).is_dir():
-        return Path(name)
+    if name in EMBEDDED:
+        if not folder.exists():
+            # another process may be faster
+            with contextlib.suppress(OSError):
+                save_dataset(folder, *embedded_set(name))
+        return folder if folder.exists() else None
+    is_path = os.path.basename(name) != name
+    for place in (Path(name), folder) if is_path else (folder, Path(name)):
+        if place.is_dir():
+            return place
     raise FileNotFoundError(f"no data set at {folder}: python data/prepare.py --help says how to make one")
 
 
@@ -159,9 +158,10 @@ def check_range(name, x):
 
 
 def fingerprint(data):
-    """Return a short hash that tells this data set from others: of its checksums, or of its shape and some of its rows.
-    """
-    h = hashlib.sha256(repr((data["x"].shape, str(data["x"].dtype), data["meta"].get("sha256"))).encode())
+    """Return a short hash that tells this data set from others: of its checksums, its shape and some of its rows."""
+    # features.npy is too large to read: the networks that made it tell it from others
+    meta, x = data["meta"], data["x"]
+    h = hashlib.sha256(repr((x.shape, str(x.dtype), meta.get("sha256"), *meta.get("networks", ()))).encode())
     for name in ("x", "y"):
         h.update(np.ascontiguousarray(data[name][::max(1, len(data[name]) // 1000)]).tobytes())
     return h.hexdigest()[:16]

@@ -94,11 +94,9 @@ def write_json(path, value):
 def read_weights(path):
     """Return the dict in a .pt or .safetensors file. Nothing in the file is run.
 
-    Raise FileNotFoundError if there is none, ValueError that names the file if it is damaged or holds code.
+    Raise ValueError that names the file if it is missing, damaged, or holds code.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -114,8 +112,6 @@ def read_weights(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"{path} is damaged, or holds more than tensors and plain values") from None
-    except ImportError:
-        raise
     except Exception as error:
         # torch, zipfile and safetensors raise a dozen kinds of errors for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -193,6 +193,8 @@ def test_the_fingerprint_tells_data_of_one_name_apart(tmp_path):
     assert sets.load_data(write_set(tmp_path / "b"))["fingerprint"] == one
     assert sets.load_data(write_set(tmp_path / "c", x=X))["fingerprint"] != one
     assert sets.load_data(write_set(tmp_path / "d", y=np.arange(12) % 2))["fingerprint"] != one
+    made = dict(num_classes=3, networks=["of features"])
+    assert sets.load_data(write_set(tmp_path / "e", meta=made))["fingerprint"] != one
 
 
 def test_embedded_sets(monkeypatch, tmp_path):
@@ -204,10 +206,10 @@ def test_embedded_sets(monkeypatch, tmp_path):
         assert data["x"].min() == -1 and data["x"].max() == 1
         both = np.concatenate([data["x"], data["x_heldout"]]).reshape(n + held, -1)
         assert len(np.unique(both, axis=0)) >= 0.99 * len(both)
-    # a folder of the same name in the working directory is not taken for the embedded set
-    (tmp_path / "elsewhere" / "digits").mkdir(parents=True)
+    # a folder of the same name in the working directory is taken only where it is named as a path
+    write_set(tmp_path / "elsewhere" / "digits")
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert len(sets.load_data("digits")["x"]) == 1617
+    assert [len(sets.load_data(name)["x"]) for name in ("digits", "./digits", "digits/")] == [1617, 12, 12]
 
 
 def test_a_checkout_that_cannot_be_written_to_still_has_the_embedded_sets(monkeypatch, tmp_path):

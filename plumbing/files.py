@@ -174,7 +174,7 @@ def load_run(run, device="cpu", ema=True, convention="auto"):
             model = build_model(**checkpoint["model_args"])
         except TypeError as error:
             raise ValueError(f"{path} is not a checkpoint of train.py: {error}") from None
-        load_state(model, checkpoint.pop("ema" if ema else "model"), path)
+        load_state(model, checkpoint.pop("ema" if ema else "model", None), path)
     return model.to(device).eval().requires_grad_(False), checkpoint
 
 

@@ -12,7 +12,7 @@ There x_* is still made of images of D_score alone, mostly of one. A network tha
     python exp_freedom.py --target sampled      # the paper's own target (C.7); or faiss, its way to find it
 
 What you should see. The claim asks how often a sample is nearer to D_score than a held-out real image: at ratio 1, less
-than half of the time; at 8, more. The gate: a nearest-neighbour judge reads samples .9 times as well as real images.
+than half of the time; at 8, more. The gate: a nearest-neighbour judge is .9 times as good on samples as on real images.
 
 1. python exp_freedom.py --threshold .15    Does the claim hang on what we call a copy? See Figure 5c.
 2. python exp_freedom.py --target sampled   Does an image drawn from the posterior do as well as x_*? See the table.
@@ -48,8 +48,8 @@ PAPER = {
 NEARER = "P(nearer than a real image)"
 FINDINGS = {
     "dsm": f"plain training on the largest region: {NEARER}",
-    "smallest": "error to x_* at held-out images over that at D_score's, smallest region",
-    "largest": "the same, largest region",
+    "smallest": "smallest region: error to x_* at held-out images, over that at images of D_score",
+    "largest": "largest region: the same",
     "agree": "from the same noise, two seeds in the largest region find the same image",
 }
 
@@ -146,7 +146,7 @@ def error_to_target(model, E, x, y):
 
 
 def find_target(kind, E, x, z, t, y, generator):
-    """Return the target of z: x_*, or an image drawn from its posterior. Both have their least loss at x_*.  C.7"""
+    """Return the target of z: x_*, or an image drawn from its posterior, which has the same minimum; x for dsm.  C.7"""
     if kind == "dsm":
         return x
     if kind == "exact":
@@ -156,7 +156,7 @@ def find_target(kind, E, x, z, t, y, generator):
 
 
 def train_network(net, target, seed, data, region, E, device):
-    """Yield the network with averaged weights after each step of net.keep, and at the end. E is that of D_score."""
+    """Yield the averaged network, always the same object, after each step of net.keep and at the end. E: of D_score."""
     torch.manual_seed(seed)
     model = build_model(net.model, **model_sizes(data), prediction="x").to(device)
     average = copy.deepcopy(model).eval().requires_grad_(False)
@@ -167,11 +167,11 @@ def train_network(net, target, seed, data, region, E, device):
         t, eps, _ = step_noise(step, x.shape, seed, device)
         t = t.clamp(min=T_MIN)
         z = torch.lerp(x, eps, t[:, None, None, None])       # (B, C, H, W)
-        # differs from the paper, whose x_* is over all of D_score. Ours is over the class of x, because plain training
-        # with labels has its minimum there: at ratio 1 the two agree. We drop no labels, since we sample with labels.
+        # differs from the paper, whose x_* averages all of D_score. Ours averages the class of x alone: at ratio 1,
+        # plain training with labels has the same minimum as this loss. We drop no labels, since we sample with labels.
         generator = torch.Generator().manual_seed(10**9 * (seed + 1) + step)
         wanted = find_target(target, E, x, z, t, y, generator)
-        # differs from the paper: unweighted in x. Its weight of scores, alpha^2 / sigma^4, leaves only small t.
+        # differs from the paper: all t weigh the same. A loss on scores weighs by (1 - t)^2 / t^4: only small t count.
         loss = (model(z, t, y) - wanted).square().mean()
         loss.backward()
         optimizer.param_groups[0]["lr"] = learning_rate(net, step)
@@ -215,11 +215,11 @@ def measure_network(cfg, job):
 def make_claims(cfg, name, found):
     """Return both halves of C3: the network generalizes in the smallest region, and memorizes in the largest."""
     recognised = found["recognised"][0].mean()
-    gate = recognised > 0.9 * found["known"].mean(), f"only {recognised:.2f} of the samples at ratio 1 are recognised"
+    gate = (recognised > 0.9 * found["known"].mean(), f"only {recognised:.2f} of the samples at ratio 1 are recognised")
     rows = []
     for k, verb, bound in ((0, "generalizes", dict(high=0.5)), (-1, "memorizes", dict(low=0.5))):
         text = f"{getattr(cfg, name).model} {verb} at ratio {cfg.ratios[k]:g}: {NEARER}"
-        paper = f"{np.interp(cfg.ratios[k], PAPER_RATIOS, PAPER[name]):.2f} copies"
+        paper = f"copies: {np.interp(cfg.ratios[k], PAPER_RATIOS, PAPER[name]):.2f}"
         nearer = results.over_seeds(found["nearer"][k], np.mean)
         rows.append(results.claim(
             f"fig5/{verb}/{name}", text, paper, *nearer, gate=gate, **bound))
@@ -250,7 +250,7 @@ def measure(cfg):
 
 
 def plot(found, folder):
-    """Draw fig5.png and fig5_mechanism.png."""
+    """Draw fig5.png, whose error bars are the range over seeds, and fig5_mechanism.png."""
     arrays, cfg, blue = found["arrays"], found["config"], results.BLUE
     ratios, threshold = cfg["ratios"], cfg["threshold"]
     is_copy = {kind: np.array(arrays[kind]["l2"]) < threshold for kind in arrays}           # (ratios, seeds, steps, n)

@@ -11,15 +11,13 @@ is that of the Gaussian: z_t ~ N(0, ((1 - t)^2 + t^2) I), hence s_gt(z, t) = -z 
 What you should see. Left: on training points, s_* becomes nearer than s_gt (the gate). On fresh points, s_gt stays
 nearer, but the network approaches it for 200 iterations only, then leaves. Right: from N = 300 on, none is selective.
 
-Three exercises. The printed rows or the figure have the answer.
 1. python exp_gaussian.py --iterations 400          To which score does a network come first on its training points?
 2. python exp_gaussian.py --points 20 100           Does a network on 20 points underfit s_* anywhere?
 3. python exp_gaussian.py --points 100 140 200 300  At which N does the network stop being selective?
 """
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "numpy==2.4.6", "scipy==1.17.1", "matplotlib==3.11.2", "tqdm==4.70.1",
-#     "tyro==1.0.17"]
+# dependencies = ["torch==2.13.0","numpy==2.4.6", "scipy==1.17.1", "matplotlib==3.11.2", "tqdm==4.70.1", "tyro==1.0.17"]
 # ///
 import json
 import os
@@ -181,12 +179,12 @@ def measure(cfg):
     lowest = curve[:, curve.mean(0).argmin()]
     nearest = 1 + curve[:, 1:].argmin(1)
     rows = [
-        row("fig10/training", "training points: error to s_* / to s_gt", training[0], "<= 1", gate),
-        row("fig10/fresh", "fresh points: error to s_* / to s_gt", fresh[0], ">= 1", gate),
-        row("fig10/approach", "fresh points: error to s_gt, end / minimum", interval(end / lowest), "<= 1", gate),
+        row("fig10/training", "training points: error to the empirical / to the true score", training[0], "<= 1", gate),
+        row("fig10/fresh", "fresh points: error to the empirical / to the true score", fresh[0], ">= 1", gate),
+        row("fig10/approach", "fresh points: error to true score, end / minimum", interval(end / lowest), "<= 1", gate),
         row("fig10/nearest", "fresh points: iteration of the minimum", interval(nearest * cfg.eval_every)),
-        row("fig10/end", "fresh points: error to s_gt, end / start", interval(end / curve[:, 0])),
-        row("sweep", f"N = {cfg.points[-1]:,}, training points: error to s_* / to s_gt", training[-1]),
+        row("fig10/end", "fresh points: error to true score, end / start", interval(end / curve[:, 0])),
+        row("sweep", f"N = {cfg.points[-1]:,}, training points: error to empirical / to true score", training[-1]),
     ]
     curves = interval(errors[:, :, :, 0])                    # (2 scores, 2 regions, E, 3)
     return rows, dict(points=cfg.points, eval_every=cfg.eval_every, curves=curves, ratio=[training, fresh])
@@ -222,6 +220,8 @@ def plot(folder, points, eval_every, curves, ratio):
 
 def main(cfg):
     path = Path(cfg.out or f"out/exp_gaussian/{cfg.preset}") / "results.json"
+    if path.exists() and "exp_gaussian" not in path.read_text():
+        raise ValueError(f"{path} is of another experiment: give another --out")
     start = time.time()
     if not cfg.redraw:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -231,7 +231,7 @@ def main(cfg):
     results = json.loads(path.read_text())
     plot(path.parent, **results["arrays"])
     for claim in results["claims"]:
-        print("{text:52s} {paper:4s} {ours:7.3g} [{ci95[0]:.3g}, {ci95[1]:.3g}]  {verdict} {note}".format(**claim))
+        print("{text:70s} {paper:4s} {ours:7.3g} [{ci95[0]:.3g}, {ci95[1]:.3g}]  {verdict} {note}".format(**claim))
 
 if __name__ == "__main__":
     try:

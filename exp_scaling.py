@@ -4,18 +4,18 @@ Both errors of Figure 3 are E_t |x_theta(z_t, t) - x_*(z_t, t)|^2 per dimension,
 noised training points, E^ext along the model's own trajectories. The paper: better models have a smaller E^sup and a
 *larger* E^ext. Why can that be?
 
-    E^ext = |x_theta|^2 + |x_*|^2 - 2 <x_theta, x_*>
+    |x_theta - x_*|^2 = |x_theta|^2 + |x_*|^2 - 2 <x_theta, x_*>
 
-A network learns new detail: |x_theta|^2 grows by A, |x_*|^2 does not, <x_theta, x_*> grows by rho A. Here rho is the
-share of that detail that x_*, mostly the nearest training image, has too. So E^ext changes by (1 - 2 rho) A: it rises
-for leaves with a texture of their own, rho < 1/2, and falls for digits. fig3_mechanism.png: the same without training.
+Suppose a network learns new detail. At the same z, |x_theta|^2 grows by A, <x_theta, x_*> by rho A, x_* stays: the
+error changes by (1 - 2 rho) A. On training points rho is near 1, so E^sup falls by A. On trajectories x_* is mostly
+one training image. Leaves with a texture of their own have rho < 1/2, so E^ext rises; digits have rho > 1/2.
 REPA aligns features with a teacher's. Figure 6: where does it change a network? Figure 7: better samples at equal L?
 
     python exp_scaling.py --only fig3           # 3 minutes on 2 CPU cores; fig6 and fig7 together take 3 more
 
 L = E |v_theta - v_*|^2 on noised training points. A gate (see measure_fig3, 6, 7) says if a claim can be judged here.
 1. python exp_scaling.py --only fig3 --textures 0      Does E^ext still rise? See rho.
-2. python exp_scaling.py --only fig3 --lengths 100 200 What does a network do that has learned less than a linear one?
+2. python exp_scaling.py --only fig3 --lengths 100 200 What if E^sup is above that of the best linear denoiser?
 3. python exp_scaling.py --only fig7 --n-student 4500  What is a teacher worth that knows no more than the student?
 """
 import dataclasses
@@ -33,10 +33,10 @@ from plumbing import scaling, scaling_figures
 from plumbing.cli import check_at_least, count_flops, pick_device, run_command, setup_processes
 from plumbing.data import get_images, labels_in_turn, load_data, model_sizes
 from plumbing.fast_score import make_score
-from plumbing.files import check_fit, load_run
+from plumbing.files import load_run
 from plumbing.results import claim, finding, results_folder, run_experiment, student_interval
 from plumbing.scaling import compare_at_equal_L, data_folder, measurement_key
-from plumbing.stand_ins import Judge, few_digits
+from plumbing.stand_ins import SIDE, Judge, few_digits
 from plumbing.sweep import cached, run_jobs
 from sample import noise, predict_x, solve_ode, velocity
 
@@ -74,8 +74,7 @@ class Config:
     unets: tuple[str, ...] = ("UNet-pico",)  # Figure 7c: U-Nets, each with attention and without
     lambdas: tuple[float, ...] = (0.0, 0.5, 2.0)  # weights of REPA; the first is none
     seeds7: int = 3  # trainings of every network of Figures 6 and 7
-    digits: str = "mnist5k"  # 28 x 28 digits of which the student sees a few
-    side: int = 8  # pixels that they are averaged down to
+    digits: str = "mnist5k"  # 28 x 28 digits, averaged down to 8 x 8, of which the student sees a few
     n_student: int = 500  # images that the student sees
     n_teacher: int = 4500  # images that the teacher sees, the student's among them
     n_samples: int = 1024  # images for a Frechet distance
@@ -127,7 +126,7 @@ def starting_noise(cfg, data, n, device):
 
 
 def trajectories(cfg, model, z1, y):
-    """Return z on the way from noise z1 at all times (T, B, C, H, W), by Heun's method, and the images at t = 0."""
+    """Return z at all times on the way from noise z1, (T, B, C, H, W), by a step of Heun's each, and the images."""
     # differs from the paper: dopri5, whose steps depend on the network and on the batch
     path = solve_ode(model, z1, y, [1.0, *reversed(times(cfg)), 0.0], solver="heun", steps=1)
     return path[1:-1].flip(0), path[-1]
@@ -143,7 +142,7 @@ def along(cfg, f, z, y):
 # Figure 3: the error to x_* on noised training points, E^sup, and along trajectories, E^ext (C.5)
 
 class Wiener:
-    """The best linear denoiser of data with second moments U diag(S) U^T, if it knows the k largest S alone:
+    """The best linear denoiser of data with second moments U diag(S) U^T, from the k largest S and their U:
 
         x_theta = U_k diag((1 - t) S / ((1 - t)^2 S + t^2)) U_k^T z
     """
@@ -155,12 +154,12 @@ class Wiener:
 
     def __call__(self, z, t, y=None):
         gain = (1 - t) * self.S / ((1 - t)**2 * self.S + t**2)
-        x = z.flatten(1) @ self.U * gain @ self.U.T
+        x = (z.flatten(1) @ self.U * gain) @ self.U.T
         return x.view(z.shape)
 
 
 def terms(cfg, model, z, y, x_star):
-    """Return the error |x_theta - x_*|^2 of every image and the three terms it consists of, each (B,), per pixel."""
+    """Return the error |x_theta - x_*|^2 of every image and its three terms, means over t and pixels, (B,) each."""
     x_theta = along(cfg, functools.partial(predict_x, model), z, y)
     parts = dict(error=(x_theta - x_star)**2, theta=x_theta**2, star=x_star**2, both=x_theta * x_star)
     return {name: part.flatten(2).double().mean((0, 2)).cpu() for name, part in parts.items()}
@@ -168,7 +167,8 @@ def terms(cfg, model, z, y, x_star):
 
 def measure_models(cfg, data, models, device):
     """Return the terms of several models, (models, n) each: on noised training points ("sup error", "sup theta", ...),
-    on their own trajectories ("ext ...") and on those of the last model ("common ..."); and their samples' "energy".
+    on their own trajectories ("ext ..."), and on those of the last model, where all meet the same x_* ("common ...").
+    "samples energy" is that of the images that they make.
     """
     x_star = make_score(data, device, cfg.fast).posterior_mean
     z, y = noised_points(cfg, data, device)
@@ -195,8 +195,7 @@ def measure_runs(cfg, folder, case):
         moments = x.flatten(1).T @ x.flatten(1) / len(x)
         models = [Wiener(moments, len(moments))]
         for run in runs:
-            models.append(load_run(run, device)[0])
-            check_fit(models[-1], run, data)
+            models.append(load_run(run, device, data=data)[0])
         return measure_models(cfg, data, models, device)
     return cached(folder / "measured", measurement_key(cfg, data, *runs), compute)
 
@@ -204,7 +203,7 @@ def measure_runs(cfg, folder, case):
 def measure_ladder(cfg):
     """Return E^sup and E^ext of perfect denoisers of Gaussian 1/f fields that know the k lowest frequencies alone."""
     data, moments, frequencies = scaling.draw_fields(2000, 16, cfg.seed)
-    # these cuts separate no frequencies that are equal
+    # each cut keeps or drops equal frequencies together
     modes = [int((frequencies <= cut).sum()) for cut in (0.07, 0.14, 0.2, 0.3, 0.45, 0.8)]
     models = [Wiener(moments, k) for k in modes]
     found = measure_models(cfg, data, models, "cpu")
@@ -214,7 +213,7 @@ def measure_ladder(cfg):
 def plan_fig3(cfg, folder):
     """Return [(name of a data set, jobs)], one for each seed. The first set is Figure 3's, its networks small to large.
 
-    The others are the dial: the smallest and shortest network, and the largest and longest, of one seed.
+    The sets that follow it have another rho: the smallest and shortest network, the largest and longest, of one seed.
     """
     kinds = list(itertools.product(cfg.lengths, cfg.models))
     plan = []
@@ -230,7 +229,8 @@ def measure_fig3(cfg, folder):
         cases = [(name, data, cfg.model_path) for name, data in scaling.image_sets(cfg, folder).items()]
     else:
         plan = plan_fig3(cfg, folder)
-        jobs = scaling.slowest_first(itertools.chain(*(jobs for _, jobs in plan)))
+        # the slowest first: started last, it would train alone
+        jobs = [*itertools.chain(*(jobs for _, jobs in plan))][::-1]
         runs = run_jobs(functools.partial(train_network, cfg.network, folder), jobs, cfg.workers)
         cases = [(name, jobs[0].data, tuple(map(runs.get, jobs))) for name, jobs in plan]
     measured = run_jobs(functools.partial(measure_runs, cfg, folder), cases, cfg.workers)
@@ -240,7 +240,7 @@ def measure_fig3(cfg, folder):
     arrays["ends"] = {name: scaling.compare_ends(values) for name, values in found.items()}
 
     linear, *errors = arrays["table"]["sup error"]
-    gate = (max(errors) < linear, f"E^sup of all networks below {linear:.3f}, the best linear denoiser's: train longer")
+    gate = (max(errors) < linear, f"needs E^sup of all networks below {linear:.3f}, the best linear denoiser's")
     ends, what = arrays["ends"], "largest and longest minus smallest and shortest"
     if len(errors) == 1:
         return scaling.describe_levels(ends[first]), arrays
@@ -263,7 +263,7 @@ def make_jobs(cfg, folder, models, repa=0.0):
 
     They see a few digits without labels. Their teacher knows more, as DINOv2 does: all digits, warped, and the labels.
     """
-    settings = (cfg.digits, cfg.side, cfg.n_student, cfg.n_teacher, cfg.seed)
+    settings = (cfg.digits, SIDE, cfg.n_student, cfg.n_teacher, cfg.seed)
     name = "_".join(map(str, settings))
     data = data_folder(cfg, folder, name, functools.partial(few_digits, *settings))
     steps = cfg.network7.keep[-1]
@@ -285,7 +285,7 @@ def velocities(cfg, model, z, y):
 
 
 def split_change(base, aligned):
-    """Return by how much v_theta of each seed differs with REPA, in common with other seeds, and between seeds.
+    """Return three mean squares of each seed: the change by REPA, its part in common with other seeds, that of a seed.
 
     base, aligned: v_theta without and with REPA, (seeds, ...). The change of a seed is what REPA does, plus chance.
     Chance is independent between seeds: the mean product of two seeds' changes keeps what REPA does. (seeds, 3).
@@ -297,7 +297,7 @@ def split_change(base, aligned):
         by_repa = change[s].square()
         in_common = change[s] * change[others]
         by_seed = (base[s] - base[others]).square()
-        rows.append([field.mean().item() for field in (by_repa, in_common, by_seed)])
+        rows.append([part.mean().item() for part in (by_repa, in_common, by_seed)])
     return np.array(rows)
 
 
@@ -323,16 +323,15 @@ def measure_fig6(cfg, folder):
     base, aligned = on_path.chunk(2)
     of_path = split_change(base, aligned) / L
     ratios = of_path / of_points                             # (seeds, 3): by REPA, in common, by another seed
-    by_repa, _, by_seed = ratios.T
+    repa_ratio, _, seed_ratio = ratios.T
     resolved = student_interval(of_path[:, 1])[0] > 0
     gate = resolved, "the changes of the seeds have nothing in common: train longer, or raise lambdas"
     text = "Fig 6: change by REPA, trajectories over training points"
-    ci95 = student_interval(by_repa)
-    row = claim("fig6/ratio", text, "> 1", by_repa.mean(), ci95, low=1, gate=gate)
-    text = "Fig 6: the same ratio of what another seed changes"
-    ci95 = student_interval(by_seed)
-    control = finding("fig6/seed", text, by_seed.mean(), ci95)
-    return [row, control], dict(of_points=of_points, of_path=of_path, ratio=by_repa.mean())
+    ci95 = student_interval(repa_ratio)
+    row = claim("fig6/ratio", text, "> 1", repa_ratio.mean(), ci95, low=1, gate=gate)
+    control = finding("fig6/seed", "Fig 6: the same ratio of what another seed changes", seed_ratio.mean(),
+                      student_interval(seed_ratio))
+    return [row, control], dict(of_points=of_points, of_path=of_path, ratio=repa_ratio.mean())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -367,8 +366,8 @@ def measure_student(cfg, folder, judge, job):
 
 def claim_lower(id, text, one, two):
     """Return a row: at equal L, recipe one has a lower distance than recipe two."""
-    ratios, common = compare_at_equal_L(one, two)
-    gate = (common > 0, "no L in common: choose other lengths")
+    ratios, overlap = compare_at_equal_L(one, two)
+    gate = (overlap > 0, "no L in common: choose other lengths")
     ci95 = student_interval(ratios)
     return claim(id, text, "< 1", ratios.mean(), ci95, high=1, gate=gate)
 
@@ -380,7 +379,7 @@ def measure_fig7(cfg, folder):
     without_attention = [f"{model}-conv" for model in cfg.unets]
     recipes["U-Net, attention"] = make_jobs(cfg, folder, cfg.unets)
     recipes["U-Net, convolutions"] = make_jobs(cfg, folder, without_attention)
-    judge = Judge(cfg.data or cfg.digits, cfg.side, cfg.seed)
+    judge = Judge(cfg.data or cfg.digits, SIDE, cfg.seed)
     measure_job = functools.partial(measure_student, cfg, folder, judge)
     jobs = itertools.chain(*recipes.values())
     measured = run_jobs(measure_job, jobs, cfg.workers)
@@ -389,11 +388,13 @@ def measure_fig7(cfg, folder):
         found = [measured[job] for job in jobs]
         points[name] = np.reshape(found, (cfg.seeds7, -1, 3))
 
-    none, *_, repa, _attention, convolutions = points        # names of recipes, in the order above; repa: most REPA
+    # names of recipes, in the order above
+    no_repa, *_, most_repa, _attention, convolutions = points
     rows = [
-        claim_lower("fig7b/repa", f"Fig 7b: distance at equal L, {repa} over none", points[repa], points[none]),
+        claim_lower("fig7b/repa", f"Fig 7b: distance at equal L, {most_repa} over none", points[most_repa],
+                    points[no_repa]),
         claim_lower("fig7c/convolutions", f"Fig 7c: distance at equal L, {convolutions} over SiT",
-                    points[convolutions], points[none]),
+                    points[convolutions], points[no_repa]),
     ]
     return rows, points
 
@@ -406,7 +407,6 @@ def measure(cfg):
     check_at_least(cfg, seeds=1, seeds7=2)
     folder, rows, arrays = results_folder("exp_scaling", cfg), [], {}
     cfg.network.device = cfg.network7.device = cfg.device
-    # under torchrun, every process takes its own GPU
     setup_processes(pick_device(cfg.device))
     for name, measure_figure in dict(fig3=measure_fig3, fig6=measure_fig6, fig7=measure_fig7).items():
         if only in ("all", name):

@@ -161,7 +161,7 @@ def make_rows(r, paths, t, d, apart, hits, exact):
     return [
         claim("fig1b/outside", "C2 fraction of trajectories outside the shells at t = .5", "most",
               *over_seeds(outside, np.mean), low=0.5),
-        claim("fig4/memorizes", "Fig 4 t until which half of the images come back, minus t of coming apart", "> 0",
+        claim("fig4/memorizes", "Fig 4 half of the images come back up to t, less the t where shells come apart", "> 0",
               *over_seeds(hits, longer), low=0.0),
         finding("fig1b/inside", "training points inside at the least t (delta = .01)", *over_seeds([inside], np.mean)),
         finding("fig1b/leave", "t at which half of the trajectories are outside", *over_seeds(paths, leave)),
@@ -177,6 +177,9 @@ def measure(cfg):
     """Return rows and arrays."""
     check_at_least(cfg, n=2, n_times=2, seeds=1)
     data, device = load_data(cfg.network.data), pick_device(cfg.device)
+    rows_of_class(data, cfg.overlap_class)                   # before the training: is the class there?
+    if "x_heldout" not in data:
+        raise ValueError(f"{cfg.network.data} has no x_heldout.npy: we compare with real images that are held out")
     models = load_networks(train, cfg, data, device)
     E = make_score(data, device, cfg.fast)
     t = np.linspace(1 / cfg.n_times, 1, cfg.n_times)
@@ -185,19 +188,16 @@ def measure(cfg):
     def pick(part):
         rows = rng.permutation(len(data[part]))[:cfg.n]
         return get_images(data, rows, device, part)
-
     # Fig 1b: along trajectories, and of three kinds of images that are noised in the same way
     runs = [leave_shells(cfg, data, model, cfg.overlap_class, cfg.n, t, device) for model in models]
-    paths = [run["r"] for run in runs]
-    apart = runs[0]["apart"]
+    paths, apart = [run["r"] for run in runs], runs[0]["apart"]
     # differs from the paper, which shows training points alone beside trajectories: these controls take no path
     r = {}
     kinds = dict(training=pick("x")[0], heldout=pick("x_heldout")[0], generated=runs[0]["images"])
     for name, x in kinds.items():
-        path = noised(x, t, cfg.seed + 1)
-        r[name] = r_star_of(E, path, t)    # Fig 4: from z_t back to t = 0, by the networks and by the exact score
+        r[name] = r_star_of(E, noised(x, t, cfg.seed + 1), t)
+    # Fig 4: from z_t back to t = 0, by the networks and by the exact score
     x, y = pick("x")
-
     def exact_x(z, t, y):
         return E.posterior_mean(z, t.item(), y)
     exact_x.prediction = "x"

@@ -1,5 +1,4 @@
-"""
-Figure 9: perception-aligned training (PAT) on four points of the plane (C4, Section 5.2, Appendix C.9).
+"""Figure 9: perception-aligned training (PAT) on four points of the plane (C4, Section 5.2, Appendix C.9).
 
     D = (-1, 0), (-.2, 0), (.2, 0), (1, 0)           two points are perceptually close if their *angle* is close
 
@@ -11,8 +10,7 @@ hidden layer predicts the angle. L = E_t E_{p_t} |x_theta - x_*|^2 / variance of
 
     python exp_toy2d.py         # one minute on 2 CPU cores; this file needs no other of the project
 You should see fewer orange-red samples on the right, and with stronger REPA. A row counts if its baseline makes more
-bad samples than evenly spread points, and if the two losses are equal (P1's are of two problems). P3 is our guess of
-"radial-equivariant". No such f fits: its L is at least .0082 (tests/test_toy2d.py), where P1's baseline has .003.
+bad samples than evenly spread points, and if the losses are equal (P1's are of two problems). P3's f is our guess.
 1. python exp_toy2d.py --bandwidth 2      Why does P2's row leave its regime? What does a kernel this wide blend?
 2. python exp_toy2d.py --steps 200        Is it extrapolation alone? See L under the pictures.
 3. python exp_toy2d.py --lambdas 0 30     How strong may REPA's alignment be before supervision suffers?
@@ -22,6 +20,7 @@ bad samples than evenly spread points, and if the two losses are equal (P1's are
 # dependencies = ["torch==2.13.0","numpy==2.4.6", "scipy==1.17.1", "matplotlib==3.11.2", "tqdm==4.70.1", "tyro==1.0.17"]
 # ///
 import json
+import os
 import sys
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -31,7 +30,6 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from matplotlib.figure import Figure
 from scipy.stats import gaussian_kde, ttest_1samp
 from torch.nn import Module, Parameter, ReLU, Sequential
 from tqdm import tqdm
@@ -48,7 +46,7 @@ class Config:
     bandwidth: float = 0.5  # h of the kernel exp(-|a - b|^2 / 2 h^2); of .5, 1 and 2 the one that fits best
     lambdas: tuple[float, ...] = (0.0, 0.3, 1.0, 5.0)  # REPA's weights of the alignment; the first is the baseline
     seed: int = 0  # of the weights, the noise and the samples
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # kernels need float64, which mps lacks
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # mps lacks the kernels' float64
     redraw: bool = False  # draw the figures again from results.json, and measure nothing
     out: str = ""  # folder of the results; default out/exp_toy2d/<preset>
 
@@ -234,22 +232,23 @@ def compare(id, baseline, pat):
         verdict, note = "not resolved", f"a change of {(high - low) / 2:.2f} could have been seen"
     return dict(
         id=f"fig9/{id}",
-        text=f"{id}: good / (good + bad), PAT minus baseline",
-        paper="> 0",
-        ours=change.mean(), ci95=[low, high],
-        verdict=verdict, note=note,
-    )
+        text=f"{id}: good / (good + bad) samples, perception-aligned (PAT) minus baseline",
+        paper="> 0", ours=change.mean(), ci95=[low, high],
+        verdict=verdict, note=note)
 
 
 def draw(models, path):
-    """Draw the samples of every model, two models a row."""
+    """Draw the samples of every model, two models a row. Ignore a notebook's own backend."""
+    os.environ["MPLBACKEND"] = "agg"
+    from matplotlib.figure import Figure
     fig = Figure((8.3, len(models)), layout="constrained")
     axes = fig.subplots((len(models) + 1) // 2, 2, sharex=True, sharey=True)
     for ax, (name, model) in zip(axes.flat, models, strict=False):
         x, y = np.transpose(model["samples"])
         kind = kind_of(torch.tensor(model["samples"])).numpy()
         # Samples lie close to the axis: they are spread in y, the further the more of them share one x.
-        y = y + np.random.default_rng(0).uniform(-0.2, 0.2, len(y)) * np.minimum(1.5, gaussian_kde(x, 0.03)(x))
+        crowd = np.minimum(1.5, gaussian_kde(x, 0.03)(x))
+        y = y + crowd * np.random.default_rng(0).uniform(-0.2, 0.2, len(y))
         for k, colour in enumerate(("#BBBBBB", "#009E73", "#D55E00")):
             ax.plot(x[kind == k], y[kind == k], ".", ms=3, color=colour)
         ax.plot(*D[:2].T, "^", *D[2:].T, "s", ms=9, color="black", mfc="white")
@@ -269,12 +268,13 @@ def main(cfg):
         raise ValueError("nets and lambdas: two or more are needed")
     # For networks as small as these, a second thread costs more than it brings.
     torch.set_num_threads(1)
-    if cfg.device == "auto":
-        cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
     path = Path(cfg.out or f"out/exp_toy2d/{cfg.preset}") / "results.json"
+    if path.exists() and "exp_toy2d" not in path.read_text():
+        raise ValueError(f"{path} is of another experiment: give another --out")
     if not cfg.redraw:
-        fitted = tqdm(fit_all(cfg))
-        models = {name: evaluate(cfg, x_theta, x) for name, x_theta, x in fitted}
+        models = {}
+        for name, x_theta, x in tqdm(fit_all(cfg)):
+            models[name] = evaluate(cfg, x_theta, x)
         m = list(models.values())
         rows = [
             compare("P1", m[0], m[1]),
@@ -290,7 +290,7 @@ def main(cfg):
     draw(models[:6], path.with_name("fig9.png"))
     draw(models[6:], path.with_name("fig_repa2d.png"))
     for r in results["claims"]:
-        print("{text:50s} {paper:>4s} {ours:7.3f} [{ci95[0]:.3f}, {ci95[1]:.3f}]  {verdict}  {note}".format(**r))
+        print("{text:75s} {paper:>4s} {ours:7.3f} [{ci95[0]:.3f}, {ci95[1]:.3f}]  {verdict}  {note}".format(**r))
 
 
 if __name__ == "__main__":

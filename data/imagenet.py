@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from plumbing.cli import pick_device, setup_processes, wait_for_all
 from plumbing.data import check_labels, save_dataset
-from plumbing.files import one_writer, read_json, write_json, write_whole
+from plumbing.files import lock_folder, read_json, write_json, write_whole
 from plumbing.images import center_crop, find_classes, find_images, read_rgb
 from plumbing.weights import checksum, load_vae, optional_import, pretrained
 
@@ -180,7 +180,7 @@ def prepare(cfg, out):
     if rank == 0:
         meta = dict(name="imagenet", source=str(cfg.source), num_classes=len(classes), classes=classes, made=made,
                     networks=networks, scaling=f"latent x {vae.config.scaling_factor}", vae=cfg.vae)
-        with one_writer(work):
+        with lock_folder(work):
             finish(parts, work / "new", meta, cfg)
             shutil.rmtree(out, ignore_errors=True)
             os.replace(work / "new", out)

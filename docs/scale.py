@@ -41,6 +41,7 @@ def list_networks(script, cfg):
     # the networks of Figure 6 are among those of Figure 7; names stand for data sets that nobody draws
     module = importlib.import_module(script)
     module.data_folder = module.scaling.data_folder = lambda cfg, folder, name, make: cfg.data or name
+    module.scaling.load_data = module.scaling.pick_rows = lambda *_: None
     jobs = [(cfg.network, job) for _, jobs in module.plan_fig3(cfg, None) for job in jobs]
     recipes = [(cfg.sits, repa) for repa in cfg.lambdas]
     recipes += [(cfg.unets, 0.0), ([f"{model}-conv" for model in cfg.unets], 0.0)]

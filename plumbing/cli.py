@@ -69,9 +69,10 @@ def check_at_least(cfg, **least):
 
 def count_processes():
     """Return (rank, number of processes), as torchrun says; (0, 1) without torchrun."""
-    if "RANK" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise ValueError("RANK is set but WORLD_SIZE is not: unset RANK, or start with torchrun, which sets both")
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank >= world:
+        raise ValueError(f"RANK is {rank}, but WORLD_SIZE {world}: unset RANK, or start with torchrun, which sets both")
+    return rank, world
 
 
 def setup_processes(device, backend="gloo"):

@@ -15,25 +15,17 @@ class FaissScore(EmpiricalScore):
             import faiss
         except ImportError:
             raise ImportError("target faiss needs the package faiss: pip install faiss-cpu") from None
-        self.new_index = faiss.IndexFlatIP
-        self.neighbours, self.indices = neighbours, {}
-
-    def index_of(self, rows):
-        """Return the Faiss index of the points `rows`, one class or all, made once."""
-        key = int(rows[0]), len(rows)
-        if key not in self.indices:
-            points = self.points(rows) - self.centre
-            sizes = points.square().sum(1, keepdim=True)
-            self.indices[key] = self.new_index(self.D + 1)
-            self.indices[key].add(torch.cat([points, -sizes / 2], dim=1).float().cpu().numpy())
-        return self.indices[key]
+        self.faiss, self.neighbours = faiss, neighbours
 
     def candidates(self, z, t, rows):
         """Return the rows of the points that weigh most for queries z (B, D), t (B, 1), and their distances: (B, k)."""
         # They have the largest z.x_i - alpha |x_i|^2 / 2. We search by this inner product, of (z, alpha) with
         # (x_i, -|x_i|^2 / 2): a search by distance needs z / alpha, which overflows near t = 1.
+        points = self.points(rows) - self.centre
+        keys = torch.cat([points, -points.square().sum(1, keepdim=True) / 2], dim=1).float().cpu().numpy()
         query = torch.cat([z - (1 - t) * self.centre, 1 - t], dim=1).float().cpu().numpy()
-        _, index = self.index_of(rows).search(query, min(self.neighbours, len(rows)))
+        k = min(self.neighbours, len(rows))
+        _, index = self.faiss.knn(query, keys, k, self.faiss.METRIC_INNER_PRODUCT)
         near = rows[torch.from_numpy(index)]                                        # (B, k)
         points = self.points(near.flatten()).view(*near.shape, self.D)
         return near.to(self.device), (z[:, None] - (1 - t)[:, None] * points).norm(dim=2)

@@ -42,22 +42,10 @@ def lock_folder(folder):
     """Hold a folder until the lock that this returns is released or forgotten. Raise ValueError if another holds it."""
     check_writable(folder)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(Path(folder) / "lock", timeout=2)
     try:
-        lock.acquire()
+        return FileLock(Path(folder) / "lock", timeout=2).acquire()
     except Timeout:
         raise ValueError(f"{folder}: another process is at work here") from None
-    return lock
-
-
-@contextlib.contextmanager
-def one_writer(folder):
-    """Hold a folder while it is written to. Raise ValueError if another process holds it."""
-    lock = lock_folder(folder)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def check_writable(folder):
@@ -127,13 +115,11 @@ def save_checkpoint(path, state):
         torch.save(state, f)
 
 
-def read_checkpoint(path):
-    """Return the dict of a checkpoint of train.py. Raise ValueError if it is another file."""
-    checkpoint = read_weights(path)
+def check_checkpoint(checkpoint, path):
+    """Raise ValueError unless a dict is a checkpoint of train.py."""
     for key, kind in dict(ema=dict, model_args=dict, step=int, config=dict).items():
         if not isinstance(checkpoint.get(key), kind):
             raise ValueError(f"{path} is not a checkpoint of train.py: {key} is missing or no {kind.__name__}")
-    return checkpoint
 
 
 def load_state(module, state, path):
@@ -156,25 +142,30 @@ def checkpoint_path(run):
     return path
 
 
-def load_run(run, device="cpu", ema=True, convention="auto"):
+def load_run(run, device="cpu", ema=True, convention="auto", data=None):
     """Return (model in eval mode, checkpoint) of a run's folder, a checkpoint, or official SiT weights.
 
     ema         the averaged weights, or the raw ones
     convention  of weights that are not a checkpoint of this project: see plumbing/weights.py
+    data        a data set that the model must take, and must have been trained on if it is of this project
     The checkpoint is {} for weights from elsewhere. Raise FileNotFoundError or ValueError that names the file.
     """
     path = checkpoint_path(run)
-    state = read_weights(path)
-    if "model_args" not in state:
+    checkpoint = read_weights(path)
+    if "model_args" not in checkpoint:
         from plumbing.weights import load_sit_weights
-        model, checkpoint = load_sit_weights(state, path, convention, ema), {}
+        model, checkpoint = load_sit_weights(checkpoint, path, convention, ema), {}
     else:
-        checkpoint = read_checkpoint(path)
+        check_checkpoint(checkpoint, path)
         try:
             model = build_model(**checkpoint["model_args"])
         except TypeError as error:
             raise ValueError(f"{path} is not a checkpoint of train.py: {error}") from None
         load_state(model, checkpoint.pop("ema" if ema else "model", None), path)
+    if data is not None:
+        check_fit(model, path, data)
+        if checkpoint.get("fingerprint", data["fingerprint"]) != data["fingerprint"]:
+            raise ValueError(f"{path} was trained on other data than the data set that it is measured on")
     return model.to(device).eval().requires_grad_(False), checkpoint
 
 

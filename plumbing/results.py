@@ -12,7 +12,7 @@ import scipy.stats
 import torch
 
 from plumbing.cli import count_processes, device_name, pick_device
-from plumbing.files import ROOT, check_writable, one_writer, read_json, write_json, write_whole
+from plumbing.files import ROOT, check_writable, read_json, write_json, write_whole
 
 # supervision, extrapolation, controls and real images have the same colour in every figure
 BLUE, ORANGE, GREY, GREEN = "#0072B2", "#D55E00", "#777777", "#009E73"
@@ -133,8 +133,7 @@ def run_experiment(script, cfg, measure, plot):
         # NumPy's and torch's values become plain ones; four digits are enough to draw from
         text = json.dumps(results, default=lambda value: value.tolist())
         plain = json.loads(text, parse_float=lambda number: float(f"{float(number):.4g}"))
-        with one_writer(folder):
-            write_json(path, plain | dict(claims=rows))
+        write_json(path, plain | dict(claims=rows))
     results = read_json(path)
     try:
         plot(results, folder)

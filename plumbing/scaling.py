@@ -4,7 +4,6 @@ import functools
 import hashlib
 import itertools
 import json
-import operator
 from pathlib import Path
 
 import numpy as np
@@ -79,10 +78,10 @@ def draw_fields(n, side, seed):
     return dict(x=x.numpy(), y=np.zeros(n, np.int64)), moments, f
 
 
-def small_digits(name, side):
-    """Return (arrays, meta) of a data set of small digits with labels, with mean 0 and variance 1."""
-    x, y = small_images(name, side)
-    return dict(x=x, y=y), dict(name=f"{name}, {side} x {side}", num_classes=int(y.max()) + 1, source=name)
+def small_digits():
+    """Return (arrays, meta) of digits of 16 x 16 with labels, with mean 0 and variance 1."""
+    x, y = small_images("mnist5k", 16)
+    return dict(x=x, y=y), dict(num_classes=10)
 
 
 def data_folder(cfg, folder, name, make):
@@ -105,7 +104,7 @@ def image_sets(cfg, folder):
         make = functools.partial(leaves, cfg.n_images, 16, texture, cfg.seed)
         sets[f"texture {texture:g}"] = data_folder(cfg, folder, f"leaves_{texture:g}_{cfg.n_images}_{cfg.seed}", make)
     if not cfg.model_path:
-        sets["digits"] = data_folder(cfg, folder, "digits_16", functools.partial(small_digits, "mnist5k", 16))
+        sets["digits"] = data_folder(cfg, folder, "digits_16", small_digits)
     for data in sets.values():
         pick_rows(cfg, load_data(data))
     return sets
@@ -126,11 +125,6 @@ def name_run(settings):
     text = json.dumps(dataclasses.asdict(settings), sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{Path(settings.data).name}_{settings.model.replace('/', '-')}_{settings.steps}_{digest}"
-
-
-def slowest_first(jobs):
-    """Return jobs, listed small to large, with the slowest first: started last, it would train alone."""
-    return sorted(reversed(list(jobs)), key=operator.attrgetter("steps"), reverse=True)
 
 
 def measurement_key(cfg, data, *runs):

@@ -7,6 +7,9 @@ from torch import nn
 from plumbing.data import load_data
 from plumbing.images import frechet, gaussian
 
+# pixels along a side of the small digits
+SIDE = 8
+
 
 def small_images(name, side):
     """Return the images of a data set and their labels (N,). Digits of 28 x 28 pixels become (N, 1, side, side), with

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from model import build_model
 from plumbing.cli import check_at_least, count_flops, peak_flops
-from plumbing.files import ROOT, check_fit, load_run, load_state, read_checkpoint, save_checkpoint, write_whole
+from plumbing.files import ROOT, check_checkpoint, load_run, load_state, read_weights, save_checkpoint, write_whole
 
 
 def check_training(cfg, world):
@@ -63,7 +63,8 @@ def restore(run, parts, identity, may_change):
     path = Path(run) / "ckpt.pt"
     if not path.exists():
         return 0
-    checkpoint, config = read_checkpoint(path), identity["config"]
+    checkpoint, config = read_weights(path), identity["config"]
+    check_checkpoint(checkpoint, path)
     if checkpoint["fingerprint"] != identity["fingerprint"]:
         raise ValueError(f"{path} was trained on other data of the same name: give another --out")
     for name, before in checkpoint["config"].items():
@@ -102,18 +103,14 @@ def save_run(run, parts, identity, step, keep):
 def load_networks(train, cfg, data, device):
     """Return the networks that an experiment measures: the weights at cfg.model_path, or cfg.seeds trainings of
     cfg.network by train.train, which differ in their seed. Raise ValueError if one is not for these data."""
-    paths, models = [cfg.model_path], []
+    paths = [cfg.model_path]
     if not cfg.model_path:
         paths = []
         for k in range(cfg.seeds):
             out = f"{cfg.network.out}_{k}" if cfg.network.out else ""
             network = dataclasses.replace(cfg.network, device=cfg.device, seed=cfg.network.seed + k, out=out)
             paths.append(train(network))
-    for path in paths:
-        model, _ = load_run(path, device)
-        check_fit(model, path, data)
-        models.append(model)
-    return models
+    return [load_run(path, device, data=data)[0] for path in paths]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

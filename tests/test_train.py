@@ -315,7 +315,7 @@ def test_one_run_has_one_writer(data, tmp_path):
     lock = lock_folder(tmp_path / "a")
     with pytest.raises(ValueError, match="another process is at work"):
         train.train(config(data, tmp_path / "a"))
-    lock.release()
+    del lock
     train.train(config(data, tmp_path / "a"))
 
 

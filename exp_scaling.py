@@ -11,7 +11,7 @@ error changes by (1 - 2 rho) A. On training points rho is near 1, so E^sup falls
 one training image. Leaves with a texture of their own have rho < 1/2, so E^ext rises; digits have rho > 1/2.
 REPA aligns features with a teacher's. Figure 6: where does it change a network? Figure 7: better samples at equal L?
 
-    python exp_scaling.py --only fig3           # 3 minutes on 2 CPU cores; fig6 and fig7 together take 3 more
+    python exp_scaling.py --only fig3           # 7 minutes on 2 CPU cores; fig6 and fig7 together take 4 more
 
 L = E |v_theta - v_*|^2 on noised training points. A gate (see measure_fig3, 6, 7) says if a claim can be judged here.
 1. python exp_scaling.py --only fig3 --textures 0      Does E^ext still rise? See rho.

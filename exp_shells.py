@@ -5,7 +5,7 @@ shell (Prop. 3.2). Equation (4) asks how far any z is from the nearest such shel
 
     r_i = |z_t - (1 - t) x_i| / (t sqrt d),        r_* = the r_i closest to 1 over all training points i
 
-    python exp_shells.py               # 2 minutes on 2 CPU cores, after the default model is trained twice (8 minutes)
+    python exp_shells.py               # 4 minutes on 2 CPU cores, after the default model is trained twice (7 minutes)
 
 What you should see. fig1b.png: r_* stays at 1 for training points and climbs along trajectories; half of these are
 outside soon after the shells stop overlapping. New real images, noised, are outside too, from a little smaller t on.

@@ -1,6 +1,6 @@
 """Train a diffusion model by denoising score matching (Eq. 1 of the paper), the way every experiment does.
 
-    python train.py                                     # 4,500 real digits, about 6 minutes on 2 CPU cores
+    python train.py                                     # 4,500 real digits, about 4 minutes on 2 CPU cores
     torchrun --nproc_per_node=4 train.py                # the same update, each batch divided among 4 processes
     python train.py --preset gpu                        # MNIST on one GPU; first: python data/prepare.py mnist
     python train.py --model UNet-nano --steps 500       # any field of Config, below

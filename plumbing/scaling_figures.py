@@ -57,7 +57,8 @@ def draw_levels(ax, arrays, region, colour):
     ax.xaxis.set_minor_formatter("")
     if kinds != [""]:
         # room for the legend above the error bars
-        ax.margins(y=0.3)
+        low, high = ax.get_ylim()
+        ax.set_ylim(low, high + 0.35 * (high - low))
         ax.legend(loc="upper center")
 
 

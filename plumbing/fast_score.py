@@ -24,8 +24,9 @@ import torch
 from empirical_score import EmpiricalScore, as_query
 
 TAU = 1e-7
-# A query may keep this share of the points, but always FEW.
-SHARE, FEW = 1 / 32, 32
+# This share of the points may survive for a query, and FEW more. Along all directions MORE times as many may, where the
+# query would otherwise need a stream in float64, which costs about as much.
+SHARE, FEW, MORE = 1 / 32, 32, 4
 # A logit may lose this much in float32, by the estimate in `fits_float32`. Then x_* loses 1e-5 at most, as measured.
 LOSS = 5e-5
 # float32 cannot hold the squares of lengths far below TINY or far above HUGE.
@@ -50,7 +51,8 @@ class Survivors:
     point: torch.Tensor              # (P,)    row of the data
     d2: torch.Tensor                 # (P,)    |z - alpha x|^2 in float64
     complete: torch.Tensor           # (B,)    False: too many points may matter, and the query has no pairs here
-    dense: torch.Tensor              # (b, n)  for the other queries, |z - alpha x|^2 in float32, less a constant
+    dense_query: torch.Tensor        # (b,)    all queries that are not complete, and maybe others
+    dense: torch.Tensor              # (b, n)  their |z - alpha x|^2 in float32, less a constant
 
     def logits(self, t):
         """Return -d2 / (2 t^2), (P,)."""
@@ -73,16 +75,16 @@ def exact_float32(device):
             backend.fp32_precision = precision
 
 
-def strike(lower, high):
+def strike(lower, high, limit):
     """Return the pairs with lower (B, n) <= high (B,), as (query (P,), column (P,)), and which queries are complete.
 
-    A query with too many pairs is not complete (B,), and returns none.
+    A query with more than `limit` pairs is not complete (B,), and returns none.
     """
     high = (high + 2.0**-22 * high.abs()).float()
     # What has overflowed to nan is not struck.
     hit = ~(lower > high[:, None])
     count = hit.sum(1, dtype=torch.int32)
-    complete = count <= max(FEW, SHARE * lower.shape[1])
+    complete = count <= limit
     (open_queries,) = torch.where(complete)
     query, column = hit[complete].nonzero(as_tuple=True)
     return open_queries[query], column, complete
@@ -182,7 +184,7 @@ class FastEmpiricalScore(EmpiricalScore):
         fits = self.fits_float32(z, t)
         single = rest & fits
         if single.any():
-            dense = found.dense[fits[rest]]
+            dense = found.dense[single[found.dense_query]]
             mean[single], size[single] = self.softmax_in_float32(dense, t[single], rows)
         double = rest & ~fits
         if double.any():
@@ -223,18 +225,19 @@ class FastEmpiricalScore(EmpiricalScore):
 
     def softmax_in_float32(self, dense, t, rows):
         """Return x_* (B, D) and the effective number of points (B, 1) from float32 distances (B, n)."""
+        nearest = dense.amin(1, keepdim=True)
         factor = -1 / (2 * t**2)
-        logits = dense * factor.float()                                             # (B, n)
-        top = logits.amax(1, keepdim=True)
-        w = logits.sub_(top).exp_()
-        # torch adds them up in pairs of pairs: a million numbers lose less than 1e-6.
-        total = w.sum(1, keepdim=True).double()
-        squares = w.square().sum(1, keepdim=True).double()
+        factor = factor.float()
+        total = 0
+        squares = 0
         weighted = 0
         with exact_float32(self.device):
             for columns, points in self.float32_chunks(rows):
-                part = w[:, columns] @ points
-                weighted = weighted + part.double()
+                logits = (dense[:, columns] - nearest) * factor                     # (B, n)
+                w = logits.exp_()
+                total = total + w.sum(1, keepdim=True).double()
+                squares = squares + w.square().sum(1, keepdim=True).double()
+                weighted = weighted + (w @ points).double()
         mean = weighted / total + self.centre
         return mean, total**2 / squares
 
@@ -244,6 +247,7 @@ class FastEmpiricalScore(EmpiricalScore):
         """Return the Survivors: all points of `rows` that weigh more than TAU / N of the heaviest."""
         alpha = 1 - t
         q = z - alpha * self.centre
+        limit = FEW + SHARE * self.count(rows)
         slack = 2 * t[:, 0].square() * math.log(self.N / TAU)
         everyone = torch.arange(len(z), device=self.device)
         if rows is None:
@@ -256,15 +260,17 @@ class FastEmpiricalScore(EmpiricalScore):
             likely = point_of[lower.min(1).indices]
             nearest = self.exact_d2(z, t, everyone, likely)
             high = nearest + slack - q.square().sum(1)
-            query, column, complete = strike(lower, high + slip)
+            query, column, complete = strike(lower, high + slip, limit)
             (rest,) = torch.where(~complete)
             dense, slip = self.bounds_of_points(q[rest], alpha[rest], rows)
-            more, more_columns, done = strike(dense, high[rest] + slip)
+            fits = self.fits_float32(z[rest], t[rest])
+            limit = torch.where(fits, limit, MORE * limit)
+            more, more_columns, done = strike(dense, high[rest] + slip, limit)
         complete[rest] = done
         query = torch.cat([query, rest[more]])
         point = point_of[torch.cat([column, more_columns])]
         d2 = self.exact_d2(z, t, query, point)
-        return Survivors(query, point, d2, complete, dense[~done])
+        return Survivors(query, point, d2, complete, rest, dense)
 
     def exact_d2(self, z, t, query, point):
         """Return |z - (1 - t) x|^2 of pairs, by differences in float64: (P,)."""
@@ -310,7 +316,8 @@ class FastEmpiricalScore(EmpiricalScore):
         """Return a bound on what rounding changes in a sum of k float32 products, and in float64: (B,).
 
         The products add up to (|q| + alpha |x|)^2 at most. Each of k sums loses 2^-24 of that. We allow for twice as
-        much, and for 20 more, since all factors are rounded. float64 loses digits if the centre is far from 0.
+        much, and for 20 more, since all factors are rounded. float64 loses digits if the centre is far from 0. TINY
+        covers underflow.
         """
         length = q.norm(dim=1)
         radius = self.sketch.radius

@@ -7,15 +7,14 @@ A device that this machine does not have, for tests: "cuda" or "mps" by name, th
 Every call of torch is looked at. Whether a tensor is on the device is a matter of its storage, so that views, changes
 in place and parameters follow by themselves; a result is where the inputs are. What a device refuses is refused:
 tensors of two places in one call, numpy() of what is not here, a generator of another place; on "mps", any float64. So
-mistakes that only a machine with a GPU would show, show on all. What it does not show: memory, speed, rounding but that
-of tensor cores, missing kernels, torch.compile, calls that python does not see (the backward pass), several GPUs.
+mistakes that only a machine with a GPU would show, show on all. What it does not show: memory, speed, rounding, missing
+kernels, torch.compile, calls that python does not see (the backward pass), several GPUs.
 """
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import torch
-from test_fast_score import tensor_core
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -78,9 +77,6 @@ class Elsewhere(TorchFunctionMode):
         self.need_one_place(f, args, tensors, places)
         if f is T.to and places[0]:
             self.put(torch.empty(0, dtype=f(args[0][:0] if args[0].ndim else args[0], *args[1:], **kwargs).dtype))
-        if f is torch.mm and any(places) and kwargs.pop("out_dtype", None):      # fp32 for 16 bits, which no CPU has
-            assert args[0].dtype == args[1].dtype in (torch.bfloat16, torch.float16)
-            f = tensor_core
         out = f(*args, **kwargs)
         if f is T.to and asked not in (None, places[0]) and out is args[0]:
             out = out.clone()                                # another place is another storage

@@ -18,24 +18,6 @@ FUZZ = settings(max_examples=120, deadline=None, derandomize=True, suppress_heal
 BFLOAT16 = torch.bfloat16
 
 
-def tensor_core(a, b):
-    """Return a @ b of 16-bit numbers as an H100 adds up (Khattak and Mikaitis, arXiv 2512.07004).
-
-    It cuts 16 exact products and the sum so far off two bits below the last bit of the largest, and adds them.
-    """
-    def cut(s, largest, bits):
-        unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - bits)
-        return (s / unit).trunc() * unit
-
-    a, b = a.double(), b.double()
-    total = torch.zeros(len(a), b.shape[1], dtype=torch.float64)
-    for k in range(0, a.shape[1], 16):
-        terms = torch.cat([total[..., None], a[:, None, k:k + 16] * b.T[None, :, k:k + 16]], 2)
-        total = cut(terms, terms.abs().amax(2, keepdim=True), 26).sum(2)
-        total = cut(total, total, 24)
-    return total.float()
-
-
 @pytest.fixture(autouse=True)
 def share_comes_back(monkeypatch):
     """Undo what `build` changes."""

@@ -12,7 +12,7 @@ What we strike weighs less than TAU of the total. `posterior_mean_and_bound` ret
 If more than one point in 32 survives, we screen along all directions. If that strikes too little as well, as at t near
 1, all points count: in float32 where this costs x_* less than 1e-5, else as in EmpiricalScore.
 
-r_star and nearest are those of EmpiricalScore. tests/test_fast_score.py searches for data that break the bounds.
+r_star, nearest and draws are those of EmpiricalScore. tests/test_fast_score.py searches for data that break the bounds.
 """
 import contextlib
 import functools
@@ -137,44 +137,16 @@ class FastEmpiricalScore(EmpiricalScore):
         mean, size, _ = self.softmax_and_bound(z, t, rows)
         return mean, size
 
-    def sample_posterior(self, z, t, y=None, generator=None):
-        """Return one row of the data per query (B,), drawn with the probabilities w_i, but for the weight left out."""
-        z64, t64 = self.queries(z, t)
-        draw = torch.full((len(z),), -1, device=self.device)
-        for b, rows in self.groups(y, len(z)):
-            if self.is_small(len(b), rows):
-                continue
-            found = self.screen(z64[b], t64[b], rows)
-            # Gumbel's trick, as in EmpiricalScore.
-            noise = torch.empty_like(found.d2, device="cpu").exponential_(generator=generator)
-            value = found.logits(t64[b]) - noise.log().to(self.device)
-            best = value == largest(value, found.query, len(b))[found.query]
-            winner = b[found.query[best]]
-            draw[winner] = found.point[best]
-        # EmpiricalScore draws for small groups, and for queries to which too many points matter.
-        rest = draw < 0
-        if rest.any():
-            y_rest = None
-            if y is not None:
-                y_rest = torch.as_tensor(y).cpu()[rest.cpu()]
-            z_rest = z[rest.to(z.device)]
-            drawn = super().sample_posterior(z_rest, t64[rest, 0], y_rest, generator)
-            draw[rest] = drawn.to(self.device)
-        return draw.to(z.device)
-
     def count(self, rows):
         """Return the number of data points in `rows`, or of all."""
         return self.N if rows is None else len(rows)
-
-    def is_small(self, B, rows):
-        """Say whether screening costs more than it saves."""
-        return B * self.count(rows) * self.D < self.small
 
     # ---- the softmax -------------------------------------------------------------------------------------------------
 
     def softmax_and_bound(self, z, t, rows):
         """Return x_* (B, D), the effective number of points (B, 1) and the bound on the weight left out (B,)."""
-        if self.is_small(len(z), rows):
+        # where screening costs more than it saves
+        if len(z) * self.count(rows) * self.D < self.small:
             mean, size = super().softmax_mean(z, t, rows)
             return mean, size, torch.zeros_like(t[:, 0])
         found = self.screen(z, t, rows)

@@ -197,20 +197,6 @@ def test_both_engines_agree_on_every_method(t, labelled):
         assert torch.equal(x[draw], x[plain.sample_posterior(z, t, label)])
 
 
-@pytest.mark.parametrize("t", [0.1, 0.9])
-def test_draws_of_the_fast_engine_follow_the_softmax(t):
-    """At t = .1 they are drawn from the survivors. At t = .9 all points count."""
-    x, _ = decaying()
-    x[21:27] = x[20] + 0.01 * torch.randn(6, 256, generator=torch.Generator().manual_seed(2))
-    E, n = FastEmpiricalScore(x), 2_000
-    E.small = 0
-    z = noisy(x, t)[20:21]
-    assert E.screen(*E.queries(z, t), None).complete.item() == (t < 0.5)
-    w = torch.from_numpy(truth(x, z, t)[1][0].astype(np.float64))
-    draws = E.sample_posterior(z.expand(n, -1), t, None, torch.Generator().manual_seed(0))
-    assert 1 / w.square().sum() > 1.5 and draws_p_value(draws, w) > 1e-3
-
-
 def test_queries_get_the_path_that_their_weights_ask_for():
     x = torch.randn(3000, 100, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([0.01, 0.2, 0.95, 1.0])

@@ -110,6 +110,29 @@ def score():
     return "\n".join(lines)
 
 
+def targets():
+    """The targets of exp_freedom.py beside each other: the SiT in the smallest region and in the largest."""
+    columns = ("fig5/generalizes/sit", "fig5/memorizes/sit", "fig5/smallest", "fig5/largest", "fig5/agree")
+    found = load("targets")["targets"]
+    lines = ["| target | " + " | ".join(found["exact"]["rows"][id]["text"] for id in columns) + " |"]
+    lines.append("|---" * (1 + len(columns)) + "|")
+    for name, target in found.items():
+        cells = [interval(target["rows"][id]) for id in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def thresholds():
+    """The fraction of copies of Figure 5's SiT by threshold and ratio."""
+    found = load("targets")
+    exact = found["targets"]["exact"]
+    lines = ["| threshold | " + " | ".join(f"ratio {ratio:g}" for ratio in exact["ratios"]) + " |"]
+    lines.append("|---" * (1 + len(exact["ratios"])) + "|")
+    for threshold, copies in zip(found["thresholds"], exact["copies"], strict=True):
+        lines.append(f"| {threshold:g} | " + " | ".join(number(c) for c in copies) + " |")
+    return "\n".join(lines)
+
+
 def scale():
     """What the presets gpu and paper cost, by counts of FLOPs."""
     costs = load("costs")
@@ -121,7 +144,8 @@ def scale():
     return "\n".join(lines)
 
 
-ASKED = {f.__name__: f for f in (ours, value, verdict, row, verdicts, minutes, machine, claims, score, scale)}
+FUNCTIONS = (ours, value, verdict, row, verdicts, minutes, machine, claims, score, targets, thresholds, scale)
+ASKED = {f.__name__: f for f in FUNCTIONS}
 
 
 def fill(template):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from test_empirical_score import TIMES, draws_p_value, error
+from test_empirical_score import TIMES, error
 
 import plumbing.fast_score as fast
 from empirical_score import EmpiricalScore

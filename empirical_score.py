@@ -167,7 +167,7 @@ class EmpiricalScore:
     def queries(self, z, t):
         """Return z (B, D) and t (B, 1) as float64, after checking them."""
         if z.shape[1:] != self.shape or not z.is_floating_point() or not z.isfinite().all():
-            raise ValueError(f"z must hold finite numbers of shape (B, *{self.shape}), not {z.shape}")
+            raise ValueError(f"z must hold finite floating-point numbers of shape (B, *{self.shape}), not {z.shape}")
         if not torch.is_tensor(t):
             t = torch.tensor(t, dtype=torch.float64)
         in_range = (t > 0) & (t <= 1)

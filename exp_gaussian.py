@@ -6,7 +6,7 @@ outside [...], the model's learned score approaches the ground truth score, indi
 Noisy points are z_t = (1 - t) x + t eps. The empirical score s_* is that of the N points, Eq. (2). The true score s_gt
 is that of the Gaussian: z_t ~ N(0, ((1 - t)^2 + t^2) I), hence s_gt(z, t) = -z / ((1 - t)^2 + t^2).
 
-    python exp_gaussian.py          # about 90 seconds on one CPU core; this file needs no other of the project
+    python exp_gaussian.py          # 90 seconds; the figure is in out/exp_gaussian/laptop/; needs no other file
 
 What you should see. Left: on training points, s_* becomes nearer than s_gt (the gate). On fresh points, s_gt stays
 nearer, but the network approaches it for 200 iterations only, then leaves. Right: from N = 300 on, none is selective.

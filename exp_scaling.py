@@ -150,7 +150,7 @@ class Wiener:
 
     def __init__(self, moments, k):
         S, U = torch.linalg.eigh(moments)                    # ascending; U (D, D)
-        self.S, self.U = S[-k:], U[:, -k:]
+        self.S, self.U = S[-k:].clamp(min=0), U[:, -k:]
 
     def __call__(self, z, t, y=None):
         gain = (1 - t) * self.S / ((1 - t)**2 * self.S + t**2)

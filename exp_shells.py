@@ -48,12 +48,12 @@ DELTA = 0.01  # a noisy training point lies in its shell with probability 1 - de
 class Config:
     preset: Literal["laptop", "gpu", "paper"] = "laptop"  # where the defaults of all other fields come from
     network: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)  # trained by train.py, or found in out/
-    model_path: str = ""  # official SiT weights or a run's folder: measure it alone, and train nothing
+    model_path: str = ""  # official SiT weights or a run's folder: measure it alone
     seeds: int = 2  # networks that differ in their training seed
     n: int = 100  # trajectories of each network, and as many noised images of each kind
     n_times: int = 50  # times t = 1/n_times, 2/n_times .. 1
     overlap_class: int = 3  # the class whose shells are compared pair by pair
-    other_sets: tuple[str, ...] = ("digits", "photos")  # where the two times are measured, too, for other d
+    other_sets: tuple[str, ...] = ("digits", "photos")  # small networks are trained on them, too, for other d; or none
     fast: bool = False  # the certified engine of plumbing/fast_score.py for the empirical score
     seed: int = 0  # of the points, the noise and the trajectories
     device: str = "auto"  # auto, cpu, cuda, mps
@@ -177,7 +177,7 @@ def measure(cfg):
     """Return rows and arrays."""
     check_at_least(cfg, n=2, n_times=2, seeds=1)
     data, device = load_data(cfg.network.data), pick_device(cfg.device)
-    rows_of_class(data, cfg.overlap_class)                   # before the training: is the class there?
+    rows_of_class(data, cfg.overlap_class)
     if "x_heldout" not in data:
         raise ValueError(f"{cfg.network.data} has no x_heldout.npy: we compare with real images that are held out")
     models = load_networks(train, cfg, data, device)
@@ -228,7 +228,7 @@ def plot_shells(a, path):
         ax.plot([], [], color=colour, label=label)
     ax.plot(a["t"], a["heldout"], "--", color=results.GREEN, label="new real images, noised (median)")
     leave = a["leave"][0]
-    ax.annotate(f"half are outside at t = {leave:.2f}", (leave, 1.05), (leave + 0.25, 2.2),
+    ax.annotate(f"half are outside at t = {leave:.2f}", (leave, 1.05), (0.8, 2.2),
                 arrowprops=dict(arrowstyle="->"))
     ax.set(xlim=(1, 0), ylim=(0.9, 6), xlabel="t   (sampling runs from 1 to 0)", ylabel="$r_*$",
            title="Sampling leaves the shells that training looks at")

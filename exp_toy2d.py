@@ -8,7 +8,7 @@ samples": at one supervision loss L, a model that knows angles makes good / (goo
 diffusion in polar space; P2, kernel regression on polar features; P3, a network with f(a z) = a f(z); or REPA, where a
 hidden layer predicts the angle. L = E_t E_{p_t} |x_theta - x_*|^2 / variance of D is 0 for a perfect fit.
 
-    python exp_toy2d.py         # one minute on 2 CPU cores; this file needs no other of the project
+    python exp_toy2d.py         # one minute; figures in out/exp_toy2d/laptop/; needs no other file of the project
 You should see fewer orange-red samples on the right, and with stronger REPA. A row counts if its baseline makes more
 bad samples than evenly spread points, and if the losses are equal (P1's are of two problems). P3's f is our guess.
 1. python exp_toy2d.py --bandwidth 2      Why does P2's row leave its regime? What does a kernel this wide blend?
@@ -273,7 +273,7 @@ def main(cfg):
         raise ValueError(f"{path} is of another experiment: give another --out")
     if not cfg.redraw:
         models = {}
-        for name, x_theta, x in tqdm(fit_all(cfg)):
+        for name, x_theta, x in tqdm(fit_all(cfg), disable=None):
             models[name] = evaluate(cfg, x_theta, x)
         m = list(models.values())
         rows = [

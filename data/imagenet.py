@@ -189,10 +189,7 @@ def prepare(cfg, out):
 
 
 def read_folder(source, size):
-    """Return images (N, 3, size, size) and labels of nine tenths, then of a tenth, in uint8; and the class names.
-
-    This serves `prepare.py folder`: pixels, not latents, of a folder of images or of class folders.
-    """
+    """Return images (N, 3, size, size) and labels of nine tenths, then of a tenth, in uint8; and the class names."""
     if any(p.is_dir() and not p.name.startswith(".") for p in source.iterdir()):
         classes, paths, labels = find_classes(source)
     else:
@@ -216,4 +213,5 @@ def save_pixels(out, source, arrays, classes):
                 scaling="x = byte / 127.5 - 1, in [-1, 1]")
     save_dataset(out, files, meta)
     write_meta(out, meta)
-    print(f"{out.name} lies in {out}")
+    counts = f"{len(arrays[0])} images, {len(arrays[2])} held out, {len(classes)} classes"
+    print(f"{out.name} ({counts}) lies in {out}")

@@ -29,7 +29,7 @@ import tyro
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 import imagenet  # noqa: E402
 
-from plumbing.cli import run_command  # noqa: E402
+from plumbing.cli import check_at_least, run_command  # noqa: E402
 from plumbing.data import DATA, EMBEDDED  # noqa: E402
 from plumbing.files import write_whole  # noqa: E402
 
@@ -127,7 +127,8 @@ def main(cfg):
     if cfg.source is None and cfg.name not in DOWNLOADS:
         raise ValueError(f"{cfg.name}: expected --source DIR, your folder of images")
     source = cfg.source.resolve() if cfg.source else download(cfg.name)
-    if not source.exists():
+    check_at_least(cfg, size=1)
+    if not source.exists() or (cfg.name == "folder" and not source.is_dir()):
         raise ValueError(f"--source {source}: there is no such folder or file")
     name = source.name if cfg.name == "folder" else cfg.name
     if cfg.name == "folder" and name in (*EMBEDDED, *DOWNLOADS, "imagenet") and not cfg.out:

@@ -5,6 +5,7 @@ it as prose. So there is no second copy to keep. Notebooks go to out/notebooks/,
 """
 import ast
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -26,8 +27,11 @@ for picture in sorted((Path(cfg.out) if cfg.out else ROOT / "out" / "{name}" / c
 
 
 def prose(text):
-    # s_* is no emphasis, but lines that are set in by four spaces are code
-    lines = [line if line.startswith("    ") else line.replace("_*", r"\_\*") for line in text.splitlines()]
+    lines = []
+    for line in text.splitlines():
+        # an exercise's command is code; so are lines that are set in by four spaces; s_* is no emphasis
+        line = re.sub(r"^(\d\. )(python .+?)  +", r"\1`\2` ", line)
+        lines.append(line if line.startswith("    ") else line.replace("_*", r"\_\*"))
     return dict(cell_type="markdown", metadata={}, source="\n".join(lines))
 
 
@@ -41,7 +45,9 @@ def comment_above(lines, first):
     while first > 0 and (lines[first - 1].startswith("#") or not lines[first - 1].strip()):
         first -= 1
         found.insert(0, lines[first])
-    return "\n".join(line.lstrip("# ") for line in found if line.strip("#- "))
+    # the list of packages, for `uv run`, is no prose
+    text = re.sub(r"# /// script.*?# ///", "", "\n".join(found), flags=re.DOTALL)
+    return "\n".join(line.strip("#- ") for line in text.splitlines() if line.strip("#- "))
 
 
 def cells_of(path, changes=""):

@@ -35,7 +35,7 @@ def run_command(main, presets, doc):
     except SystemExit as stop:
         sys.exit(1 if stop.code == 2 else stop.code)
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from the last checkpoint")
+        sys.exit("interrupted; the same command goes on from the last checkpoint, if there is one")
     except (ValueError, OSError, ImportError) as error:
         if debug:
             raise

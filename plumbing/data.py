@@ -201,8 +201,8 @@ def rows_of_class(data, label):
     """Return the rows of the images of a class. Raise ValueError unless there are two or more."""
     rows = np.nonzero(data["y"] == label)[0]
     if len(rows) < 2:
-        raise ValueError(f"class {label} has {len(rows)} images, expected two or more: classes are "
-                         f"{', '.join(map(str, np.unique(data['y'])[:12]))} ...")
+        raise ValueError(f"--overlap-class {label} has {len(rows)} images, expected two or more: the first classes are "
+                         f"{', '.join(map(str, np.unique(data['y'])[:12]))}")
     return rows
 
 

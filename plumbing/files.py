@@ -175,4 +175,4 @@ def check_fit(model, path, data):
     wants, classes = tuple(data["x"].shape[1:]), data["meta"]["num_classes"]
     if has != wants or model.num_classes != classes:
         raise ValueError(f"{path} is a model of images {has} in {model.num_classes} classes; the data set has images "
-                         f"{wants} in {classes} classes")
+                         f"{wants} in {classes} classes: name the data that it was trained on")

@@ -80,6 +80,9 @@ def find_classes(root, classes=None):
     names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not names:
         raise ValueError(f"{root}: holds no class folders, expected one folder of images for each class")
+    loose = [p for p in root.iterdir() if p.suffix.lower() in SUFFIXES]
+    if loose:
+        raise ValueError(f"{loose[0]} lies beside the class folders: move it into one")
     classes = classes or names
     paths, labels = [], []
     for name in names:

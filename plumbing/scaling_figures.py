@@ -36,7 +36,8 @@ def draw_fig3(arrays, folder):
     for ax, (region, place, colour) in zip(axes, panels, strict=False):
         draw_levels(ax, arrays, region, colour)
         change = tell_change(arrays["ends"][first][region][1])
-        ax.set(title=f"{place}: the\nerror {change}", ylabel=rf"$E^{{\rm {region}}}$, per dimension")
+        title = f"{place}: the\nerror {change}" if len(arrays["names"]) > 1 else place
+        ax.set(title=title, ylabel=rf"$E^{{\rm {region}}}$, per dimension")
     draw_plane(axes[2], arrays)
     save_figure(fig, folder / "fig3.png")
     if others:
@@ -66,7 +67,8 @@ def draw_plane(ax, arrays):
     """Draw E^ext over E^sup, and where networks would go if x_* had a share rho of what they learn."""
     sup, ext = np.array(arrays["sup"])[:, 0], np.array(arrays["ext"])[:, 0]
     gain = sup[0] - sup.min()
-    for rho, style in ((0, ":"), (0.25, "--"), (0.5, "-")):
+    # a single network gains nothing
+    for rho, style in ((0, ":"), (0.25, "--"), (0.5, "-")) if gain else ():
         end = ext[0] + (1 - 2 * rho) * gain
         ax.plot([sup[0], sup[0] - gain], [ext[0], end], style, color=GREY, lw=1.2)
         ax.annotate(rf"$\rho={rho:g}$", (sup[0] - gain, end), (4, -3), textcoords="offset points", color=GREY)

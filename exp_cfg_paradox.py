@@ -13,12 +13,12 @@ The gaps of two training seeds have a cosine of a third, not 0: it is no random 
 trained near images of class c only, s^0 near all images. To test that alone, one would train a network on one class.
 
 Exercises; the answers are in the table that is printed last, or in the figure.
-1. python exp_cfg_paradox.py --w 4      Does guidance lead to where there is more to guide? See the learned gap on
-   training points over that on trajectories. It rises: on guided trajectories the gap that is left is smaller.
-2. In measure, take the images from "x_heldout". Is it the shells that make the empirical gap vanish? See its row: it is
+1. python exp_cfg_paradox.py --w 4      Does guidance lead to where there is less to guide? See the learned gap on
+   training points over that on trajectories, at t <= .5. Is the change larger than its interval?
+2. In measure, take rows % 500 of "x_heldout". Is it the shells that make the empirical gap vanish? See its row: it is
    0 for images that nobody trained on, too. At small t the softmax collapses on one image wherever it is asked.
-3. python exp_cfg_paradox.py --redraw   Where is the empirical gap larger, on training points or on trajectories? See
-   the bands at the right: the nearest image to a sample is sometimes one of another class.
+3. python exp_cfg_paradox.py --redraw   Where is the empirical gap larger? Compare the bands of the two solid lines. On
+   trajectories, the image nearest to a sample is sometimes one of another class.
 """
 import dataclasses
 from typing import Literal

@@ -16,7 +16,7 @@ than half of the time; at 8, more. The gate: a nearest-neighbour judge is .9 tim
 
 1. python exp_freedom.py --threshold .15    Does the claim hang on what we call a copy? See Figure 5c.
 2. python exp_freedom.py --target sampled   Does an image drawn from the posterior do as well as x_*? See the table.
-3. In fig5_mechanism.png, which line falls as the region grows, and why does the other one rise?
+3. In fig5_mechanism.png, left: which line falls up to ratio 4, and which one rises all the way?
 """
 import copy
 import functools

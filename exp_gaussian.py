@@ -12,8 +12,8 @@ What you should see. Left: on training points, s_* becomes nearer than s_gt (the
 nearer, but the network approaches it for 200 iterations only, then leaves. Right: from N = 300 on, none is selective.
 
 1. python exp_gaussian.py --iterations 400          To which score does a network come first on its training points?
-2. python exp_gaussian.py --points 20 100           Does a network on 20 points underfit s_* anywhere?
-3. python exp_gaussian.py --points 100 140 200 300  At which N does the network stop being selective?
+2. python exp_gaussian.py --points 20 100           On fresh points, is s_gt nearer to a network of 20 points?
+3. python exp_gaussian.py --points 100 140 200 300  At which N does it stop being selective? See the title.
 """
 # /// script
 # requires-python = ">=3.11"
@@ -213,7 +213,7 @@ def plot(folder, points, eval_every, curves, ratio):
     draw(right, points, fresh, "o-", ORANGE)
     right.axhline(1, color="grey")
     selective = ", ".join(f"{n:,}" for n, a, b in zip(points, training, fresh, strict=True) if a[2] < 1 < b[0])
-    right.set(title=f"Selective: N = {selective} (blue < 1 < orange)", xlabel="number N of training points",
+    right.set(title=f"Selective (blue < 1 < orange):\nN = {selective or None}", xlabel="number N of training points",
               ylabel="error to $s_*$ / error to $s_{gt}$", xscale="log", yscale="log")
     left.legend()
     fig.savefig(folder / "fig10.png", dpi=150)

@@ -14,9 +14,9 @@ REPA aligns features with a teacher's. Figure 6: where does it change a network?
     python exp_scaling.py --only fig3           # 7 minutes on 2 CPU cores; fig6 and fig7 together take 4 more
 
 L = E |v_theta - v_*|^2 on noised training points. A gate (see measure_fig3, 6, 7) says if a claim can be judged here.
-1. python exp_scaling.py --only fig3 --textures 0      Does E^ext still rise? See rho.
+1. python exp_scaling.py --only fig3 --textures 0      Does E^ext still rise, or fall? See rho.
 2. python exp_scaling.py --only fig3 --lengths 100 200 What if E^sup is above that of the best linear denoiser?
-3. python exp_scaling.py --only fig7 --n-student 4500  What is a teacher worth that knows no more than the student?
+3. python exp_scaling.py --only fig7 --n-student 4500  What is a teacher worth that saw no more images, but labels?
 """
 import dataclasses
 import functools

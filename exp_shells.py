@@ -14,8 +14,8 @@ no network can remember more. fig1b_dimensions.png: the more dimensions, the ear
 
 Exercises; the answers are in the table that is printed last.
 1. python exp_shells.py --overlap-class 1      Are the shells of all classes apart until the same t? See "come apart".
-2. In measure, give make_score dict(x=data["x_heldout"], y=data["y_heldout"]) in place of data. The networks are the
-   same, but training points are outside now. So does r_* say something about the network, or about the data set?
+2. In measure and leave_shells, give make_score dict(x=data["x_heldout"], y=data["y_heldout"]) in place of data. Only
+   training points are outside now. So does r_* say something about the network, or about the data set?
 3. python exp_shells.py --network.data digits --network.steps 500      A shell is thin only in many dimensions; here
    there are 64. See when half of the trajectories are outside.
 """

@@ -12,8 +12,8 @@ hidden layer predicts the angle. L = E_t E_{p_t} |x_theta - x_*|^2 / variance of
 You should see fewer orange-red samples on the right, and with stronger REPA. A row counts if its baseline makes more
 bad samples than evenly spread points, and if the losses are equal (P1's are of two problems). P3's f is our guess.
 1. python exp_toy2d.py --bandwidth 2      Why does P2's row leave its regime? What does a kernel this wide blend?
-2. python exp_toy2d.py --steps 200        Is it extrapolation alone? See L under the pictures.
-3. python exp_toy2d.py --lambdas 0 30     How strong may REPA's alignment be before supervision suffers?
+2. python exp_toy2d.py --steps 200        Do angles help before a network fits? See L and the shares of P1 and REPA.
+3. python exp_toy2d.py --lambdas 0 5 10 30     At which weight of REPA's alignment does L rise by a quarter?
 """
 # /// script
 # requires-python = ">=3.11"

@@ -197,7 +197,7 @@ def plot(found, folder):
             ax.fill_between(t, low, high, color=colours[region], alpha=0.18, lw=0)
             ax.plot(t, median, style, color=colours[region], lw=2, label=f"{score}, {NAMES[region]}")
         ax.set(xlabel="t   (0 is data, 1 is noise)", xlim=(0, 1), title=title)
-        ax.legend(loc="upper right")
+        ax.legend(loc="upper right", title="median, 10% to 90%")
     # the factor (1 - t)/t makes every learned gap infinite at t = 0
     shown = t >= 0.12
     highs = [np.array(a["quantiles"][f"learned, {region}"])[2] for region in REGIONS]

@@ -268,7 +268,7 @@ def plot(found, folder):
             label=cfg[net]["model"])
         paper.plot(PAPER_RATIOS, PAPER[net], style, color=blue)
     ours.plot(ratios[-1], is_copy["dsm"][:, :, -1].mean(), "D", color=results.GREY, label="plain training")
-    ours.axhline(real, color=results.GREEN, ls=":", label="real images")
+    ours.axhline(real, color=results.GREEN, ls=":", label="held-out real images")
     ours.legend()
     ours.set(title="(c) Copies against the region", ylabel="fraction of copies")
     paper.set_title("The paper's SiT-L/2 and UNet-B")
@@ -282,7 +282,7 @@ def plot(found, folder):
     for region, colour, label in (("outside", results.ORANGE, "held-out images"), ("inside", blue, "$D_{score}$")):
         error = np.mean(arrays["sit"][region], axis=(1, 2))
         left.plot(ratios, error, "o-", color=colour, label=label)
-    left.set(title="Error to $x_*$, at noised images", ylim=0,
+    left.set(title="Error to $x_*$: held-out images come near", ylim=0,
              xlabel="$|D_{region}|\\,/\\,|D_{score}|$")
     steps = [*cfg["sit"]["keep"], cfg["sit"]["steps"]]
     for k, ratio in enumerate(ratios):

@@ -205,17 +205,17 @@ def plot(folder, points, eval_every, curves, ratio):
     draw(left, iterations, truth, "-", BLUE, "training points, to $s_{gt}$")
     draw(left, iterations, star, "--", BLUE, "training points, to $s_*$")
     draw(left, iterations, fresh, "--", ORANGE, "fresh points, to $s_{gt}$")
-    nearest = iterations[np.argmin(fresh, 0)[1]]
-    title = f"Fresh points: nearest to $s_{{gt}}$ at iteration {nearest}"
-    left.set(title=title, xlabel="training iteration", ylabel="error of the learned score")
+    left.set(title="Fresh points: near $s_{gt}$ at first, then away", xlabel="training iteration",
+             ylabel="error of the learned score")
     training, fresh = ratio
-    draw(right, points, training, "o-", BLUE)
-    draw(right, points, fresh, "o-", ORANGE)
+    draw(right, points, training, "o-", BLUE, "training points")
+    draw(right, points, fresh, "o-", ORANGE, "fresh points")
     right.axhline(1, color="grey")
     selective = ", ".join(f"{n:,}" for n, a, b in zip(points, training, fresh, strict=True) if a[2] < 1 < b[0])
     right.set(title=f"Selective (blue < 1 < orange):\nN = {selective or None}", xlabel="number N of training points",
               ylabel="error to $s_*$ / error to $s_{gt}$", xscale="log", yscale="log")
     left.legend()
+    right.legend()
     fig.savefig(folder / "fig10.png", dpi=150)
 
 def main(cfg):

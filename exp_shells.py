@@ -247,7 +247,7 @@ def plot_memorization(a, path):
     left.set_title("Noisy images find their way back")
     right.plot(MEMO_TIMES, a["network"], "o-", color=results.BLUE, label="network")
     right.plot(MEMO_TIMES, a["exact"], color=results.GREY, label="exact score")
-    right.plot(a["t"], a["overlap"], "--", color="black", label="overlap C(t)")
+    right.plot(a["t"], a["overlap"], "--", color="black", label="overlap of shells")
     right.set(xlabel="t", title="fraction that comes back")
     right.legend()
     results.save_figure(fig, path)
@@ -256,9 +256,9 @@ def plot_memorization(a, path):
 def plot_dimensions(a, path):
     fig, ax = results.new_figure(3.4)
     ax.plot(a["d"], a["leave"], "o", color=results.ORANGE, label="half of the trajectories are outside")
-    ax.plot(a["d"], a["apart"], "s", color=results.BLUE, label="shells come apart")
+    ax.plot(a["d"], a["apart"], "s", color=results.BLUE, mfc="none", label="shells come apart")
     grid = np.geomspace(50, 5000, 100)
-    ax.plot(grid, law(np.median(a["distance"]), grid), color="black", label="law of leaving")
+    ax.plot(grid, law(np.median(a["distance"]), grid), color="black", label="law for any new image")
     ax.set(xscale="log", xlabel="dimension d   (the paper's: 4,096)", ylabel="t", ylim=(0, 1),
            title="The more dimensions, the earlier sampling leaves")
     ax.legend()

@@ -255,7 +255,7 @@ def draw(models, path):
         label = f"L = {np.mean(model['L']):.4f}    good / (good + bad) = {np.mean(model['share']):.2f}"
         ax.set(title=name, xlabel=label, xlim=(-1.3, 1.3), ylim=(-0.5, 0.5), yticks=[])
     fig.suptitle("C4: models that know angles make fewer bad samples (orange-red) for each good one (green)\n"
-                 "triangles and squares: the training points, grey: their copies")
+                 "triangles and squares: the training points; grey: all other samples; height only spreads the dots")
     fig.savefig(path, dpi=150)
 
 

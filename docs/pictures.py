@@ -57,7 +57,7 @@ def draw_regions(ax):
     ax.text(-2.9, -2.0, "$D_{region}$: where the network is asked for it", color=GREY)
 
 
-def draw_sketch(path, size=(8.3, 3.2), dpi=150):
+def draw_sketch(path, size=(8.3, 3.6), dpi=150):
     plt.rcParams["font.size"] = 9
     fig, axes = plt.subplots(1, 2, figsize=size, layout="constrained")
     for ax, draw, title in ((axes[0], draw_shells, "Selective underfitting"),

@@ -124,10 +124,10 @@ def read_cifar10(source):
 
 def main(cfg):
     """Prepare one data set."""
+    check_at_least(cfg, size=1)
     if cfg.source is None and cfg.name not in DOWNLOADS:
         raise ValueError(f"{cfg.name}: expected --source DIR, your folder of images")
     source = cfg.source.resolve() if cfg.source else download(cfg.name)
-    check_at_least(cfg, size=1)
     if not source.exists() or (cfg.name == "folder" and not source.is_dir()):
         raise ValueError(f"--source {source}: there is no such folder or file")
     name = source.name if cfg.name == "folder" else cfg.name

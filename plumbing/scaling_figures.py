@@ -101,7 +101,7 @@ def draw_mechanism(arrays, folder):
         axes[1].errorbar(rho, change, [[change - bottom], [top - change]], [[rho - low], [high - rho]], fmt="o",
                          color=ORANGE, capsize=3)
         label = name.replace("texture", "leaves, texture")
-        axes[1].annotate(label, (high, change), (6, -4), textcoords="offset points")
+        axes[1].annotate(label, (high, change), (6, -4), textcoords="offset points", backgroundcolor="white")
     axes[1].axhline(0, color=GREY, lw=1)
     axes[1].axvline(0.5, color=GREY, lw=1, ls="--")
     rises = r"$E^{\rm ext}$ rises" if all(agree) else "Not resolved: it rises"

@@ -57,7 +57,7 @@ TRAINING = functools.partial(train.Config, batch=64, label_dropout=0.0, grid=Fal
 class Config:
     preset: Literal["laptop", "gpu", "paper"] = "laptop"  # gives all other fields their defaults
     only: Literal["all", "fig3", "fig6", "fig7"] = "all"  # one figure alone
-    model_path: tuple[str, ...] = ()  # SiT weights or runs, small to large: Figure 3 of these, and no training
+    model_path: tuple[str, ...] = ()  # SiT weights or runs, small to large, of --data: Figure 3 of these
     data: str = ""  # a data set in place of those made here
     network: train.Config = field(default_factory=functools.partial(
         TRAINING, lr=8e-3, decay=1.0))  # Figure 3: how its networks are trained
@@ -158,11 +158,11 @@ class Wiener:
         return x.view(z.shape)
 
 
-def terms(cfg, model, z, y, x_star):
+def terms(cfg, region, model, z, y, x_star):
     """Return the error |x_theta - x_*|^2 of every image and its three terms, means over t and pixels, (B,) each."""
     x_theta = along(cfg, functools.partial(predict_x, model), z, y)
     parts = dict(error=(x_theta - x_star)**2, theta=x_theta**2, star=x_star**2, both=x_theta * x_star)
-    return {name: part.flatten(2).double().mean((0, 2)).cpu() for name, part in parts.items()}
+    return {f"{region} {name}": part.flatten(2).double().mean((0, 2)).cpu() for name, part in parts.items()}
 
 
 def measure_models(cfg, data, models, device):
@@ -178,11 +178,11 @@ def measure_models(cfg, data, models, device):
     found = []
     for model in models:
         path, images = trajectories(cfg, model, z1, y1)
-        regions = dict(sup=terms(cfg, model, z, y, star),
-                       ext=terms(cfg, model, path, y1, along(cfg, x_star, path, y1)),
-                       common=terms(cfg, model, common, y1, common_star))
-        found.append(regions | dict(samples=dict(energy=images.flatten(1).double().square().mean(1).cpu())))
-    return scaling.stack_models(found)
+        parts = terms(cfg, "sup", model, z, y, star)
+        parts |= terms(cfg, "ext", model, path, y1, along(cfg, x_star, path, y1))
+        parts |= terms(cfg, "common", model, common, y1, common_star)
+        found.append(parts | {"samples energy": images.flatten(1).double().square().mean(1).cpu()})
+    return {name: torch.stack([parts[name] for parts in found]) for name in found[0]}
 
 
 def measure_runs(cfg, folder, case):
@@ -226,7 +226,7 @@ def plan_fig3(cfg, folder):
 
 def measure_fig3(cfg, folder):
     if cfg.model_path:
-        cases = [(name, data, cfg.model_path) for name, data in scaling.image_sets(cfg, folder).items()]
+        cases = [(cfg.data, cfg.data, cfg.model_path)]
     else:
         plan = plan_fig3(cfg, folder)
         # the slowest first: started last, it would train alone
@@ -241,9 +241,8 @@ def measure_fig3(cfg, folder):
 
     linear, *errors = arrays["table"]["sup error"]
     gate = (max(errors) < linear, f"needs E^sup of all networks below {linear:.3f}, the best linear denoiser's")
-    ends, what = arrays["ends"], "largest and longest minus smallest and shortest"
-    if len(errors) == 1:
-        return scaling.describe_levels(ends[first]), arrays
+    ends = arrays["ends"]
+    what = "largest and longest minus smallest and shortest"
     rows = [
         claim("fig3/sup", f"Fig 3: E^sup, {what}", "-0.0050", *ends[first]["sup"], high=0, gate=gate),
         claim("fig3/ext", f"Fig 3: E^ext, {what}", "+0.0025", *ends[first]["ext"], low=0, gate=gate),
@@ -331,7 +330,7 @@ def measure_fig6(cfg, folder):
     row = claim("fig6/ratio", text, "> 1", repa_ratio.mean(), ci95, low=1, gate=gate)
     control = finding("fig6/seed", "Fig 6: the same ratio of what another seed changes", seed_ratio.mean(),
                       student_interval(seed_ratio))
-    return [row, control], dict(of_points=of_points, of_path=of_path, ratio=repa_ratio.mean())
+    return [row, control], dict(of_points=of_points, of_path=of_path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -401,15 +400,16 @@ def measure_fig7(cfg, folder):
 
 def measure(cfg):
     """Measure the figures asked for. Return their rows, and {"fig3": arrays, ...}."""
-    only = "fig3" if cfg.model_path else cfg.only
-    if cfg.only not in ("all", only):
-        raise ValueError(f"--model-path is for Figure 3: it goes without --only {cfg.only}")
+    if cfg.model_path and not (cfg.only == "fig3" and cfg.data and len(cfg.model_path) > 1):
+        raise ValueError("--model-path takes two networks or more, small to large, with their --data and --only fig3")
     check_at_least(cfg, seeds=1, seeds7=2)
-    folder, rows, arrays = results_folder("exp_scaling", cfg), [], {}
+    folder = results_folder("exp_scaling", cfg)
     cfg.network.device = cfg.network7.device = cfg.device
     setup_processes(pick_device(cfg.device))
-    for name, measure_figure in dict(fig3=measure_fig3, fig6=measure_fig6, fig7=measure_fig7).items():
-        if only in ("all", name):
+    figures = dict(fig3=measure_fig3, fig6=measure_fig6, fig7=measure_fig7)
+    rows, arrays = [], {}
+    for name, measure_figure in figures.items():
+        if cfg.only in ("all", name):
             more, arrays[name] = measure_figure(cfg, folder)
             rows += more
     return rows, arrays

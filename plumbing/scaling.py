@@ -13,8 +13,8 @@ from scipy.stats import t as student
 from model import build_model
 from plumbing.cli import count_flops
 from plumbing.data import load_data, model_sizes, save_dataset
-from plumbing.files import checkpoint_path, load_run
-from plumbing.results import bootstrap_interval, finding
+from plumbing.files import checkpoint_path
+from plumbing.results import bootstrap_interval
 from plumbing.stand_ins import small_images
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -99,15 +99,10 @@ def image_sets(cfg, folder):
     if cfg.data:
         return {Path(cfg.data).name: cfg.data}
     sets = {}
-    # given weights are measured on the first set alone
-    for texture in cfg.textures[:1] if cfg.model_path else cfg.textures:
+    for texture in cfg.textures:
         make = functools.partial(leaves, cfg.n_images, 16, texture, cfg.seed)
         sets[f"texture {texture:g}"] = data_folder(cfg, folder, f"leaves_{texture:g}_{cfg.n_images}_{cfg.seed}", make)
-    if not cfg.model_path:
-        sets["digits"] = data_folder(cfg, folder, "digits_16", small_digits)
-    for data in sets.values():
-        pick_rows(cfg, load_data(data))
-    return sets
+    return sets | dict(digits=data_folder(cfg, folder, "digits_16", small_digits))
 
 
 def pick_rows(cfg, data):
@@ -136,23 +131,12 @@ def measurement_key(cfg, data, *runs):
 # ----------------------------------------------------------------------------------------------------------------------
 # Statistics of Figure 3
 
-def stack_models(found):
-    """Return {"region term": (models, n)} of a list of {region: {term: (n,)}}, one for each model."""
-    out = {}
-    for region, parts in found[0].items():
-        for term in parts:
-            out[f"{region} {term}"] = torch.stack([model[region][term] for model in found])
-    return out
-
-
 def gather_seeds(measured):
-    """Return {data set: {"region term": (models, seeds, n)}} of {(data set, ...): {"region term": (models, n)}}."""
+    """Return {data set: {term: (models, seeds, n)}} of {(data set, ...): {term: (models, n)}}, a case for each seed."""
     found = {}
-    for (name, *_), parts in measured.items():
-        for term, values in parts.items():
-            found.setdefault(name, {}).setdefault(term, []).append(values.numpy())
-    for name, parts in found.items():
-        found[name] = {term: np.stack(values, 1) for term, values in parts.items()}
+    for name in dict.fromkeys(name for name, *_ in measured):
+        seeds = [parts for case, parts in measured.items() if case[0] == name]
+        found[name] = {term: torch.stack([parts[term] for parts in seeds], 1).numpy() for term in seeds[0]}
     return found
 
 
@@ -192,40 +176,22 @@ def compare_ends(found):
                 rho=(share(gains), bootstrap_interval(gains, share)))
 
 
-def describe_levels(ends):
-    """Return findings of E^sup and E^ext of a single network."""
-    return [finding(f"fig3/{region}", f"Fig 3: E^{region}", *ends[region]) for region in ("sup", "ext")]
-
-
 def describe_networks(cfg, folder, found):
     """Return the networks' names and costs, the means of all terms, and E^sup and E^ext with paired intervals."""
-    data, names, cost = load_data(folder), [], []
-    for path in cfg.model_path:
-        names.append(Path(path).stem)
-        cost.append(sum(p.numel() for p in load_run(path)[0].parameters()))
+    names, cost = [Path(path).stem for path in cfg.model_path], [1 + k for k in range(len(cfg.model_path))]
+    sizes = model_sizes(load_data(folder))
     for steps, model in itertools.product(cfg.lengths, cfg.models) if not cfg.model_path else ():
         names.append(f"{model}, {steps:,} steps")
-        cost.append(steps * count_flops(functools.partial(build_model, model, **model_sizes(data)), cfg.network.batch))
+        cost.append(steps * count_flops(functools.partial(build_model, model, **sizes), cfg.network.batch))
     table = {term: values.mean((1, 2)) for term, values in found.items()}
-    table["calibration"] = table["sup both"] / table["sup theta"]
-    arrays = dict(names=names, cost=cost, table=table)
+    arrays = dict(names=names, cost=cost, table=table | dict(calibration=table["sup both"] / table["sup theta"]))
     for region in ("sup", "ext"):
         errors = found[f"{region} error"][1:]
         level, arrays[region] = errors[0].mean(), []
         for weights in np.eye(len(errors)) - np.eye(len(errors))[0]:
             change, (low, high) = paired_change(errors, weights)
             arrays[region].append([level + change, level + low, level + high])
-    print_networks(arrays)
     return arrays
-
-
-def print_networks(arrays):
-    """Print a line for the best linear denoiser and for each network: errors, calibration, terms, energy of samples."""
-    terms = ("sup error", "ext error", "common error", "calibration", "sup theta", "ext theta", "ext star", "ext both",
-             "samples energy")
-    print(f"\n{'':26s}" + "".join(f"{term:>15s}" for term in terms))
-    for k, name in enumerate(["best linear denoiser", *arrays["names"]]):
-        print(f"{name:26s}" + "".join(f"{arrays['table'][term][k]:15.4f}" for term in terms))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
 """The figures of exp_scaling.py, drawn from results.json alone."""
-import matplotlib.pyplot as plt
 import numpy as np
 
-from plumbing.results import BLUE, GREY, ORANGE, save_figure
+from plumbing.results import BLUE, GREY, ORANGE, new_figure, save_figure
 from plumbing.scaling import compare_at_equal_L, fit_line
 
 # The paper's E^sup and E^ext: SiT-S, B and L after 200K, 300K and 400K iterations, and SiT-XL. One SiT-B is hidden.
@@ -13,16 +12,8 @@ PAPER_EXT = (0.53337, 0.53374, 0.53395, 0.53441, 0.53475, 0.53489, 0.53512, 0.53
 def plot(results, folder):
     """Draw the figures that results.json has numbers for."""
     draw = dict(fig3=draw_fig3, fig6=draw_fig6, fig7=draw_fig7)
-    with plt.rc_context({"font.size": 10, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False}):
-        for name, arrays in results["arrays"].items():
-            draw[name](arrays, folder)
-
-
-def tell_change(interval):
-    """Return in words what a change with this interval does."""
-    if interval[0] > 0:
-        return "rises"
-    return "falls" if interval[1] < 0 else "does not clearly change"
+    for name, arrays in results["arrays"].items():
+        draw[name](arrays, folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -30,17 +21,15 @@ def tell_change(interval):
 
 def draw_fig3(arrays, folder):
     """Draw the two panels of the paper, and E^ext over E^sup with the paper's own points as an inset."""
-    fig, axes = plt.subplots(1, 3, figsize=(8.3, 3.4), layout="constrained")
-    first, *others = arrays["ends"]
-    panels = (("sup", "Training points", BLUE), ("ext", "Trajectories", ORANGE))
-    for ax, (region, place, colour) in zip(axes, panels, strict=False):
+    fig, axes = new_figure(3.4, columns=3)
+    ends = next(iter(arrays["ends"].values()))
+    for ax, region, place, colour in zip(axes, ("sup", "ext"), ("Training points", "Trajectories"), (BLUE, ORANGE),
+                                         strict=False):
         draw_levels(ax, arrays, region, colour)
-        change = tell_change(arrays["ends"][first][region][1])
-        title = f"{place}: the\nerror {change}" if len(arrays["names"]) > 1 else place
-        ax.set(title=title, ylabel=rf"$E^{{\rm {region}}}$, per dimension")
+        ax.set(title=f"{place}:\na change of {ends[region][0]:+.3f}", ylabel=rf"$E^{{\rm {region}}}$")
     draw_plane(axes[2], arrays)
     save_figure(fig, folder / "fig3.png")
-    if others:
+    if len(arrays["ends"]) > 1:
         draw_mechanism(arrays, folder)
 
 
@@ -53,22 +42,20 @@ def draw_levels(ax, arrays, region, colour):
         mine = lengths == length
         level, low, high = levels[mine].T
         ax.errorbar(cost[mine], level, [level - low, high - level], fmt="so"[k % 2] + "-", capsize=3, color=colour,
-                    alpha=(k + 1) / len(kinds), label=length or None)
-    ax.set(xscale="log", xlabel="training compute (FLOPs)" if kinds != [""] else "parameters")
+                    alpha=(k + 1) / len(kinds), label=length or "small to large")
+    ax.set(xscale="log", xlabel="training compute (FLOPs)" if kinds != [""] else "network")
     ax.xaxis.set_minor_formatter("")
-    if kinds != [""]:
-        # room for the legend above the error bars
-        low, high = ax.get_ylim()
-        ax.set_ylim(low, high + 0.35 * (high - low))
-        ax.legend(loc="upper center")
+    # room for the legend above the error bars
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high + 0.35 * (high - low))
+    ax.legend(loc="upper center")
 
 
 def draw_plane(ax, arrays):
     """Draw E^ext over E^sup, and where networks would go if x_* had a share rho of what they learn."""
     sup, ext = np.array(arrays["sup"])[:, 0], np.array(arrays["ext"])[:, 0]
     gain = sup[0] - sup.min()
-    # a single network gains nothing
-    for rho, style in ((0, ":"), (0.25, "--"), (0.5, "-")) if gain else ():
+    for rho, style in ((0, ":"), (0.25, "--"), (0.5, "-")):
         end = ext[0] + (1 - 2 * rho) * gain
         ax.plot([sup[0], sup[0] - gain], [ext[0], end], style, color=GREY, lw=1.2)
         ax.annotate(rf"$\rho={rho:g}$", (sup[0] - gain, end), (4, -3), textcoords="offset points", color=GREY)
@@ -84,7 +71,7 @@ def draw_plane(ax, arrays):
 
 def draw_mechanism(arrays, folder):
     """Draw the ladder of perfect denoisers, and for each data set how E^ext changes at its rho."""
-    fig, axes = plt.subplots(1, 2, figsize=(8.3, 3.6), layout="constrained")
+    fig, axes = new_figure(3.6, columns=2)
     ladder = arrays["ladder"]
     for region, colour, place in (("ext", ORANGE, "on trajectories"), ("sup", BLUE, "on training points")):
         axes[0].plot(ladder["modes"], ladder[region], "o-", color=colour, label=place)
@@ -93,20 +80,17 @@ def draw_mechanism(arrays, folder):
     axes[0].set_xticks(ladder["modes"], [str(k) for k in ladder["modes"]])
     axes[0].minorticks_off()
     axes[0].legend(loc="center right")
-    agree = []
     for name, ends in arrays["ends"].items():
-        rho, (low, high) = ends["rho"]
-        change, (bottom, top) = ends["ext"]
-        agree.append(bottom > 0 if rho < 0.5 else top < 0)
-        axes[1].errorbar(rho, change, [[change - bottom], [top - change]], [[rho - low], [high - rho]], fmt="o",
+        rho, (left, right) = ends["rho"]
+        change, (low, high) = ends["ext"]
+        axes[1].errorbar(rho, change, [[change - low], [high - change]], [[rho - left], [right - rho]], fmt="o",
                          color=ORANGE, capsize=3)
         label = name.replace("texture", "leaves, texture")
-        axes[1].annotate(label, (high, change), (6, -4), textcoords="offset points", backgroundcolor="white")
+        axes[1].annotate(label, (right, change), (6, -4), textcoords="offset points", backgroundcolor="white")
     axes[1].axhline(0, color=GREY, lw=1)
     axes[1].axvline(0.5, color=GREY, lw=1, ls="--")
-    rises = r"$E^{\rm ext}$ rises" if all(agree) else "Not resolved: it rises"
     axes[1].set(xlabel=r"$\rho$, the share of new detail that $x_*$ has too", ylabel=r"change of $E^{\rm ext}$",
-                title=f"{rises} where neighbours\nshare less than half of the detail")
+                title="Theory: it rises left of the dashed line,\nand falls right of it")
     axes[1].margins(x=0.3)
     save_figure(fig, folder / "fig3_mechanism.png")
 
@@ -117,7 +101,7 @@ def draw_mechanism(arrays, folder):
 def draw_fig6(arrays, folder):
     """Draw the levels of what changes, for REPA and for another seed."""
     places = np.arange(3)
-    fig, ax = plt.subplots(figsize=(8.3, 3.6), layout="constrained")
+    fig, ax = new_figure(3.6)
     styles = (("of_points", -0.2, BLUE, "on training points"), ("of_path", 0.2, ORANGE, "on trajectories"))
     for name, shift, colour, label in styles:
         changes = 100 * np.array(arrays[name])               # (seeds, 3)
@@ -126,8 +110,8 @@ def draw_fig6(arrays, folder):
         ax.plot(places + shift, changes.T, "k.")
     ax.set_xticks(places, ["by REPA", "by REPA, in common\nwith other seeds", "by another seed,\nwithout REPA"])
     ax.set_ylabel("change of the network, % of L")
-    seed = np.mean(np.array(arrays["of_path"])[:, 2] / np.array(arrays["of_points"])[:, 2])
-    ax.set_title(f"REPA changes the network {arrays['ratio']:.2f} times as much on trajectories as on\n"
+    repa, _, seed = np.mean(np.array(arrays["of_path"]) / np.array(arrays["of_points"]), axis=0)
+    ax.set_title(f"REPA changes the network {repa:.2f} times as much on trajectories as on\n"
                  f"training points, another seed {seed:.2f} times")
     ax.legend()
     save_figure(fig, folder / "fig6.png")
@@ -137,11 +121,10 @@ def draw_fig7(points, folder):
     """Draw the distance over L for recipes with REPA, and for U-Nets; larger markers took more FLOPs."""
     points = {name: np.array(values) for name, values in points.items()}
     none, *repa, attention, convolutions = points
-    colours = ("black", "#B9A3D6", "#5E3C99", "#D9A400", "#7B3F00")
-    colours = dict(zip(points, colours, strict=False))
+    colours = dict(zip(points, ("black", "#B9A3D6", "#5E3C99", "#D9A400", "#7B3F00"), strict=False))
     panels = {"(b) REPA": [none, *repa], "(c) Convolutions": [none, attention, convolutions]}
     most = points[attention][..., 0].max()
-    fig, axes = plt.subplots(1, 2, figsize=(8.3, 3.9), sharex=True, sharey=True, layout="constrained")
+    fig, axes = new_figure(3.9, columns=2, sharex=True, sharey=True)
     for ax, title in zip(axes, panels, strict=True):
         for name in panels[title]:
             flops, L, distance = points[name].reshape(-1, 3).T

@@ -220,7 +220,8 @@ def test_figure_3_trains_measures_and_draws_then_takes_given_weights(tmp_path):
     before = sorted((folder / "runs").iterdir())
     assert len(before) == 2 * 2 * 2 + 2                      # two seeds on the leaves, two networks on digits
     weights = [str(path) for path in before if "leaves" in path.name][:2]
-    given = run(*TINY, "--model-path", *weights, "--textures", "1", "--out", str(folder))
+    data = str(folder / "data" / "leaves_1_60_0")
+    given = run(*TINY, "--model-path", *weights, "--data", data, "--out", str(folder))
     assert given.returncode == 0, given.stderr
     assert sorted((folder / "runs").iterdir()) == before
     results = json.loads((folder / "results.json").read_text())
@@ -229,7 +230,8 @@ def test_figure_3_trains_measures_and_draws_then_takes_given_weights(tmp_path):
 
 @pytest.mark.parametrize("args, words", [
     (("--n-points", "1000", "--n-images", "50"), "n_points must lie between 2 and 50"),
-    (("--model-path", "nowhere.pt"), "nowhere.pt"),
+    (("--model-path", "a.pt", "nowhere.pt", "--data", "digits"), "a.pt"),
+    (("--model-path", "a.pt"), "two networks or more, small to large"),
 ])
 def test_mistakes_are_one_line(tmp_path, args, words):
     done = run(*TINY, "--lengths", "1", "--out", str(tmp_path), *args)

@@ -182,7 +182,7 @@ def measure_models(cfg, data, models, device):
         parts |= terms(cfg, "ext", model, path, y1, along(cfg, x_star, path, y1))
         parts |= terms(cfg, "common", model, common, y1, common_star)
         found.append(parts | {"samples energy": images.flatten(1).double().square().mean(1).cpu()})
-    return {name: torch.stack([parts[name] for parts in found]) for name in found[0]}
+    return scaling.stack(found)
 
 
 def measure_runs(cfg, folder, case):

@@ -131,13 +131,17 @@ def measurement_key(cfg, data, *runs):
 # ----------------------------------------------------------------------------------------------------------------------
 # Statistics of Figure 3
 
+def stack(parts, dim=0):
+    """Return {name: tensors of this name, stacked} of a list of dicts with the same names."""
+    return {name: torch.stack([part[name] for part in parts], dim) for name in parts[0]}
+
+
 def gather_seeds(measured):
     """Return {data set: {term: (models, seeds, n)}} of {(data set, ...): {term: (models, n)}}, a case for each seed."""
-    found = {}
-    for name in dict.fromkeys(name for name, *_ in measured):
-        seeds = [parts for case, parts in measured.items() if case[0] == name]
-        found[name] = {term: torch.stack([parts[term] for parts in seeds], 1).numpy() for term in seeds[0]}
-    return found
+    cases = {}
+    for (name, *_), terms in measured.items():
+        cases.setdefault(name, []).append(terms)
+    return {name: {term: values.numpy() for term, values in stack(seeds, 1).items()} for name, seeds in cases.items()}
 
 
 def paired_change(values, weights):
@@ -166,8 +170,8 @@ def compare_ends(found):
     """
     weights = np.zeros(len(found["sup error"]) - 1)
     weights[0], weights[-1] = -1, 1
-    gains = [found[f"common {term}"][-1] - found[f"common {term}"][1] for term in ("both", "theta")]
-    gains = np.mean(gains, axis=1).T                         # (n, 2)
+    gains = [np.mean(found[f"common {term}"][-1] - found[f"common {term}"][1], axis=0) for term in ("both", "theta")]
+    gains = np.stack(gains, 1)                               # (n, 2)
 
     def share(gains):
         both, theta = gains.mean(0)

@@ -253,7 +253,7 @@ def train(cfg, alone=False):  # noqa: C901 (the loop is told in one piece)
 def draw_samples(model, shape, num_classes, device, path):
     """Draw four samples of each of the first ten classes, always from the same noise."""
     z1, y = noise(range(40), shape).to(device), torch.arange(40, device=device) % min(10, num_classes)
-    save_grid(solve_ode(model, z1, y, solver="heun", steps=25)[-1], path, columns=10)
+    save_grid(solve_ode(model, z1, y, solver="heun", steps=25)[-1], path)
 
 
 if __name__ == "__main__":

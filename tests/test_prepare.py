@@ -187,9 +187,10 @@ BAD = [  # a data set, what to do to a good folder, what the line must say
     ("folder", lambda src: None, "src: no images in this folder"),
     ("folder", lambda src: write(src, {"a.png": b"junk"}), "a.png cannot be read as an image"),
     ("folder", lambda src: Image.new("L", (9, 9)).save(src / "a.png"), "1 images, expected at least 6"),
-    ("imagenet", lambda src: None, "src: holds no class folders"),
-    ("imagenet", lambda src: write(src, {"n01/a.txt": b""}), "n01: no images in this folder"),
-    ("imagenet", lambda src: write(src, {"n00/n01/a.png": b""}), "one level too high")]
+    ("imagenet", lambda src: None, "src: no images in this folder"),
+    ("imagenet", lambda src: write(src, {"n01/a.txt": b""}), "src: no images in this folder"),
+    ("imagenet", lambda src: write(src, {"n00/n01/a.png": b""}), "a.png does not lie in a class folder"),
+    ("imagenet", lambda src: write(src, {"n00/a.png": b"", "b.png": b""}), "b.png does not lie in a class folder")]
 
 
 @pytest.mark.parametrize("name, change, message", BAD)

@@ -158,14 +158,15 @@ def test_the_command_writes_an_npz_that_holds_what_sampling_gives(run, tmp_path)
     want = (127.5 * solve_ode(model, z1, torch.arange(5), solver="heun", steps=3)[-1] + 128).clamp(0, 255)
     assert images.shape == (5, 8, 8, 3) and labels.tolist() == [0, 1, 2, 3, 4] and made["n"] == 5
     assert np.abs(images[..., 0].astype(float) - want[:, 0].floor().numpy()).max() <= 1
-    with pytest.raises(ValueError, match="seed"):
+    with pytest.raises(ValueError, match="a.npz holds images of other settings"):
         main(Config(run=str(run), n=5, solver="heun", steps=3, batch=2, device="cpu", out=str(out), seed=1))
 
 
 @pytest.mark.parametrize("changes, message", [
     (dict(n=0), "n must be at least 1"), (dict(label=10), "label 10 is none"), (dict(run="nowhere"), "no checkpoint"),
-    (dict(out="a.jpg"), "must end in .png or .npz"),
-    (dict(fid="x"), "give --out NAME.npz"), (dict(device="tpu"), "not available"), (dict(out="."), "must end in")])
+    (dict(out="a.jpg"), "--out a.jpg: expected NAME.npz"),
+    (dict(fid="x"), "expected NAME.npz, for FID"), (dict(device="tpu"), "not available"),
+    (dict(out="."), "--out .: expected NAME.npz")])
 def test_bad_settings(run, changes, message):
     with pytest.raises((ValueError, OSError), match=message):
         main(Config(**dict(run=str(run), device="cpu", solver="euler", steps=2) | changes))

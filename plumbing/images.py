@@ -70,6 +70,9 @@ def find_classes(root, classes=None):
             raise ValueError(f"{path} does not lie in a class folder: expected {root}/CLASS/{path.name}")
     names = [path.parent.name for path in paths]
     numbers = {name: k for k, name in enumerate(classes or sorted(set(names)))}
+    unknown = set(names) - set(numbers)
+    if unknown:
+        raise ValueError(f"{root / min(unknown)}: --source has no class of this name")
     return list(numbers), paths, np.array([numbers[name] for name in names])
 
 

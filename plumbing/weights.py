@@ -84,6 +84,9 @@ def load_sit_weights(checkpoint, path, convention="auto", ema=True):
     Raise ValueError if the weights are no official SiT's, or if "auto" finds that they predict no velocity.
     """
     state, args = unwrap(checkpoint, ema)
+    target = str(args.get("path_type", "linear")).lower(), args.get("prediction", "v")
+    if target not in (("linear", "v"), ("linear", "velocity")):
+        raise ValueError(f"{path}: its args say path {target[0]} and prediction {target[1]}, expected a linear velocity")
     model = build_sit(state, path)
     is_repa = args.get("prediction") == "v" or any(name.startswith("projectors.") for name in state)
     if convention == "sit" or (convention == "auto" and not is_repa):

@@ -102,6 +102,9 @@ def test_the_convention_is_found(tmp_path):
     for source in (repa, state | projectors, {"ema": state, "args": args}, official_state()):
         with pytest.raises(ValueError, match="it.pt: .* not predict a velocity .* --convention repa"):
             load_sit_weights(source, "it.pt")
+    args = argparse.Namespace(path_type="Linear", prediction="score")
+    with pytest.raises(ValueError, match="it.pt: its args say path linear and prediction score"):
+        load_sit_weights({"ema": state, "args": args}, "it.pt")
 
 
 def without(state, key):

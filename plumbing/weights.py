@@ -86,7 +86,7 @@ def load_sit_weights(checkpoint, path, convention="auto", ema=True):
     state, args = unwrap(checkpoint, ema)
     target = str(args.get("path_type", "linear")).lower(), args.get("prediction", "v")
     if target not in (("linear", "v"), ("linear", "velocity")):
-        raise ValueError(f"{path}: its args say path {target[0]} and prediction {target[1]}, expected a linear velocity")
+        raise ValueError(f"{path}: its args say path {target[0]} and prediction {target[1]}, expected linear and v")
     model = build_sit(state, path)
     is_repa = args.get("prediction") == "v" or any(name.startswith("projectors.") for name in state)
     if convention == "sit" or (convention == "auto" and not is_repa):

@@ -1,63 +1,30 @@
 """
-FastEmpiricalScore: the answers of EmpiricalScore, several times as fast over many points.
+FastEmpiricalScore: the answers of EmpiricalScore, several times as fast over many points where t is small.
 
-At small t nearly all weights of the softmax are zero, and it takes no float64 to prove it. So there are two passes.
+At small t nearly all weights of the softmax are zero, and it takes no float64 to prove it.
 
-1. Screening. A float32 product along an eighth of the directions bounds every squared distance from below. We strike a
-   point if it weighs less than TAU / N of the heaviest even should the bound be its distance. `slip` bounds what
-   float32 can change. So all that we strike is certain to be light.
-2. The points that survive get their exact distances, by differences in float64. The softmax is over them alone.
+1. One float32 product gives all squared distances. The `slip` bounds what rounding changes in them.
+2. We strike a point if it weighs less than TAU / N of the heaviest even should its distance be too large by the slip.
+3. EmpiricalScore answers, in float64, for the points that are left.
 
 What we strike weighs less than TAU of the total. `posterior_mean_and_bound` returns the bound that was reached.
-If more than one point in 32 survives, we screen along all directions. If that strikes too little as well, as at t near
-1, all points count: in float32 where this costs x_* less than 1e-5, else as in EmpiricalScore.
+Near t = 1 all points count. We strike none there, and are a little slower than EmpiricalScore.
 
-r_star, nearest and draws are those of EmpiricalScore. tests/test_fast_score.py searches for data that break the bounds.
+r_star, nearest and draws are those of EmpiricalScore. tests/test_fast_score.py searches for data that break the bound.
 """
 import contextlib
-import functools
 import math
-from dataclasses import dataclass
 
 import torch
 
 from empirical_score import EmpiricalScore, as_query
 
 TAU = 1e-7
-# This share of the points may survive for a query, and FEW more. Along all directions MORE times as many may, where the
-# query would otherwise need a stream in float64, which costs about as much.
-SHARE, FEW, MORE = 1 / 32, 32, 4
-# A logit may lose this much in float32, by the estimate in `fits_float32`. Then x_* loses 1e-5 at most, as measured.
-LOSS = 5e-5
+# We ask EmpiricalScore about so many queries at once, over all points that at least one of them needs. If a query needs
+# more than N / TOGETHER points, its weights are spread, and we ask about all such queries at once.
+TOGETHER = 32
 # float32 cannot hold the squares of lengths far below TINY or far above HUGE.
 TINY, HUGE = 1e-15, 1e15
-
-
-@dataclass
-class Sketch:
-    """Coordinates x = V c + rest of the points, relative to their centre.
-
-    A column of `points` is c (k of them), the length of the rest, or |x|^2.
-    """
-    V: torch.Tensor                  # (D, k) float64, orthonormal
-    points: torch.Tensor             # (N, k + 2) float32
-    radius: float                    # the largest |x|; inf beyond HUGE, and then nothing is struck
-
-
-@dataclass
-class Survivors:
-    """Pairs of a query and a point that may matter to it. For a complete query, all other points are certain not to."""
-    query: torch.Tensor              # (P,)
-    point: torch.Tensor              # (P,)    row of the data
-    d2: torch.Tensor                 # (P,)    |z - alpha x|^2 in float64
-    complete: torch.Tensor           # (B,)    False: too many points may matter, and the query has no pairs here
-    dense_query: torch.Tensor        # (b,)    all queries that are not complete, and maybe others
-    dense: torch.Tensor              # (b, n)  their |z - alpha x|^2 in float32, less a constant
-
-    def logits(self, t):
-        """Return -d2 / (2 t^2), (P,)."""
-        t = t[self.query, 0]
-        return -self.d2 / (2 * t**2)
 
 
 @contextlib.contextmanager
@@ -75,52 +42,17 @@ def exact_float32(device):
             backend.fp32_precision = precision
 
 
-def strike(lower, high, limit):
-    """Return the pairs with lower (B, n) <= high (B,), as (query (P,), column (P,)), and which queries are complete.
-
-    A query with more than `limit` pairs is not complete (B,), and returns none.
-    """
-    high = (high + 2.0**-22 * high.abs()).float()
-    # What has overflowed to nan is not struck.
-    hit = ~(lower > high[:, None])
-    count = hit.sum(1, dtype=torch.int32)
-    complete = count <= limit
-    (open_queries,) = torch.where(complete)
-    query, column = hit[complete].nonzero(as_tuple=True)
-    return open_queries[query], column, complete
-
-
-def largest(value, query, B):
-    """Return the largest value of each query, -inf for a query without any: (B,)."""
-    none = torch.full((B,), -torch.inf, dtype=torch.float64, device=value.device)
-    return none.scatter_reduce(0, query, value, "amax")
-
-
 class FastEmpiricalScore(EmpiricalScore):
-    """Answer what EmpiricalScore answers, faster, and leave out points that weigh at most TAU together.
+    """Answer what EmpiricalScore answers, faster, and leave out points that weigh at most TAU together."""
 
-    Beside the data, it keeps an eighth of them in memory, in float32.
-    """
-
-    def __init__(self, x, y=None, device=None, chunk=4096):
+    def __init__(self, x, y=None, device=None, chunk=1024):
         super().__init__(x, y, device, chunk)
-        # `small`: the queries x points x dimensions below which EmpiricalScore is quicker.
-        # `block`: queries at once; a matrix (block, N) fits into memory. `piece`: points at once; they fit into caches.
-        if self.device.type == "cuda":
-            self.small = 2**34
-            self.block = max(1, 2**30 // self.N)
-            self.piece = max(1, 2**26 // self.D)
-        else:
-            self.small = 2**24
-            self.block = max(1, 2**26 // self.N)
-            self.piece = max(1, 2**17 // self.D)
-        # x - centre rounds only once if the centre is a number of the precision that the difference is taken in.
-        sample = self.stored(torch.arange(1))
-        bits = 32 if sample.is_floating_point() else 16
-        self.work = torch.float32 if 8 * sample.itemsize <= bits else torch.float64
-        self.centre = self.centre.to(self.work).double()
-
-    # ---- what one asks -----------------------------------------------------------------------------------------------
+        self.centre32 = self.centre.float()
+        on_gpu = self.device.type == "cuda"
+        # If a question is about fewer points x dimensions, EmpiricalScore is quicker.
+        self.small = 2**27 if on_gpu else 2**20
+        # So many queries go at once: a float32 matrix (block, N) must fit into memory.
+        self.block = max(1, (2**30 if on_gpu else 2**27) // self.N)
 
     def posterior_mean_and_bound(self, z, t, y=None):
         """Return x_* (B, *shape), and a bound on the share of the weights that it leaves out (B,)."""
@@ -137,219 +69,74 @@ class FastEmpiricalScore(EmpiricalScore):
         mean, size, _ = self.softmax_and_bound(z, t, rows)
         return mean, size
 
-    def count(self, rows):
-        """Return the number of data points in `rows`, or of all."""
-        return self.N if rows is None else len(rows)
-
-    # ---- the softmax -------------------------------------------------------------------------------------------------
-
     def softmax_and_bound(self, z, t, rows):
         """Return x_* (B, D), the effective number of points (B, 1) and the bound on the weight left out (B,)."""
-        # where screening costs more than it saves
-        if len(z) * self.count(rows) * self.D < self.small:
-            mean, size = super().softmax_mean(z, t, rows)
-            return mean, size, torch.zeros_like(t[:, 0])
-        found = self.screen(z, t, rows)
-        mean, size, bound = self.softmax_of_survivors(found, t, self.count(rows))
-        rest = ~found.complete
-        bound[rest] = 0
-        fits = self.fits_float32(z, t)
-        single = rest & fits
-        if single.any():
-            dense = found.dense[single[found.dense_query]]
-            mean[single], size[single] = self.softmax_in_float32(dense, t[single], rows)
-        double = rest & ~fits
-        if double.any():
-            mean[double], size[double] = super().softmax_mean(z[double], t[double], rows)
-        return mean, size, bound
-
-    def softmax_of_survivors(self, found, t, count):
-        """Return the same of the survivors among `count` points. Pairs lighter than TAU / N count as left out, too."""
-        B = len(t)
-        light = TAU / self.N
-        logits = found.logits(t)
-        top = largest(logits, found.query, B)
-        w = (logits - top[found.query]).exp()
-        heavy = w >= light
-        w = w[heavy]
-        query = found.query[heavy]
-        point = found.point[heavy]
-        total = w.new_zeros(B).index_add(0, query, w)
-        squares = w.new_zeros(B).index_add(0, query, w.square())
-        weighted = w.new_zeros(B, self.D)
-        pieces = zip(w.split(self.piece), query.split(self.piece), point.split(self.piece), strict=True)
-        for w_i, b, i in pieces:
-            weighted.index_add_(0, b, w_i[:, None] * self.points(i))
-        left_out = (count - torch.bincount(query, minlength=B)) * light
-        mean = weighted / total[:, None]
-        size = total**2 / squares
-        return mean, size[:, None], left_out / total
-
-    def fits_float32(self, z, t):
-        """Say for which queries a float32 product loses less than LOSS of a logit: an estimate, not a bound. (B,)"""
-        alpha = 1 - t
-        radius = self.sketch.radius
-        length = (z - alpha * self.centre).norm(dim=1, keepdim=True)
-        logit = alpha * radius * (length + alpha * radius) / t**2
-        growth = max(1, self.D / 2e5)**0.5
-        loss = 2.0**-23 * growth * logit
-        return (loss[:, 0] < LOSS) & (radius > TINY)
-
-    def softmax_in_float32(self, dense, t, rows):
-        """Return x_* (B, D) and the effective number of points (B, 1) from float32 distances (B, n)."""
-        nearest = dense.amin(1, keepdim=True)
-        factor = -1 / (2 * t**2)
-        factor = factor.float()
-        total = 0
-        squares = 0
-        weighted = 0
-        with exact_float32(self.device):
-            for columns, points in self.float32_chunks(rows):
-                logits = (dense[:, columns] - nearest) * factor                     # (B, n)
-                w = logits.exp_()
-                total = total + w.sum(1, keepdim=True).double()
-                squares = squares + w.square().sum(1, keepdim=True).double()
-                weighted = weighted + (w @ points).double()
-        mean = weighted / total + self.centre
-        return mean, total**2 / squares
-
-    # ---- screening ---------------------------------------------------------------------------------------------------
-
-    def screen(self, z, t, rows):
-        """Return the Survivors: all points of `rows` that weigh more than TAU / N of the heaviest."""
-        alpha = 1 - t
-        q = z - alpha * self.centre
-        limit = FEW + SHARE * self.count(rows)
-        slack = 2 * t[:, 0].square() * math.log(self.N / TAU)
-        everyone = torch.arange(len(z), device=self.device)
-        if rows is None:
-            point_of = torch.arange(self.N, device=self.device)
-        else:
-            point_of = rows.to(self.device)
-        with exact_float32(self.device):
-            lower, slip = self.bounds_of_sketch(q, alpha, rows)
-            # No point that survives is farther than the likeliest one and the slack.
-            likely = point_of[lower.min(1).indices]
-            nearest = self.exact_d2(z, t, everyone, likely)
-            high = nearest + slack - q.square().sum(1)
-            query, column, complete = strike(lower, high + slip, limit)
-            (rest,) = torch.where(~complete)
-            dense, slip = self.bounds_of_points(q[rest], alpha[rest], rows)
-            fits = self.fits_float32(z[rest], t[rest])
-            limit = torch.where(fits, limit, MORE * limit)
-            more, more_columns, done = strike(dense, high[rest] + slip, limit)
-        complete[rest] = done
-        query = torch.cat([query, rest[more]])
-        point = point_of[torch.cat([column, more_columns])]
-        d2 = self.exact_d2(z, t, query, point)
-        return Survivors(query, point, d2, complete, rest, dense)
-
-    def exact_d2(self, z, t, query, point):
-        """Return |z - (1 - t) x|^2 of pairs, by differences in float64: (P,)."""
-        d2 = [z.new_zeros(0)]
-        pieces = zip(query.split(self.piece), point.split(self.piece), strict=True)
-        for b, i in pieces:
-            # In place: this is where most of the time goes.
-            difference = self.points(i).mul_(t[b] - 1).add_(z.index_select(0, b))
-            d2.append(difference.norm(dim=1).square())
-        return torch.cat(d2)
-
-    def bounds_of_sketch(self, q, alpha, rows):
-        """Return bounds (B, n) below |q - alpha x|^2 - |q|^2, but for a slip (B,), for q = z - alpha centre (B, D).
-
-        Let u = 2 alpha q, and let u~ and x~ be the parts of u and x that V does not see. Cauchy and Schwarz say that
-
-            |q - alpha x|^2 - |q|^2 = alpha^2 |x|^2 - u.x >= alpha^2 |x|^2 - (V^T u).(V^T x) - |u~| |x~|
-        """
-        sketch = self.sketch
-        u = 2 * alpha * q
-        along = u @ sketch.V
-        beyond = u - along @ sketch.V.T
-        length = beyond.norm(dim=1, keepdim=True)
-        side = torch.cat([-along, -length, alpha**2], 1)                            # (B, k + 2)
-        points = sketch.points
-        if rows is not None:
-            points = points[rows.to(self.device)]
-        bounds = side.float() @ points.T                                            # (B, n)
-        return bounds, self.slip(q, alpha, side.shape[1])
-
-    def bounds_of_points(self, q, alpha, rows):
-        """Return the same along all directions, where it is |q - alpha x|^2 - |q|^2 itself."""
-        squares = self.sketch.points[:, -1]
-        if rows is not None:
-            squares = squares[rows.to(self.device)]
-        bounds = alpha.square().float() * squares                                   # (B, n)
-        u = (2 * alpha * q).float()
-        for columns, points in self.float32_chunks(rows):
-            bounds[:, columns].addmm_(u, points.T, alpha=-1)
-        return bounds, self.slip(q, alpha, self.D)
-
-    def slip(self, q, alpha, k):
-        """Return a bound on what rounding changes in a sum of k float32 products, and in float64: (B,).
-
-        The products add up to (|q| + alpha |x|)^2 at most. Each of k sums loses 2^-24 of that. We allow for twice as
-        much, and for 20 more, since all factors are rounded. float64 loses digits if the centre is far from 0. TINY
-        covers underflow.
-        """
-        length = q.norm(dim=1)
-        radius = self.sketch.radius
-        centre = 2.0**-48 * self.centre.norm()
-        reach = length + alpha[:, 0] * radius
-        in_float32 = (k + 20) * 2.0**-23 * reach.square()
-        return in_float32 + centre * (length + radius + centre) + TINY
-
-    # ---- the data, as screening reads them ---------------------------------------------------------------------------
-
-    @functools.cached_property
-    def sketch(self):
-        """The Sketch along an eighth of the directions. The bounds hold for any orthonormal V."""
-        k = max(1, min(self.D // 8, self.N // 32, 512))
-        V = self.principal_directions(k)
-        rows = torch.empty(self.N, V.shape[1] + 2, device=self.device)
-        for index, points in self.chunks():
-            points = points - self.centre
-            c = points @ V                                                          # (n, k)
-            square = points.square().sum(1, keepdim=True)
-            seen = c.square().sum(1, keepdim=True)
-            rest = (square - seen).clamp(min=0)
-            # What float64 may lose of the difference.
-            rest = rest + (self.D + 64) * 2.0**-50 * square
-            rows[index] = torch.cat([c, rest.sqrt(), square], 1).float()
-        radius = rows[:, -1].max().sqrt().item()
-        return Sketch(V, rows, radius if radius < HUGE else math.inf)
-
-    def principal_directions(self, k):
-        """Return k orthonormal directions (D, k) in which points vary most, by subspace iteration over some points."""
-        count = min(self.N, max(1024, 4 * k))
-        sample = torch.linspace(0, self.N - 1, count).long()
-        points = self.points(sample) - self.centre
-        generator = torch.Generator().manual_seed(0)
-        V = torch.randn(self.D, k, generator=generator, dtype=torch.float64).to(self.device)
-        for _ in range(3):
-            V = torch.linalg.qr(points.T @ (points @ V)).Q
-        return V
-
-    def float32_chunks(self, rows):
-        """Yield (columns, points (n, D) about the centre, in float32) chunk by chunk, of `rows` or of all data."""
         if rows is None:
             rows = torch.arange(self.N)
-        centre = self.centre.to(self.work)
-        for start in range(0, len(rows), self.chunk):
-            columns = slice(start, start + self.chunk)
-            points = self.stored(rows[columns]).to(self.work)
-            yield columns, points.sub_(centre).float()
+        bound = torch.zeros_like(t[:, 0])
+        if len(rows) * self.D < self.small:
+            mean, size = super().softmax_mean(z, t, rows)
+            return mean, size, bound
+        mean = torch.empty_like(z)
+        size = torch.empty_like(t)
+        kept = self.screen(z, t, rows)
+        spread = kept.sum(1) > len(rows) / TOGETHER
+        (many,) = torch.where(spread)
+        (few,) = torch.where(~spread)
+        for b in [many, *few.split(TOGETHER)]:
+            if len(b) > 0:
+                survivors = rows[kept[b].any(0).cpu()]
+                mean[b], size[b] = super().softmax_mean(z[b], t[b], survivors)
+                bound[b] = (len(rows) - len(survivors)) * TAU / self.N
+        return mean, size, bound
 
-    def points(self, rows):
-        """Return the data points `rows` (n,) as float64 (n, D), in memory of their own."""
-        return self.stored(rows).double()
+    def screen(self, z, t, rows):
+        """Return which of the points `rows` may weigh more than TAU / N of the heaviest, (B, n). All others do not."""
+        alpha = 1 - t
+        q = z - alpha * self.centre32.double()
+        d2, slip = self.float32_distances(q, alpha, rows)
+        # We compare with the point that seems nearest, and take its distance in float64.
+        likely = rows[d2.argmin(1).cpu()]
+        nearest = (z - alpha * self.points(likely)).square().sum(1, keepdim=True)
+        slack = 2 * t.square() * math.log(self.N / TAU)
+        limit = nearest + slack + slip - q.square().sum(1, keepdim=True)
+        # In float32 the limit must not be smaller.
+        limit = (limit + 2.0**-22 * limit.abs()).float()
+        # What has overflowed to nan is not struck.
+        return ~(d2 > limit)
 
-    def stored(self, rows):
-        """Return the data points `rows` (n,) as they are stored, (n, D)."""
-        if torch.is_tensor(self.x):
-            points = self.x.index_select(0, rows.to(self.x.device))
-        else:
-            points = torch.from_numpy(self.x[rows.cpu().numpy()])
-        return points.flatten(1).to(self.device)
+    def float32_distances(self, q, alpha, rows):
+        """Return |q - alpha x|^2 - |q|^2 in float32 (B, n), and its slip (B, 1), for x about the centre.
+
+        It is alpha^2 |x|^2 - 2 alpha q.x. The products add up to (|q| + alpha |x|)^2 at most. Each of D sums loses
+        2^-24 of that. We allow for twice as much, and for 20 more, since all factors are rounded. The last term of
+        `reach` is for what float64 loses if the centre is far from 0.
+        """
+        u = (-2 * alpha * q).float()
+        alpha2 = alpha.square().float()
+        d2 = torch.empty(len(q), len(rows), device=self.device)
+        radius = torch.zeros(1, device=self.device)
+        columns = d2.split(self.chunk, 1)
+        with exact_float32(self.device):
+            for piece, index in zip(columns, rows.split(self.chunk), strict=True):
+                points = self.float32_points(index)
+                lengths = points.norm(dim=1)
+                torch.addmm(alpha2 * lengths.square(), u, points.T, out=piece)
+                radius = torch.maximum(radius, lengths.max())
+        reach = q.norm(dim=1, keepdim=True) + alpha * radius + 2.0**-30 * self.centre.norm()
+        slip = (self.D + 20) * 2.0**-23 * reach.square()
+        fits = (reach > TINY) & (reach < HUGE)
+        return d2, torch.where(fits, slip, torch.inf)
+
+    def float32_points(self, rows):
+        """Return the data points `rows` (n,) less the centre, rounded once to float32: (n, D)."""
+        points = torch.as_tensor(self.x[rows.numpy()])
+        points = points.flatten(1).to(self.device)
+        # float32 holds all numbers of these types. The others need float64 until the centre is subtracted.
+        narrow = points.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
+        points = points.float() if narrow else points.double()
+        points -= self.centre32
+        return points.float()
 
     def groups(self, y, B):
         """Yield (queries (b,), rows) as EmpiricalScore does, but no more queries at once than memory holds."""

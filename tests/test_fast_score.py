@@ -1,8 +1,6 @@
 """Test plumbing/fast_score.py: what it strikes is light, whatever the data, and both engines agree.
 The truth is computed by differences in numpy's long double (80 bits on x86), from the very numbers that are given.
 """
-from unittest import mock
-
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -16,12 +14,6 @@ from plumbing.fast_score import FastEmpiricalScore
 
 FUZZ = settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 BFLOAT16 = torch.bfloat16
-
-
-@pytest.fixture(autouse=True)
-def share_comes_back(monkeypatch):
-    """Undo what `build` changes."""
-    monkeypatch.setattr(fast, "SHARE", fast.SHARE)
 
 
 def random_set(seed, N, D, kind, scale, offset, dtype=torch.float32):
@@ -67,70 +59,70 @@ cases = st.fixed_dictionaries(dict(
     scale=st.sampled_from([1e-6, 1.0, 1e3]), offset=st.sampled_from([0.0, 3.0, 1e4]),
     t=st.sampled_from([1e-3, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.999]), far=st.sampled_from([1.0, 1.0, 30.0]),
     stored=st.sampled_from([BFLOAT16, torch.float32, torch.float64]),
-    chunk=st.sampled_from([7, 64, 1000]), directions=st.sampled_from([0, 1, 5, 40])))
+    chunk=st.sampled_from([7, 64, 1000])))
 
 
-def build(case, share):
-    """Return the points, 8 queries, and the engine: it screens all questions, and gives up beyond this share."""
-    fast.SHARE = share
+def build(case):
+    """Return the points, 8 queries, and the engine, which screens all questions."""
     x = random_set(*(case[key] for key in ("seed", "N", "D", "kind", "scale", "offset", "stored")))
-    E = FastEmpiricalScore(x, chunk=case["chunk"])
+    return x, random_queries(x.float(), case["t"], 8, case["seed"], case["far"]), screening(x, chunk=case["chunk"])
+
+
+def screening(x, y=None, **options):
+    """Return an engine that screens small questions, too."""
+    E = FastEmpiricalScore(x, y, **options)
     E.small = 0
-    if case["directions"]:
-        V = E.principal_directions(min(case["directions"], E.D))
-        E.principal_directions = mock.Mock(return_value=V)
-    return x, random_queries(x.float(), case["t"], 8, case["seed"], case["far"]), E
+    return E
 
 
-def float64_loss(E, z, t):
-    """Return what float64 may lose of a squared distance when the data are centred: (B, 1)."""
-    q2 = (z.double() - (1 - t) * E.centre).square().sum(1).numpy()[:, None]
-    centre, radius = float(E.centre.norm()), E.sketch.radius
-    return 1e-12 * (q2 + radius**2) + 1e-15 * centre * (np.sqrt(q2) + radius + 1e-3 * centre)
+def kept_points(E, z, t):
+    """Return which points of all survive for each query, (B, N)."""
+    return E.screen(*E.queries(z, t), torch.arange(E.N))
 
 
-def kept_pairs(found, N):
-    """Return which pairs survived, (B, N)."""
-    kept = np.zeros((len(found.complete), N), dtype=bool)
-    kept[found.query, found.point] = True
-    return kept
+def lengths_of(E, x, z, t):
+    """Return the lengths |q| (B, 1), the largest |x|, and that of the centre."""
+    length = (z.double() - (1 - t) * E.centre).norm(dim=1, keepdim=True).numpy()
+    return length, float((x.double() - E.centre).norm(dim=1).max()), float(E.centre.norm())
 
 
 @FUZZ
 @given(cases)
 def test_bounds_hold_and_nothing_that_matters_is_struck(case):
     t = case["t"]
-    x, z, E = build(case, share=1)
+    x, z, E = build(case)
     d2, _, _ = truth(x, z, t)
     z64, t64 = E.queries(z, t)
-    q = z64 - (1 - t) * E.centre
-    loss = float64_loss(E, z, t)
+    q = z64 - (1 - t) * E.centre32.double()
+    length, radius, centre = lengths_of(E, x, z, t)
+    # what float64 may lose of a squared distance when the data are centred
+    loss = 1e-12 * (length**2 + radius**2) + 1e-15 * centre * (length + radius + 1e-3 * centre)
+    found, slip = E.float32_distances(q, 1 - t64, torch.arange(E.N))
+    error = np.abs((found.double() + q.square().sum(1, keepdim=True)).numpy() - d2)
+    assert (error <= slip.numpy() + loss).all()
     slack = 2 * t**2 * np.log(E.N / fast.TAU)
-    for bounds in (E.bounds_of_sketch, E.bounds_of_points):
-        lower, slip = bounds(q, 1 - t64, None)
-        lower = lower.double() + (q.square().sum(1) - slip)[:, None]
-        assert (lower.numpy() - loss <= d2).all()
-        E.bounds_of_sketch = bounds
-        found = E.screen(z64, t64, None)
-        best = d2.min(1, keepdims=True)
-        assert found.complete.all() and (kept_pairs(found, E.N) | (d2 + loss > best + slack * (1 - 1e-6))).all()
+    far = d2 + loss > d2.min(1, keepdims=True) + slack * (1 - 1e-6)
+    assert (kept_points(E, z, t).numpy() | far).all()
 
 
 @FUZZ
-@given(cases, st.sampled_from([1, 1 / 32]))
-def test_the_weight_left_out_is_at_most_what_is_returned(case, share):
+@given(cases, st.sampled_from([1, 8]))
+def test_the_weight_left_out_is_at_most_what_is_returned(case, together):
     t = case["t"]
-    x, z, E = build(case, share)
-    d2, w, points = truth(x, z, t)
-    x_star, bound = E.posterior_mean_and_bound(z.double(), t)
+    x, z, E = build(case)
+    _, w, points = truth(x, z, t)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast, "TOGETHER", together)
+        x_star, bound = E.posterior_mean_and_bound(z.double(), t)
     assert (bound >= 0).all() and (bound <= fast.TAU).all()
-    z64, t64 = E.queries(z, t)
-    found = E.screen(z64, t64, None)
-    kept = kept_pairs(found, E.N)
-    kept[~found.complete] = True
+    kept = kept_points(E, z, t).numpy()
+    if together == 8:
+        spread = kept.sum(1) > E.N / together
+        for group in (spread, ~spread):
+            kept[group] = kept[group].any(0)
     # float64 misses a logit by about this much: 1e-16 of the coordinates, times a distance, over t^2.
-    centre, radius = float(E.centre.norm()), E.sketch.radius
-    reach = float((z64 - (1 - t) * E.centre).norm(dim=1).max()) + radius
+    length, radius, centre = lengths_of(E, x, z, t)
+    reach = length.max() + radius
     slop = 1e-14 * (radius + 1e-2 * centre) * reach / t**2
     if slop < 1e-3:
         light = w < (1 + 2e-3) * fast.TAU / E.N * w.max(1, keepdims=True)
@@ -139,23 +131,20 @@ def test_the_weight_left_out_is_at_most_what_is_returned(case, share):
         assert error <= (1e-5 + slop) * (radius + 1e-30) + 1e-10 * centre
 
 
-@pytest.mark.parametrize("without, kind", [("slip", "alike"), ("rest", "plain")])
-def test_the_fuzz_has_teeth(without, kind, monkeypatch):
-    """Estimates instead of bounds strike points that matter: the tests above would see it."""
+def test_the_fuzz_has_teeth(monkeypatch):
+    """An estimate without its slip strikes points that matter: the tests above would see it."""
     monkeypatch.setattr(fast, "TAU", 150.0)  # then a survivor must be as near as the nearest
-    wrong = 0
+    wrong = dict(slip=0, none=0)
     for seed in range(20):
-        case = dict(seed=seed, N=150, D=64, kind=kind, scale=1.0, offset=0.0, t=1e-3, far=1.0,
-                    stored=torch.float32, chunk=1000, directions=30)
-        x, z, E = build(case, share=1)
-        if without == "slip":
-            E.bounds_of_sketch = E.bounds_of_points
-            E.slip = mock.Mock(return_value=torch.zeros(1))
-        else:
-            E.sketch.points[:, -2] = 0
-        kept = kept_pairs(E.screen(*E.queries(z, 1e-3), None), 150)
-        wrong += (~kept[range(8), truth(x, z, 1e-3)[0].argmin(1)]).sum()
-    assert wrong > 0
+        case = dict(seed=seed, N=150, D=64, kind="alike", scale=1.0, offset=0.0, t=1e-3, far=1.0,
+                    stored=torch.float32, chunk=1000)
+        x, z, E = build(case)
+        nearest = truth(x, z, 1e-3)[0].argmin(1)
+        wrong["slip"] += (~kept_points(E, z, 1e-3)[range(8), nearest]).sum()
+        whole = E.float32_distances
+        E.float32_distances = lambda *question, whole=whole: (whole(*question)[0], torch.zeros(8, 1))
+        wrong["none"] += (~kept_points(E, z, 1e-3)[range(8), nearest]).sum()
+    assert wrong["slip"] == 0 and wrong["none"] > 0
 
 
 # ---- both engines ----------------------------------------------------------------------------------------------------
@@ -178,9 +167,7 @@ def noisy(x, t):
 def test_both_engines_agree_on_every_method(t, labelled):
     x, y = decaying()
     z, label = noisy(x, t), y[:40] if labelled else None
-    plain, quick = EmpiricalScore(x, y), FastEmpiricalScore(x, y, chunk=400)
-    quick.small = 0
-    assert quick.sketch.V.shape == (256, 32)
+    plain, quick = EmpiricalScore(x, y), screening(x, y, chunk=400)
     for method in ("posterior_mean", "score", "velocity"):
         a, b = getattr(quick, method)(z, t, label), getattr(plain, method)(z, t, label)
         assert a.dtype == b.dtype and a.shape == b.shape and error(a, b) < 1e-5, method
@@ -197,13 +184,13 @@ def test_both_engines_agree_on_every_method(t, labelled):
         assert torch.equal(x[draw], x[plain.sample_posterior(z, t, label)])
 
 
-def test_queries_get_the_path_that_their_weights_ask_for():
+def test_points_are_struck_where_weights_collapse():
     x = torch.randn(3000, 100, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([0.01, 0.2, 0.95, 1.0])
     z = (1 - t[:, None]) * x[:4] + t[:, None] * torch.randn(4, 100, generator=torch.Generator().manual_seed(1))
-    E = FastEmpiricalScore(x)
-    E.small = 0
-    assert E.screen(*E.queries(z, t), None).complete.tolist() == [True, True, False, False]
+    E = screening(x)
+    few, some, most, all_points = kept_points(E, z, t).sum(1).tolist()
+    assert few == some == 1 and most > 1000 and all_points == 3000
     size = E.mean_and_size(z, t)[1]
     assert size[0] < 1.01 and size[3] == 3000
 
@@ -213,39 +200,19 @@ def test_queries_get_the_path_that_their_weights_ask_for():
 @pytest.mark.parametrize("scale", [1e19, 1e25, 1e-25, 1e-38])
 def test_numbers_that_float32_products_cannot_hold(scale):
     x = scale * torch.randn(100, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    E = FastEmpiricalScore(x)
-    E.small = 0
     z = 0.9 * x[:4]
-    assert torch.equal(E.posterior_mean(z, 0.1), EmpiricalScore(x).posterior_mean(z, 0.1))
+    assert torch.equal(screening(x).posterior_mean(z, 0.1), EmpiricalScore(x).posterior_mean(z, 0.1))
 
 
 @pytest.mark.parametrize("huge", [[3], [3, 20], [*range(39)]])
 def test_huge_queries_leave_the_others_of_their_batch_alone(huge):
     x, _ = decaying()
-    E, z = FastEmpiricalScore(x), noisy(x, 0.2)
-    E.small = 0
+    E, z = screening(x), noisy(x, 0.2)
     alone = E.posterior_mean(z, 0.2)
     z[huge] *= 1e20
     together = E.posterior_mean(z, 0.2)
     others = [b for b in range(40) if b not in huge]
     assert error(together[others], alone[others]) < 1e-6 and together.isfinite().all()
-
-
-@pytest.mark.parametrize("D", [784, 4096])
-def test_the_float32_stream_at_its_limit(D):
-    """Data and queries as large as the estimate lets pass: x_* misses at most 1e-5, in many dimensions too."""
-    g, t = torch.Generator().manual_seed(1), 0.5
-    x = torch.randn(300, D, generator=g, dtype=torch.float64)
-    z = torch.nn.functional.normalize(torch.randn(8, D, generator=g, dtype=torch.float64))
-    R = (x - x.mean(0)).norm(dim=1).max()
-    s = (0.8 * fast.LOSS * 2**23 * t**2 / (1 - t) / (1 + 1 - t) / R**2)**0.5
-    x, z = (s * x).float(), (s * R * torch.linspace(0.02, 0.9, 8)[:, None] * z).float()
-    E = FastEmpiricalScore(x)
-    E.small = 0
-    z64, t64 = E.queries(z, t)
-    assert E.fits_float32(z64, t64).all() and not E.screen(z64, t64, None).complete.any()
-    _, w, points = truth(x, z, t)
-    assert error(E.posterior_mean(z, t), torch.from_numpy((w @ points).astype(np.float64))) < 1e-5
 
 
 @pytest.mark.parametrize("n, b, k", [(2048, 256, 784), (37, 5, 4096), (1, 1, 1), (3, 0, 16)])
@@ -259,23 +226,22 @@ def test_a_product_loses_no_more_than_the_bounds_allow(n, b, k):
 
 def test_the_precision_that_the_caller_has_set_changes_nothing_and_comes_back():
     x = random_set(0, 500, 64, "alike", 1.0, 0.0)
-    z, E = random_queries(x, 0.9, 8, 0, 1.0), FastEmpiricalScore(x)
-    E.small = 0
-    want, before = E.posterior_mean(z, 0.9), torch.get_float32_matmul_precision()
+    E, z, alpha = screening(x), random_queries(x, 0.9, 8, 0, 1.0).double(), torch.full((8, 1), 0.1)
+    want, before = E.float32_distances(z, alpha, torch.arange(500))[0], torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
         with torch.autocast("cpu", BFLOAT16):
-            assert torch.equal(E.posterior_mean(z, 0.9), want)
+            assert torch.equal(E.float32_distances(z, alpha, torch.arange(500))[0], want)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-def test_a_memory_map_of_whole_numbers(tmp_path):
-    numbers = 4_000_000_000 + np.random.default_rng(0).integers(0, 100, (600, 128))
-    np.save(tmp_path / "x.npy", numbers.astype(np.uint32))
-    E = FastEmpiricalScore(np.load(tmp_path / "x.npy", mmap_mode="r"))
-    E.small = 0
+@pytest.mark.parametrize("dtype, offset", [("uint8", 100), ("float16", 100), ("uint32", 4_000_000_000)])
+def test_a_memory_map_of_whole_numbers(tmp_path, dtype, offset):
+    numbers = offset + np.random.default_rng(0).integers(0, 100, (600, 128))
+    np.save(tmp_path / "x.npy", numbers.astype(dtype))
+    E = screening(np.load(tmp_path / "x.npy", mmap_mode="r"))
     x, t = torch.from_numpy(numbers.astype(np.float64)), 1e-3
     assert torch.equal(E.posterior_mean((1 - t) * x[:20], t), x[:20])
-    assert E.screen(*E.queries((1 - t) * x[:20], t), None).complete.all()
+    assert (kept_points(E, (1 - t) * x[:20], t).sum(1) == 1).all()

@@ -212,14 +212,9 @@ def compare_at_equal_L(one, two):
 
     one, two: (seeds, networks, 3). We compare the lines of each seed in the middle of the range.
     """
-    L_one = one[..., 1].mean(0)
-    L_two = two[..., 1].mean(0)
-    low = max(L_one.min(), L_two.min())
-    high = min(L_one.max(), L_two.max())
-    middle = (low + high) / 2
-    ratios = []
-    for seed_one, seed_two in zip(one, two, strict=True):
-        distance = np.polyval(fit_line(seed_one), middle)
-        other = np.polyval(fit_line(seed_two), middle)
-        ratios.append(distance / other)
-    return np.array(ratios), high - low
+    L = np.stack([one[..., 1].mean(0), two[..., 1].mean(0)])
+    low, high = L.min(1).max(), L.max(1).min()
+    distances = []
+    for recipe in (one, two):
+        distances.append([np.polyval(fit_line(seed), (low + high) / 2) for seed in recipe])
+    return np.divide(*distances), high - low

@@ -17,18 +17,15 @@ def small_images(name, side):
     data = load_data(name)
     if data["x"].shape[1:] != (1, 28, 28):
         return data["x"], data["y"]
-    block = 32 // side
     # a border of 2 pixels makes them 32 x 32
     x = np.pad(data["x"], ((0, 0), (0, 0), (2, 2), (2, 2)), constant_values=-1)
-    blocks = x.reshape(-1, 1, side, block, side, block)
-    x = blocks.mean((3, 5))
+    x = x.reshape(-1, 1, side, 32 // side, side, 32 // side).mean((3, 5))
     return ((x - x.mean()) / x.std()).astype(np.float32), np.array(data["y"])
 
 
 def warp_images(x, strength=0.15):
     """Return images (B, C, H, H) turned, sheared, scaled and shifted at random."""
-    change = 2 * torch.rand(len(x), 2, 3) - 1
-    maps = torch.eye(2, 3) + strength * change
+    maps = torch.eye(2, 3) + strength * (2 * torch.rand(len(x), 2, 3) - 1)
     grid = F.affine_grid(maps, x.shape, align_corners=False)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
@@ -41,11 +38,9 @@ def train_classifier(net, x, y, seed, warp=False, steps=800):
     for _ in range(steps):
         rows = rng.integers(len(x), size=128)
         images = torch.from_numpy(x[rows]).float()
-        labels = torch.from_numpy(y[rows])
         if warp:
             images = warp_images(images)
-        loss = F.cross_entropy(net(images), labels)
-        loss.backward()
+        F.cross_entropy(net(images), torch.from_numpy(y[rows])).backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -63,9 +58,7 @@ class Teacher(nn.Module):
         self.convolutions = nn.Sequential()
         for layer in range(5):
             channels = width if layer else 1
-            self.convolutions.append(nn.Conv2d(channels, width, 3, padding=1))
-            self.convolutions.append(nn.BatchNorm2d(width))
-            self.convolutions.append(nn.SiLU())
+            self.convolutions.extend([nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.SiLU()])
             if layer == 0:
                 self.convolutions.append(nn.AdaptiveAvgPool2d(places))
         self.head = nn.Linear(width, 10)

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from plumbing.cli import check_at_least, wait_for_all
-from plumbing.files import check_writable, read_json, write_json, write_whole
+from plumbing.files import read_json, write_json, write_whole
 from plumbing.weights import checksum, decode, load_vae, optional_import
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -274,7 +274,7 @@ def save_samples(cfg, sample, model, device, rank, world):
     label = "" if cfg.label is None else f"_label{cfg.label}"
     name = f"samples_w{cfg.w:g}_{cfg.solver}_seed{cfg.seed}{label}.png"
     path = Path(cfg.out or (run if run.is_dir() else run.parent) / name)
-    check_writable(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     vae = load_vae(cfg.vae).to(device) if cfg.vae else None
     if vae and vae.config.latent_channels != model.in_channels:
         raise ValueError(f"{cfg.vae} decodes {vae.config.latent_channels} channels, the model has {model.in_channels}")

@@ -202,7 +202,7 @@ def describe_networks(cfg, folder, found):
     data, names, cost = load_data(folder), [], []
     for path in cfg.model_path:
         names.append(Path(path).stem)
-        cost.append(sum(p.numel() for p in load_run(path)[0].parameters()))
+        cost.append(sum(p.numel() for p in load_run(path).parameters()))
     for steps, model in itertools.product(cfg.lengths, cfg.models) if not cfg.model_path else ():
         names.append(f"{model}, {steps:,} steps")
         cost.append(steps * count_flops(functools.partial(build_model, model, **model_sizes(data)), cfg.network.batch))

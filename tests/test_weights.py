@@ -78,7 +78,7 @@ def test_official_weights_give_the_velocity_of_the_paper(learn_sigma, tmp_path, 
     whole = {"model": raw, "ema": state, "opt": {}, "args": argparse.Namespace(**LINEAR, lr=1e-4)}
     torch.save(whole, tmp_path / "sit.pt")
     want = -official_forward(state, z, 1 - t, y)
-    assert_velocity(load_run(tmp_path / "sit.pt")[0], want)
+    assert_velocity(load_run(tmp_path / "sit.pt"), want)
     assert f"{tmp_path / 'sit.pt'}: weights of convention sit, as the file says" in capsys.readouterr().out
     assert_velocity(load_sit_weights(whole, "", ema=False), -official_forward(raw, z, 1 - t, y))
     for prefix in ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):

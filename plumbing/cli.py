@@ -37,7 +37,7 @@ def run_command(main, presets, doc):
             raise
         # torchrun ends all processes with the first one that fails: the others wait, so that a fault is told once
         if count_processes()[0]:
-            time.sleep(2)
+            time.sleep(5)
         sys.exit(f"error: {error}".splitlines()[0])
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -92,7 +92,7 @@ def check_images(name, x, shape):
 def check_labels(name, y, n, classes):
     """Raise ValueError unless y is n integer labels in 0 .. classes - 1."""
     if y.shape != (n,) or y.dtype.kind not in "iu" or not 0 <= y.min() <= y.max() < classes:
-        raise ValueError(f"{name} must hold {n} integer labels in 0 .. {classes - 1}, not {y.dtype} {y.shape} in "
+        raise ValueError(f"{name} must be {n} integer labels in 0 .. {classes - 1}, not {y.dtype} {y.shape} in "
                          f"{y.min()} .. {y.max()}")
 
 

@@ -195,7 +195,7 @@ def measure_runs(cfg, folder, case):
         moments = x.flatten(1).T @ x.flatten(1) / len(x)
         models = [Wiener(moments, len(moments))]
         for run in runs:
-            models.append(load_run(run, device, data=data)[0])
+            models.append(load_run(run, device, data=data))
         return measure_models(cfg, data, models, device)
     return cached(folder / "measured", measurement_key(cfg, data, *runs), compute)
 
@@ -306,7 +306,7 @@ def measure_fig6(cfg, folder):
     jobs = make_jobs(cfg, folder, largest) + make_jobs(cfg, folder, largest, cfg.lambdas[-1])
     train_job = functools.partial(train_network, cfg.network7, folder)
     runs = run_jobs(train_job, jobs, cfg.workers)
-    models = [load_run(runs[job], device)[0] for job in jobs]
+    models = [load_run(runs[job], device) for job in jobs]
 
     data = load_data(jobs[0].data)
     z, y, v_star = supervision(cfg, data, device)
@@ -351,7 +351,7 @@ def measure_student(cfg, folder, judge, job):
         flops = count_flops(build, cfg.network7.batch)
         points = []
         for steps in cfg.network7.keep:
-            model, _ = load_run(f"{run}/ema_{steps}.pt", device)
+            model = load_run(f"{run}/ema_{steps}.pt", device)
             error = velocities(cfg, model, z, y) - v_star
             # differs from the paper: Heun, not dopri5; the features of our judge, not Inception's
             images = solve_ode(model, z1, labels, solver="heun", steps=8)[-1]

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from plumbing import results
 from plumbing.cli import check_at_least, pick_device, run_command
-from plumbing.data import get_images, labels_in_turn, load_data, rows_of_class
+from plumbing.data import get_images, labels_in_turn, load_data
 from plumbing.fast_score import make_score
 from plumbing.files import load_run
 from plumbing.images import to_uint8
@@ -124,8 +124,8 @@ def leave_shells(cfg, data, model, label, n, t, device):
     path = solve_ode(model, start, y, [*t[::-1], 0.0])
     images, *path = path.flip(0)                             # (n, C, H, W) each
     r = r_star_of(E, path, t)
-    rows = rows_of_class(data, label)
-    members, _ = get_images(data, rows, "cpu")
+    is_member = data["y"] == label
+    members = torch.from_numpy(data["x"][is_member])
     pairs = torch.pdist(members.flatten(1).double())
     apart = time_apart(pairs[pairs > 0].min().item())
     d2, _ = E.nearest(images, 1)
@@ -139,8 +139,7 @@ def memorization(E, model, x, y, seed):
     hits, pictures = [], []
     for z, t in zip(noised(x, MEMO_TIMES, seed), MEMO_TIMES, strict=True):
         _, out = solve_ode(model, z, y, [t, 0.0], solver="heun", steps=15)
-        back = (out - x).flatten(1).square()
-        back = back.sum(dim=1)
+        back = (out - x).flatten(1).square().sum(dim=1)
         nearest, _ = E.nearest(out, 1)
         hits.append(back <= nearest[:, 0] * (1 + 1e-4))
         pictures.append(torch.stack([z[0], out[0]]))
@@ -177,9 +176,10 @@ def measure(cfg):
     """Return rows and arrays."""
     check_at_least(cfg, n=2, n_times=2, seeds=1)
     data, device = load_data(cfg.network.data), pick_device(cfg.device)
-    rows_of_class(data, cfg.overlap_class)
+    if np.sum(data["y"] == cfg.overlap_class) < 2:
+        raise ValueError("the class of --overlap-class has fewer than two images")
     if "x_heldout" not in data:
-        raise ValueError(f"{cfg.network.data} has no x_heldout.npy: we compare with real images that are held out")
+        raise ValueError("--network.data has no x_heldout.npy: we compare with real images that are held out")
     models = load_networks(train, cfg, data, device)
     E = make_score(data, device, cfg.fast)
     t = np.linspace(1 / cfg.n_times, 1, cfg.n_times)
@@ -207,7 +207,7 @@ def measure(cfg):
     # the same times in other dimensions, with a small network, trained in less than a minute
     for name in cfg.other_sets:
         network = NetworkConfig(data=name, model="SiT-micro/4", steps=300, ema=0.99, grid=False, device=cfg.device)
-        small, _ = load_run(train(network), device)
+        small = load_run(train(network), device)
         runs.append(leave_shells(cfg, load_data(name), small, 0, cfg.n, t, device))
     _, pictures = found[0]                                   # (T, 2, C, H, W)
     arrays = dict(

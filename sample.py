@@ -153,7 +153,7 @@ class Config:
 
 def main(cfg):
     rank, world, device = setup_processes(pick_device(cfg.device))
-    model, _ = load_run(cfg.run, device, cfg.ema, cfg.convention)
+    model = load_run(cfg.run, device, cfg.ema, cfg.convention)
 
     def sample(index, y):
         """Return the images number `index` (B,) of classes y (B,)."""

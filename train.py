@@ -181,18 +181,17 @@ def train(cfg, alone=False):  # noqa: C901 (the loop is told in one piece)
     parts = dict(model=model, ema=average, optimizer=optimizer)
     if cfg.repa:
         parts["projector"] = objective.projector
-    identity = dict(config=dataclasses.asdict(cfg), model_args=model_args, fingerprint=data["fingerprint"],
-                    device=cli.device_name(device))
+    identity = dict(config=dataclasses.asdict(cfg), model_args=model_args, fingerprint=data["fingerprint"])
     first_step = training.restore(run, parts, identity, MAY_CHANGE)
     if cfg.init and first_step == 0:
         training.load_initial(cfg.init, model)
         average.load_state_dict(model.state_dict())
-    log = training.RunLog(run, cfg, model_args, device, world, quiet=alone or rank > 0)
-    log.start(f"{cfg.model}, {sum(p.numel() for p in trainable) / 1e6:.2f}M parameters, {len(data['x']):,} images of "
-              f"{cfg.data} ({data['values']}), {world} process(es) on {device} -> {run}", first_step)
+    millions = sum(p.numel() for p in trainable) / 1e6
+    about = f"{cfg.model}, {millions:.2f}M parameters, {len(data['x']):,} images of {cfg.data}"
+    log = training.RunLog(about, run, cfg, model_args, device, world, first_step, quiet=alone or rank > 0)
 
     # several processes average their gradients; a GPU runs the forward pass in bfloat16
-    loss_fn = cli.compile_module(objective) if cfg.compile else objective
+    loss_fn = torch.compile(objective) if cfg.compile else objective
     if world > 1:
         loss_fn = DistributedDataParallel(loss_fn, [device.index] if device.type == "cuda" else None)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
@@ -245,7 +244,6 @@ def train(cfg, alone=False):  # noqa: C901 (the loop is told in one piece)
             training.save_run(run, parts, identity, done, keep=is_kept)
             if cfg.grid:
                 draw_samples(average, shape, num_classes, device, run / "samples.png")
-            log.restart_clock(done)
     del lock
     return run
 

@@ -72,7 +72,7 @@ def draw_sketch(path, size=(8.3, 3.6), dpi=150):
 def follow_samples(n, times):
     """Return r_* (n, T) and images (T, n, H, W) along trajectories of the default model, r_* of training points."""
     cfg = Config()
-    model, _ = load_run(train(cfg))
+    model = load_run(train(cfg))
     data = load_data(cfg.data)
     E = EmpiricalScore(data["x"], data["y"])
     path = solve_ode(model, noise(range(n), E.shape), torch.arange(n) % 10, times)

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = ("exp_toy2d", "exp_gaussian", "exp_cfg_paradox", "exp_shells", "exp_freedom", "exp_scaling")
 VERDICTS = {
-    "reproduces": "the interval is on the paper's side", "weaker": "on its side, clearly smaller than published",
+    "reproduces": "the interval is on the paper's side",
     "not resolved": "the interval holds both", "other regime": "a gate is not passed", "differs": "on the other side"}
 
 

@@ -1,15 +1,14 @@
-"""Files: written whole or not at all, read with checks, by one writer; checkpoints and the models in them."""
+"""Files: written whole or not at all, by one writer; checkpoints and the models in them."""
 import argparse
 import contextlib
 import json
 import os
-import pickle
-import warnings
 import zipfile
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
+from safetensors.torch import load_file
 
 from model import build_model
 
@@ -18,59 +17,32 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @contextlib.contextmanager
 def write_whole(path):
-    """Open `path` to write bytes, which go aside and then into place: the file is whole, or as it was before."""
+    """Open `path` to write bytes. They go to a temporary file first: `path` is whole, or as it was before."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        # torch.save makes a RuntimeError of a full disk
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise OSError(f"{path} could not be written, and is as it was before: {cause.strerror or cause}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def lock_folder(folder):
-    """Hold a folder until the lock that this returns is released or forgotten. Raise ValueError if another holds it."""
-    check_writable(folder)
+    """Hold a folder until the lock that this returns is released or forgotten. Raise OSError if another holds it."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    try:
-        return FileLock(Path(folder) / "lock", timeout=2).acquire()
-    except Timeout:
-        raise ValueError(f"{folder}: another process is at work here") from None
-
-
-def check_writable(folder):
-    """Raise OSError unless files can be written to this folder, or to the first one above it that exists.
-
-    A script should know this before hours of work, not after.
-    """
-    folder = Path(folder).absolute()
-    there = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise OSError(f"{there} is not a folder that can be written to")
+    return FileLock(Path(folder) / "lock", timeout=2).acquire()
 
 
 def read_json(path):
-    """Return the dict in a .json file. Raise ValueError that names the file if it holds none."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+    """Return the value in a .json file. Raise ValueError or OSError that names the file if it cannot be read."""
     try:
-        value = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value
 
 
 def write_json(path, value):
@@ -80,33 +52,20 @@ def write_json(path, value):
 
 
 def read_weights(path):
-    """Return the dict in a .pt or .safetensors file. Nothing in the file is run.
-
-    Raise ValueError that names the file if it is missing, damaged, or holds code.
-    """
-    path = Path(path)
+    """Return the dict in a .pt or .safetensors file, without running code in it. Raise ValueError if it is damaged."""
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+        if Path(path).suffix == ".safetensors":
             return load_file(path)
-        # torch does not look at the checksums of a .pt, which is a zip archive
+        # a .pt is a zip archive, whose checksums torch does not look at
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f"{damaged} is damaged")
+            if archive.testzip():
+                raise ValueError("a checksum is wrong")
         # official checkpoints of SiT hold their command line, an argparse.Namespace
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} is damaged, or holds more than tensors and plain values") from None
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # torch, zipfile and safetensors raise a dozen kinds of errors for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} cannot be read as weights: {reason}") from None
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} must hold a dict of weights, not a {type(state).__name__}")
-    return state
+        # torch, zipfile and safetensors raise a dozen kinds of errors
+        raise ValueError(f"{path} is damaged, or holds more than weights: {type(error).__name__}") from error
 
 
 def save_checkpoint(path, state):
@@ -115,21 +74,12 @@ def save_checkpoint(path, state):
         torch.save(state, f)
 
 
-def check_checkpoint(checkpoint, path):
-    """Raise ValueError unless a dict is a checkpoint of train.py."""
-    for key, kind in dict(ema=dict, model_args=dict, step=int, config=dict).items():
-        if not isinstance(checkpoint.get(key), kind):
-            raise ValueError(f"{path} is not a checkpoint of train.py: {key} is missing or no {kind.__name__}")
-
-
 def load_state(module, state, path):
-    """Load a state dict into a module. Raise ValueError with the first key that does not fit."""
+    """Load a state dict into a module. Raise ValueError that names a key that does not fit."""
     try:
         module.load_state_dict(state)
-    except (RuntimeError, AttributeError, TypeError, KeyError, ValueError) as error:
-        # torch names the misfits from the second line on
-        reason = (str(error).splitlines() + [""])[1].strip() or str(error)
-        raise ValueError(f"{path} does not fit the model: {reason}") from None
+    except Exception as error:
+        raise ValueError(f"{path} does not fit the model: {str(error).splitlines()[-1].strip()}") from None
 
 
 def checkpoint_path(run):
@@ -143,36 +93,22 @@ def checkpoint_path(run):
 
 
 def load_run(run, device="cpu", ema=True, convention="auto", data=None):
-    """Return (model in eval mode, checkpoint) of a run's folder, a checkpoint, or official SiT weights.
+    """Return the model, in eval mode, of a run's folder, a checkpoint, or official SiT weights.
 
-    ema         the averaged weights, or the raw ones
-    convention  of weights that are not a checkpoint of this project: see plumbing/weights.py
-    data        a data set that the model must take, and must have been trained on if it is of this project
-    The checkpoint is {} for weights from elsewhere. Raise FileNotFoundError or ValueError that names the file.
+    ema: the averaged weights, or the raw ones. convention: of official weights, see plumbing/weights.py. Raise
+    FileNotFoundError or ValueError that names the file, also where `data` is not the data set that it was trained on.
     """
     path = checkpoint_path(run)
     checkpoint = read_weights(path)
-    if "model_args" not in checkpoint:
-        from plumbing.weights import load_sit_weights
-        model, checkpoint = load_sit_weights(checkpoint, path, convention, ema), {}
+    if "model_args" in checkpoint:
+        model = build_model(**checkpoint["model_args"])
+        load_state(model, checkpoint.get("ema" if ema else "model"), path)
     else:
-        check_checkpoint(checkpoint, path)
-        try:
-            model = build_model(**checkpoint["model_args"])
-        except TypeError as error:
-            raise ValueError(f"{path} is not a checkpoint of train.py: {error}") from None
-        load_state(model, checkpoint.pop("ema" if ema else "model", None), path)
+        from plumbing.weights import load_sit_weights
+        model = load_sit_weights(checkpoint, path, convention, ema)
     if data is not None:
-        check_fit(model, path, data)
-        if checkpoint.get("fingerprint", data["fingerprint"]) != data["fingerprint"]:
-            raise ValueError(f"{path} was trained on other data than the data set that it is measured on")
-    return model.to(device).eval().requires_grad_(False), checkpoint
-
-
-def check_fit(model, path, data):
-    """Raise ValueError unless the model of file `path` takes the images and classes of a data set."""
-    has = (model.in_channels, model.input_size, model.input_size)
-    wants, classes = tuple(data["x"].shape[1:]), data["meta"]["num_classes"]
-    if has != wants or model.num_classes != classes:
-        raise ValueError(f"{path} is a model of images {has} in {model.num_classes} classes; the data set has images "
-                         f"{wants} in {classes} classes: name the data that it was trained on")
+        sizes = (model.in_channels, model.input_size, model.num_classes)
+        fits = sizes == (*data["x"].shape[1:3], data["meta"]["num_classes"])
+        if not fits or checkpoint.get("fingerprint", data["fingerprint"]) != data["fingerprint"]:
+            raise ValueError(f"{path} was trained on other data, of channels, pixels and classes {sizes}: name those")
+    return model.to(device).eval().requires_grad_(False)

@@ -1,8 +1,6 @@
 """Results: intervals, rows with verdicts, results.json, the printed table, and the colours of all figures."""
 import dataclasses
 import json
-import os
-import platform
 import subprocess
 import time
 from pathlib import Path
@@ -12,14 +10,11 @@ import scipy.stats
 import torch
 
 from plumbing.cli import count_processes, device_name, pick_device
-from plumbing.files import ROOT, check_writable, read_json, write_json, write_whole
+from plumbing.files import ROOT, read_json, write_json, write_whole
 
 # supervision, extrapolation, controls and real images have the same colour in every figure
 BLUE, ORANGE, GREY, GREEN = "#0072B2", "#D55E00", "#777777", "#009E73"
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 95% intervals
 
 def bootstrap_interval(values, statistic=np.median, n=400, seed=0):
     """Return (low, high) of statistic(values) by the percentile bootstrap over the first axis of values (N, ...)."""
@@ -39,43 +34,27 @@ def student_interval(values):
 
 
 def over_seeds(samples, statistic=np.median):
-    """Return (mean, interval) of a statistic of samples [(n, ...), ...], one for each training seed.
-
-    The interval covers the bootstrap intervals of all seeds.
-    """
+    """Return (mean, interval) of a statistic of samples [(n, ...), ...], one a seed, whose intervals it covers."""
     lows, highs = zip(*[bootstrap_interval(sample, statistic) for sample in samples], strict=True)
     return float(np.mean([statistic(sample) for sample in samples])), (min(lows), max(highs))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Rows
-
-def find_verdict(ours, ci95, low, high, published):
-    """Return (verdict, note) of an interval against what the paper claims: that the value lies in [low, high]."""
-    if ci95[1] < low or ci95[0] > high:
-        return "differs", ""
-    if not (low <= ci95[0] and ci95[1] <= high):
-        return "not resolved", f"an effect of {(ci95[1] - ci95[0]) / 2:.2g} could have been seen"
-    if published is not None:
-        short_of = ci95[1] < published if np.isfinite(low) else ci95[0] > published
-        if short_of:
-            return "weaker", f"published: {published:g}"
-    return "reproduces", ""
-
-
-def claim(id, text, paper, ours, ci95, low=-np.inf, high=np.inf, published=None, gate=None):
+def claim(id, text, paper, ours, ci95, low=-np.inf, high=np.inf, gate=(True, "")):
     """Return a row: a statement of the paper, its number, ours with a 95% interval, and the verdict of the interval.
 
     low, high   the paper claims that the value lies between them
-    published   a number of the paper that can be compared with ours, on the claim's side
     gate        (passed, text): is this network in the regime of the statement? The text says what would pass it
     """
-    if gate is not None and not gate[0]:
-        verdict, note = "other regime", gate[1]
+    passed, needed = gate
+    if not passed:
+        verdict, note = "other regime", needed
+    elif ci95[1] < low or ci95[0] > high:
+        verdict, note = "differs", ""
+    elif low <= ci95[0] and ci95[1] <= high:
+        verdict, note = "reproduces", ""
     else:
-        verdict, note = find_verdict(ours, ci95, low, high, published)
-    return dict(id=id, text=text, paper=paper, ours=float(ours), ci95=[float(c) for c in ci95], verdict=verdict,
-                note=note)
+        verdict, note = "not resolved", f"an effect of {(ci95[1] - ci95[0]) / 2:.2g} could have been seen"
+    return finding(id, text, ours, ci95) | dict(paper=paper, verdict=verdict, note=note)
 
 
 def finding(id, text, ours, ci95):
@@ -92,22 +71,9 @@ def print_rows(rows):
         print(f"{row['text']:76s} {row['paper']:>12s} {row['ours']:9.3g} {interval:>18s}  {row['verdict']}{note}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# results.json
-
 def results_folder(script, cfg):
     """Return out/<script>/<preset>, or --out."""
     return Path(cfg.out) if cfg.out else ROOT / "out" / script / cfg.preset
-
-
-def describe_run(script, cfg, seconds):
-    """Return what results.json says of how it was made."""
-    git = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=ROOT, capture_output=True, text=True)
-    device = pick_device(cfg.device)
-    name = device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
-    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
-    return dict(script=script, preset=cfg.preset, seed=cfg.seed, device=name, seconds=round(seconds, 1),
-                commit=git.stdout.strip(), versions=versions, config=dataclasses.asdict(cfg))
 
 
 def run_experiment(script, cfg, measure, plot):
@@ -118,29 +84,23 @@ def run_experiment(script, cfg, measure, plot):
     """
     folder = results_folder(script, cfg)
     path = folder / "results.json"
-    check_writable(folder)
-    if path.exists() or cfg.redraw:
-        before = read_json(path).get("script")
-        if before != script:
-            raise ValueError(f"{path} is of {before}, not of {script}: give another --out")
+    if path.exists() and read_json(path)["script"] != script:
+        raise ValueError(f"{path} is not of {script}: give another --out")
     if not cfg.redraw:
-        pick_device(cfg.device)
-        started = time.time()
+        folder.mkdir(parents=True, exist_ok=True)
+        device, started = device_name(pick_device(cfg.device)), time.time()
         rows, arrays = measure(cfg)
         if count_processes()[0]:
             return
-        results = describe_run(script, cfg, time.time() - started) | dict(arrays=arrays)
+        git = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=ROOT, capture_output=True, text=True)
+        results = dict(script=script, device=device, seconds=time.time() - started, commit=git.stdout.strip(),
+                       torch=torch.__version__, config=dataclasses.asdict(cfg), arrays=arrays)
         # NumPy's and torch's values become plain ones; four digits are enough to draw from
         text = json.dumps(results, default=lambda value: value.tolist())
         plain = json.loads(text, parse_float=lambda number: float(f"{float(number):.4g}"))
         write_json(path, plain | dict(claims=rows))
     results = read_json(path)
-    try:
-        plot(results, folder)
-    except (KeyError, IndexError, TypeError) as error:
-        if not cfg.redraw:
-            raise
-        raise ValueError(f"{path} was written by another version of {script}.py: {error!r}") from error
+    plot(results, folder)
     print(path, *sorted(folder.glob("*.png")), sep="\n")
     print_rows(results["claims"])
 
@@ -164,13 +124,10 @@ def draw_pairs(ax, pairs, framed):
     """Draw pairs of images, uint8 (2, n, H, W, C), one above the other, with a blue frame where framed (n,) is true."""
     from matplotlib.patches import Rectangle
     # a white line around each image
-    margin = max(1, pairs.shape[2] // 16)
-    around = ((0, 0), (0, 0), (margin, margin), (margin, margin), (0, 0))
-    pairs = np.pad(pairs[..., :3], around, constant_values=255)
+    pairs = np.pad(pairs[..., :3], ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
     ax.imshow(np.vstack([np.hstack(row) for row in pairs]), cmap="gray", vmin=0, vmax=255)
     H, W = pairs.shape[2:4]
     for i in np.flatnonzero(framed):
         ax.add_patch(Rectangle((i * W, 0), W - 1, 2 * H - 1, fill=False, color=BLUE, lw=3))
     ax.set(xticks=[], yticks=[H / 2, 1.5 * H], yticklabels=("sample", "nearest"))
-    ax.tick_params(length=0)
     ax.spines[:].set_visible(False)

@@ -7,10 +7,8 @@ import os
 import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -19,19 +17,15 @@ from plumbing.files import read_weights, save_checkpoint
 
 
 def cached(folder, key, compute):
-    """Return compute(), a dict of tensors, arrays and plain values; from a file, if it was computed before.
+    """Return the dict of numbers and arrays that compute() returns, as tensors; from a file, if it is there already.
 
-    The file's name is a hash of `key`, a dict that JSON can hold: everything that the result depends on, the data's
-    fingerprint included. Arrays come back as tensors.
+    The file's name is a hash of `key`, a dict of everything that the result depends on, such as the data's fingerprint.
     """
     text = json.dumps(key, sort_keys=True, default=str)
     path = Path(folder) / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.pt"
     if path.exists():
         return read_weights(path)["result"]
-    result = compute()
-    for name, value in result.items():
-        if isinstance(value, np.ndarray):
-            result[name] = torch.from_numpy(value)
+    result = {name: torch.as_tensor(value) for name, value in compute().items()}
     save_checkpoint(path, dict(key=text, result=result))
     return result
 
@@ -40,10 +34,11 @@ def start_worker():
     """Give a worker one thread, so that results do not depend on how many there are, and end it with its parent."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=watch_parent, daemon=True).start()
+    threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def watch_parent():
+def follow_parent():
+    # where the parent was killed, a worker would wait for its next job for ever
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -54,21 +49,17 @@ def run_jobs(f, jobs, workers):
     f keeps its results on the disk (see `cached`), so that the same command goes on after an interrupt. Under torchrun
     every process takes its share. f is a function of a module, or a functools.partial of one; jobs are hashable.
     """
-    jobs = list(jobs)
     rank, world = count_processes()
     if world > 1:
         setup_processes(torch.device("cpu"))
         for job in jobs[rank::world]:
             f(job)
         wait_for_all()
-    bar = functools.partial(tqdm, total=len(jobs), desc="networks", disable=None, leave=False)
     if workers == 1 or world > 1:
-        return {job: f(job) for job in bar(jobs)}
+        return {job: f(job) for job in tqdm(jobs, "networks", disable=None, leave=False)}
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
-        try:
-            return dict(zip(jobs, bar(pool.map(f, jobs)), strict=True))
-        except BrokenProcessPool as error:
-            raise OSError("a worker was killed, perhaps because memory ran out: use fewer --workers") from error
+        results = tqdm(pool.map(f, jobs), "networks", len(jobs), disable=None, leave=False)
+        return dict(zip(jobs, results, strict=True))
 
 
 def run_grid(f, settings, seeds, workers, folder, key):

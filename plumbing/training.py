@@ -1,27 +1,26 @@
 """A training run's housekeeping: its folder, its checkpoints, its log. The lesson is train.py."""
 import dataclasses
 import json
-import math
 import time
 from pathlib import Path
 
-import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
 from model import build_model
-from plumbing.cli import check_at_least, count_flops, peak_flops
-from plumbing.files import ROOT, check_checkpoint, load_run, load_state, read_weights, save_checkpoint, write_whole
+from plumbing.cli import check_at_least, count_flops, device_name
+from plumbing.files import ROOT, load_run, load_state, read_weights, save_checkpoint, write_whole
+
+# dense bfloat16 FLOP/s by their maker; the first name that fits counts
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}
 
 
 def check_training(cfg, world):
     """Raise ValueError for the first field of train.Config that is out of range."""
-    check_at_least(cfg, steps=1, batch=1, accum=1, log_every=1, save_every=1, warmup=0, repa=0, seed=0)
-    ranges = dict(lr=0 < cfg.lr < math.inf, ema=0 < cfg.ema < 1, label_dropout=0 <= cfg.label_dropout <= 1,
-                  decay=0 <= cfg.decay <= 1)
-    for name, fits in ranges.items():
-        if not fits:
-            raise ValueError(f"{name} is out of range: {getattr(cfg, name)}")
+    check_at_least(cfg, steps=1, batch=1, accum=1, log_every=1, save_every=1, warmup=0, repa=0, repa_depth=1, seed=0)
+    for name in ("ema", "decay", "label_dropout"):
+        if not 0 <= getattr(cfg, name) <= 1:
+            raise ValueError(f"{name} must lie in 0 .. 1, not {getattr(cfg, name)}")
     if cfg.batch % (world * cfg.accum):
         raise ValueError(f"batch {cfg.batch} does not divide by processes x accum = {world} x {cfg.accum}")
 
@@ -29,15 +28,14 @@ def check_training(cfg, world):
 def check_repa(cfg, data, model):
     """Return the dimension of a teacher's features. Raise ValueError where they, or the block to align, are missing."""
     depth = len(getattr(model, "blocks", ()))
-    if not 1 <= cfg.repa_depth <= depth:
-        raise ValueError(f"repa_depth {cfg.repa_depth} is none of the {depth} blocks of {cfg.model}: REPA needs a SiT "
-                         "at least so deep")
-    n, tokens = len(data["x"]), model.pos_embed.shape[1]
-    found = data.get("features", np.zeros(0))
-    if found.shape[:2] != (n, tokens) or found.ndim != 3:
-        raise ValueError(f"REPA needs a teacher's features beside x.npy of {cfg.data}: features.npy of shape "
-                         f"({n}, {tokens}, dim), not {found.dtype} {found.shape}")
-    return found.shape[2]
+    if depth < cfg.repa_depth:
+        raise ValueError(f"REPA needs a SiT of {cfg.repa_depth} blocks or more, but {cfg.model} has {depth}: change "
+                         "repa_depth or model")
+    expected = (len(data["x"]), model.pos_embed.shape[1])
+    if "features" not in data or data["features"].shape[:2] != expected:
+        raise ValueError(f"REPA needs a teacher's features for each image and token of {cfg.model}: features.npy "
+                         f"{expected} + (dim,) beside x.npy of {cfg.data}")
+    return data["features"].shape[2]
 
 
 def run_folder(cfg, preset, may_change):
@@ -52,19 +50,15 @@ def run_folder(cfg, preset, may_change):
     return ROOT / "out" / "_".join(parts)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
 def restore(run, parts, identity, may_change):
     """Load the checkpoint of a run into {"model": module, ...} and return its step; 0 if there is none.
 
     Raise ValueError where it is of another config or other data, or damaged.
     """
-    path = Path(run) / "ckpt.pt"
+    path = run / "ckpt.pt"
     if not path.exists():
         return 0
     checkpoint, config = read_weights(path), identity["config"]
-    check_checkpoint(checkpoint, path)
     if checkpoint["fingerprint"] != identity["fingerprint"]:
         raise ValueError(f"{path} was trained on other data of the same name: give another --out")
     for name, before in checkpoint["config"].items():
@@ -74,10 +68,7 @@ def restore(run, parts, identity, may_change):
         if fixed and now != before:
             raise ValueError(f"{path} was trained with {name} = {before}, not {now}: give another --out")
     if checkpoint["step"] > config["steps"]:
-        raise ValueError(f"{path} is at step {checkpoint['step']}, past the {config['steps']} asked for: give another "
-                         "--out")
-    if checkpoint["device"] != identity["device"]:
-        print(f"{run} was trained on {checkpoint['device']}: on {identity['device']} its noise can be another")
+        raise ValueError(f"{path} is past step {config['steps']}, at {checkpoint['step']}: give another --out")
     for name, part in parts.items():
         load_state(part, checkpoint[name], path)
     return checkpoint["step"]
@@ -85,10 +76,9 @@ def restore(run, parts, identity, may_change):
 
 def load_initial(source, model):
     """Load the weights that a run starts from. Raise ValueError if they are of another network or prediction."""
-    start, _ = load_run(source)
+    start = load_run(source)
     if start.prediction != model.prediction:
-        raise ValueError(f"{source} predicts {start.prediction}, this run {model.prediction}: give --prediction "
-                         f"{start.prediction}")
+        raise ValueError(f"{source} predicts {start.prediction}, this run {model.prediction}: change --prediction")
     load_state(model, start.state_dict(), source)
 
 
@@ -103,18 +93,15 @@ def save_run(run, parts, identity, step, keep):
 def load_networks(train, cfg, data, device):
     """Return the networks that an experiment measures: the weights at cfg.model_path, or cfg.seeds trainings of
     cfg.network by train.train, which differ in their seed. Raise ValueError if one is not for these data."""
-    paths = [cfg.model_path]
-    if not cfg.model_path:
-        paths = []
-        for k in range(cfg.seeds):
-            out = f"{cfg.network.out}_{k}" if cfg.network.out else ""
-            network = dataclasses.replace(cfg.network, device=cfg.device, seed=cfg.network.seed + k, out=out)
-            paths.append(train(network))
-    return [load_run(path, device, data=data)[0] for path in paths]
+    if cfg.model_path:
+        return [load_run(cfg.model_path, device, data=data)]
+    networks = []
+    for k in range(cfg.seeds):
+        out = f"{cfg.network.out}_{k}" if cfg.network.out else ""
+        network = dataclasses.replace(cfg.network, device=cfg.device, seed=cfg.network.seed + k, out=out)
+        networks.append(load_run(train(network), device, data=data))
+    return networks
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The log
 
 def mean_over_processes(value, world):
     """Return the mean over all processes of a tensor (), as a number."""
@@ -126,21 +113,17 @@ def mean_over_processes(value, world):
 class RunLog:
     """Print how a training goes, and write a line of log.jsonl per log step. A quiet one does neither."""
 
-    def __init__(self, run, cfg, model_args, device, world, quiet):
-        self.path, self.cfg, self.quiet = run / "log.jsonl", cfg, quiet
-        self.flops = count_flops(lambda: build_model(**model_args), 1) if not quiet else 0
-        self.peak = world * peak_flops(device)
-
-    def start(self, text, first_step):
-        """Say what begins, and drop lines of the log from after the checkpoint."""
-        self.first_step = first_step
-        self.restart_clock(first_step)
-        if self.quiet:
+    def __init__(self, text, run, cfg, model_args, device, world, first_step, quiet):
+        self.path, self.cfg, self.first_step, self.quiet = run / "log.jsonl", cfg, first_step, quiet
+        self.last_step, self.last_time = first_step, time.time()
+        if quiet:
             return
-        print(f"{text}, steps {first_step} to {self.cfg.steps}", flush=True)
+        print(f"{text}, {world} process(es) on {device} -> {run}, steps {first_step} to {cfg.steps}", flush=True)
+        self.flops = count_flops(lambda: build_model(**model_args), 1)
+        self.peak = world * next((flops for name, flops in PEAK_FLOPS.items() if name in device_name(device)), 0)
         if self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)
-            # a line that a kill cut short has no end
+            # drop lines from after the checkpoint, and one that a kill cut short
             kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= first_step]
             with write_whole(self.path) as f:
                 f.write("".join(kept).encode())
@@ -150,22 +133,17 @@ class RunLog:
         return tqdm(batches, self.cfg.model, self.cfg.steps, initial=self.first_step, leave=False,
                     disable=True if self.quiet else None)
 
-    def restart_clock(self, step):
-        """Leave out of the speed what a checkpoint takes."""
-        self.started, self.timed = time.time(), step
-
     def write(self, step, **values):
         """Print and keep the values of a step, with the speed since the last time."""
         if self.quiet:
             return
-        images = (step - self.timed) * self.cfg.batch
-        speed = images / max(time.time() - self.started, 1e-9)
+        now = time.time()
+        speed = (step - self.last_step) * self.cfg.batch / (now - self.last_time)
+        self.last_step, self.last_time = step, now
         values |= dict(images_per_second=speed, tflops=speed * self.flops / 1e12)
         if self.peak:
             values["mfu"] = speed * self.flops / self.peak
-        rounded = {name: float(f"{value:.6g}") for name, value in values.items() if value is not None}
-        record = dict(step=step) | rounded
+        record = dict(step=step) | {name: value for name, value in values.items() if value is not None}
         print("  ".join(f"{name} {value:.4g}" for name, value in record.items()), flush=True)
         with open(self.path, "a") as f:
             f.write(json.dumps(record) + "\n")
-        self.restart_clock(step)

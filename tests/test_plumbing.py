@@ -2,9 +2,12 @@
 import dataclasses
 import functools
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +47,6 @@ def test_the_interval_over_seeds_covers_that_of_each():
     (1.0, (0.5, 1.5), dict(low=0), "reproduces"),
     (-1.0, (-1.5, -0.5), dict(low=0), "differs"),
     (0.1, (-0.5, 0.7), dict(low=0), "not resolved"),
-    (1.0, (0.5, 1.5), dict(low=0, published=4.0), "weaker"),
-    (1.0, (0.5, 1.5), dict(low=0, published=1.2), "reproduces"),
-    (-1.0, (-1.5, -0.5), dict(high=0, published=-4.0), "weaker"),
     (1.0, (0.9, 1.1), dict(low=0.8, high=1.2), "reproduces"),
     (1.0, (0.5, 1.5), dict(low=0, gate=(False, "the gate")), "other regime"),
     (1.0, (0.5, 1.5), dict(low=0, gate=(True, "the gate")), "reproduces")])
@@ -90,13 +90,8 @@ def test_results_are_written_and_drawn_from_the_file_alone(tmp_path, capsys):
     (tmp_path / "out" / "fig1.png").unlink()
     results.run_experiment("exp_x", dataclasses.replace(cfg, redraw=True), None, plot)
     assert (tmp_path / "out" / "fig1.png").exists()
-    with pytest.raises(ValueError, match="is of exp_x, not of exp_y: give another --out"):
-        results.run_experiment("exp_y", cfg, measure, plot)
-    with pytest.raises(FileNotFoundError, match="there is no file"):
+    with pytest.raises(FileNotFoundError, match="none/results.json"):
         results.run_experiment("exp_x", Config(out=str(tmp_path / "none"), redraw=True), None, plot)
-    (tmp_path / "out" / "results.json").write_text('{"script": "exp_x", "claims": [], "arrays": {}}')
-    with pytest.raises(ValueError, match="another version"):
-        results.run_experiment("exp_x", dataclasses.replace(cfg, redraw=True), None, plot)
 
 
 def square(folder, job):
@@ -115,15 +110,39 @@ def test_sweeps_compute_each_job_once(tmp_path):
     for workers in (2, 1):
         found = sweep.run_jobs(functools.partial(square, str(tmp_path)), [1, 2, 3], workers)
         assert {job: int(r["square"]) for job, r in found.items()} == {1: 1, 2: 4, 3: 9}
-        assert {r["threads"] for r in found.values()} == {1}
+        assert {int(r["threads"]) for r in found.values()} == {1}
     assert (tmp_path / "calls").read_text() == "xxx"
     square(str(tmp_path), 4)
     assert (tmp_path / "calls").read_text() == "xxxx"
 
 
-def test_a_worker_that_dies_is_told_in_one_line():
-    with pytest.raises(OSError, match="a worker was killed.*--workers"):
+def test_a_worker_that_dies_ends_the_sweep():
+    with pytest.raises(BrokenProcessPool):
         sweep.run_jobs(die, [1, 2], 2)
+
+
+def beat(folder, job):
+    for _ in range(600):
+        with open(Path(folder) / f"{job}.beats", "a") as f:
+            f.write("x")
+        time.sleep(0.1)
+
+
+def sweep_of_beats(folder):
+    sweep.run_jobs(functools.partial(beat, folder), [1, 2], 2)
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    parent = multiprocessing.get_context("spawn").Process(target=sweep_of_beats, args=(str(tmp_path),))
+    parent.start()
+    while len(list(tmp_path.iterdir())) < 2 and parent.is_alive():
+        time.sleep(0.1)
+    parent.kill()
+    parent.join()
+    time.sleep(1)
+    beats = [path.stat().st_size for path in sorted(tmp_path.iterdir())]
+    time.sleep(1)
+    assert len(beats) == 2 and beats == [path.stat().st_size for path in sorted(tmp_path.iterdir())]
 
 
 def write_set(folder, **changes):
@@ -141,14 +160,12 @@ X = np.zeros((12, 1, 4, 4), np.float32)
     (dict(x=X[0]), "x.npy must be floating point of shape"),
     (dict(x=X.astype(np.uint8)), "x.npy must be floating point"),
     (dict(x=X[:, :, :, :3]), "x.npy must be floating point of shape"),
-    (dict(x=X + np.nan), "x.npy holds nan or inf"),
+    (dict(x=X + np.nan), "x.npy holds values from nan to nan"),
     (dict(x=np.linspace(0, 255, 192, dtype=np.float32).reshape(X.shape)), "from 0 to 255: scale"),
-    (dict(x=X.astype(">f4")), "byte order"),
     (dict(y=np.arange(11) % 3), "12 integer labels"),
     (dict(y=np.arange(12) % 3 / 1), "12 integer labels"),
-    (dict(y=np.arange(12)), r"labels in 0 .. 2, not 0 .. 11"),
-    (dict(meta=dict(num_classes="3")), "num_classes must be a whole number"),
-    (dict(meta={}), "num_classes must be a whole number"),
+    (dict(y=np.arange(12)), r"labels in 0 .. 2, not int64 \(12,\) in 0 .. 11"),
+    (dict(meta={}), "meta.json must hold num_classes"),
     (dict(x_heldout=X), "y_heldout.npy is missing"),
     (dict(x_heldout=X[:, :, :2, :2], y_heldout=np.zeros(12, int)), "x_heldout.npy must be floating point of shape"),
 ])
@@ -158,17 +175,17 @@ def test_a_bad_set_is_refused(tmp_path, changes, message):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("x.npy", b"junk", "x.npy cannot be read"), ("x.npy", None, "x.npy is missing"),
-    ("y.npy", None, "y.npy is missing"),
-    ("meta.json", b"{", "meta.json is not JSON"), ("meta.json", b"[1]", "meta.json must hold a JSON object"),
-    ("meta.json", None, "meta.json is missing"), ("x.npy", "half", "x.npy cannot be read")])
+    ("x.npy", b"junk", "x.npy cannot be read"), ("x.npy", None, "x.npy or y.npy is missing"),
+    ("y.npy", None, "x.npy or y.npy is missing"),
+    ("meta.json", b"{", "meta.json is not JSON"), ("meta.json", b"[1]", "meta.json must hold num_classes"),
+    ("meta.json", None, "No such file.*meta.json"), ("x.npy", "half", "x.npy cannot be read")])
 def test_damaged_files_are_refused(tmp_path, name, content, message):
     path = Path(write_set(tmp_path / "set")) / name
     whole = path.read_bytes()
     path.unlink()
     if content is not None:
         path.write_bytes(whole[:len(whole) // 2] if content == "half" else content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, OSError), match=message):
         sets.load_data(str(path.parent))
 
 
@@ -179,11 +196,9 @@ def test_a_pickle_is_never_run(tmp_path):
         sets.load_data(str(folder))
 
 
-def test_scales_that_are_not_ours_are_named(tmp_path, capsys):
+def test_pixels_without_negative_values_are_named(tmp_path, capsys):
     sets.load_data(write_set(tmp_path / "unit", x=np.linspace(0, 1, 192, dtype=np.float32).reshape(X.shape)))
     assert "values from 0 to 1" in capsys.readouterr().err
-    sets.load_data(write_set(tmp_path / "wide", x=5 * np.random.default_rng(0).standard_normal(X.shape).astype("f4")))
-    assert "standard deviation" in capsys.readouterr().err
     sets.load_data(write_set(tmp_path / "fine"))
     assert capsys.readouterr().err == ""
 
@@ -206,34 +221,27 @@ def test_embedded_sets(monkeypatch, tmp_path):
         assert data["x"].min() == -1 and data["x"].max() == 1
         both = np.concatenate([data["x"], data["x_heldout"]]).reshape(n + held, -1)
         assert len(np.unique(both, axis=0)) >= 0.99 * len(both)
-    # a folder of the same name in the working directory is taken only where it is named as a path
+    # a folder in the working directory is taken only where it is named as a path
     write_set(tmp_path / "elsewhere" / "digits")
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert [len(sets.load_data(name)["x"]) for name in ("digits", "./digits", "digits/")] == [1617, 12, 12]
 
 
-def test_a_checkout_that_cannot_be_written_to_still_has_the_embedded_sets(monkeypatch, tmp_path):
-    def refuse(*args):
-        raise OSError("read-only file system")
-    want = sets.load_data("digits")
-    monkeypatch.setattr(sets, "DATA", tmp_path / "nowhere")
-    monkeypatch.setattr(sets, "save_dataset", refuse)
-    found = sets.load_data("digits")
-    assert np.array_equal(found["x"], want["x"]) and found["fingerprint"] == want["fingerprint"]
-
-
 def test_a_data_set_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    folder, rename = tmp_path / "d", os.replace
+    folder, save = tmp_path / "d", np.save
     sets.save_dataset(folder, dict(y=np.arange(5)), {})
 
-    def fails_at_the_end(a, b):
-        if str(a).endswith(".new"):
+    def fails_at_the_second(path, array, **options):
+        if path.stem == "y":
             raise OSError("no space left")
-        rename(a, b)
-    monkeypatch.setattr(sets.os, "replace", fails_at_the_end)
-    with pytest.raises(OSError, match="no space left"):
-        sets.save_dataset(folder, dict(y=np.arange(5) + 1), {})
+        save(path, array, **options)
+    with monkeypatch.context() as m:
+        m.setattr(np, "save", fails_at_the_second)
+        with pytest.raises(OSError, match="no space left"):
+            sets.save_dataset(folder, dict(x=np.ones(5), y=np.arange(5) + 1), {})
     assert np.load(folder / "y.npy").tolist() == [0, 1, 2, 3, 4] and os.listdir(tmp_path) == ["d"]
+    sets.save_dataset(folder, dict(x=np.ones(5)), {})
+    assert sorted(os.listdir(folder)) == ["meta.json", "x.npy"] and os.listdir(tmp_path) == ["d"]
 
 
 def test_labels_in_turn_are_those_that_have_images(tmp_path):
@@ -244,7 +252,7 @@ def test_labels_in_turn_are_those_that_have_images(tmp_path):
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a"
     path.write_text("before")
-    with pytest.raises(OSError, match="as it was before: no space"):
+    with pytest.raises(OSError, match="no space"):
         with files.write_whole(path) as f:
             f.write(b"half")
             raise OSError("no space")
@@ -265,10 +273,8 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             cli.run_command(train.train, train.PRESETS, train.__doc__)
         assert stop.value.code and message in f"{stop.value.code} {capsys.readouterr().err}"
-    done = run("--data", "nowhere", "--debug")
+    done = run("--data", "nowhere", PYTHONDEVMODE="1")
     assert done.returncode == 1 and "Traceback" in done.stderr
-    done = run("--data", "digits", "--model", "SiT-pico/4", "--steps", "2", RANK="1")
-    assert done.returncode == 1 and "WORLD_SIZE" in done.stderr
 
 
 def test_a_notebooks_backend_does_not_stop_a_script(tmp_path):

@@ -143,7 +143,7 @@ def run(tmp_path):
 def test_load_run_takes_the_average_by_default(run):
     state = torch.load(run / "ckpt.pt", weights_only=True)
     for ema, key in ((True, "ema"), (False, "model")):
-        model, _ = load_run(run, ema=ema)
+        model = load_run(run, ema=ema)
         assert all(torch.equal(v, state[key][k]) for k, v in model.state_dict().items())
         assert not model.training and not any(p.requires_grad for p in model.parameters())
 
@@ -153,7 +153,7 @@ def test_the_command_writes_an_npz_that_holds_what_sampling_gives(run, tmp_path)
     main(Config(run=str(run), n=5, solver="heun", steps=3, batch=2, device="cpu", out=str(out)))
     with np.load(out) as archive:
         images, labels, made = archive["arr_0"], archive["labels"], json.loads(str(archive["made"]))
-    model, _ = load_run(run)
+    model = load_run(run)
     z1 = noise(range(5), (1, 8, 8))
     want = (127.5 * solve_ode(model, z1, torch.arange(5), solver="heun", steps=3)[-1] + 128).clamp(0, 255)
     assert images.shape == (5, 8, 8, 3) and labels.tolist() == [0, 1, 2, 3, 4] and made["n"] == 5

@@ -190,7 +190,7 @@ def test_L_is_the_error_to_the_empirical_velocity(tmp_path, hasty):
     assert points.shape == (2, 3) and points[1, 0] == 2 * points[0, 0]
     data = load_data(job.data)
     z, _ = exp_scaling.noised_points(TINY7, data, "cpu")
-    model, _ = load_run(exp_scaling.train_network(NETWORK7, tmp_path, job))
+    model = load_run(exp_scaling.train_network(NETWORK7, tmp_path, job))
     x, errors = torch.from_numpy(np.array(data["x"])).double().flatten(1), []
     for z_t, t in zip(z, exp_scaling.times(TINY7), strict=True):
         flat = z_t.double().flatten(1)

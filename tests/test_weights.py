@@ -76,7 +76,7 @@ def test_official_weights_give_the_velocity_of_the_paper(learn_sigma, tmp_path):
     whole = {"model": raw, "ema": state, "opt": {}, "args": argparse.Namespace(lr=1e-4)}
     torch.save(whole, tmp_path / "sit.pt")
     want = -official_forward(state, z, 1 - t, y)
-    assert_velocity(load_run(tmp_path / "sit.pt", convention="sit")[0], want)
+    assert_velocity(load_run(tmp_path / "sit.pt", convention="sit"), want)
     assert_velocity(load_sit_weights(whole, "", "sit", ema=False), -official_forward(raw, z, 1 - t, y))
     for prefix in ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
         named = {prefix + name: value for name, value in state.items()}

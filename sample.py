@@ -32,7 +32,7 @@ def velocity(model, z, t, y, w=1.0):
         v_c = velocity(model, z, t, y)
         v_u = velocity(model, z, t, None)
         return v_c + (w - 1) * (v_c - v_u)
-    # a few images at a time stay in a CPU's caches, or beside a GPU's data
+    # in pieces, so that activations fit a CPU's caches, or a GPU's memory
     at_once = 256 if z.device.type != "cpu" else min(256, max(1, 2**16 // z[0].numel()))
     pieces = z.split(at_once)
     labels = [None] * len(pieces) if y is None else y.split(at_once)
@@ -148,7 +148,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, mps
     vae: str = ""  # autoencoder that turns latents into images: a folder, or a name on the Hugging Face hub
     out: str = ""  # NAME.npz: all images for FID; else a PNG, by default samples_*.png in the run's folder
-    fid: str = ""  # of the .npz, to this reference: a folder of images, or an .npz of images or of mu and sigma
+    fid: str = ""  # print the FID of the .npz to this: a folder of images, or an .npz of images or of mu and sigma
 
 
 def main(cfg):

@@ -151,8 +151,8 @@ def heldout_loss(model, data, device):
 # ----------------------------------------------------------------------------------------------------------------------
 # The run
 
-# fields in which a resumed run may differ from its checkpoint; another kind of device draws other noise
-MAY_CHANGE = ("preset", "out", "device", "compile", "log_every", "save_every", "steps", "keep", "grid", "accum", "init")
+# fields in which a resumed run may differ from its checkpoint (on another kind of device, its noise is another)
+MAY_CHANGE = ("preset", "out", "device", "compile", "log_every", "save_every", "steps", "keep", "grid", "accum")
 
 
 def train(cfg, alone=False):  # noqa: C901 (the loop is told in one piece)
@@ -244,6 +244,8 @@ def train(cfg, alone=False):  # noqa: C901 (the loop is told in one piece)
             training.save_run(run, parts, identity, done, keep=is_kept)
             if cfg.grid:
                 draw_samples(average, shape, num_classes, device, run / "samples.png")
+    if world > 1:
+        cli.wait_for_all()                                   # until the first process has written the last checkpoint
     del lock
     return run
 

@@ -1,5 +1,6 @@
 """Data sets: a folder with x.npy (N, C, H, W), floats in about [-1, 1], y.npy (N,) labels, meta.json, and what is held
 out of training, x_heldout.npy and y_heldout.npy."""
+import functools
 import hashlib
 import os
 import sys
@@ -23,12 +24,22 @@ def save_dataset(folder, arrays, meta):
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work:
         new = Path(work) / "new"
+        # this also makes the folder `new`
         write_json(new / "meta.json", meta)
         for name, array in arrays.items():
             np.save(new / f"{name}.npy", array, allow_pickle=False)
         if folder.exists():
             os.replace(folder, Path(work) / "old")
         os.replace(new, folder)
+
+
+def write_once(folder, make):
+    """Write the data set (arrays, meta) that make() returns, unless it is there. Of many processes, one writes it."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f".{folder.name}.lock"):
+            if not folder.exists():
+                save_dataset(folder, *make())
 
 
 def embedded_images(name):
@@ -54,6 +65,7 @@ def embedded_set(name):
     x, y = embedded_images(name)
     x, y = x.astype(np.float32), y.astype(np.int64)
     order = np.random.default_rng(0).permutation(len(x))
+    # sorted by class, so that every tenth image is a tenth of each class
     order = order[np.argsort(y[order], kind="stable")]
     held = np.random.default_rng(1).permutation(order[::10])
     kept = np.sort(np.delete(order, np.s_[::10]))
@@ -65,11 +77,8 @@ def find_folder(name):
     """Return the folder of a data set: data/<name>, or a path such as ./name. An embedded set is written on first use.
     """
     folder = DATA / name if os.path.basename(name) == name else Path(name)
-    if name in EMBEDDED and not folder.exists():
-        # one process writes it, the others wait
-        with FileLock(DATA / f".{name}.lock"):
-            if not folder.exists():
-                save_dataset(folder, *embedded_set(name))
+    if name in EMBEDDED:
+        write_once(folder, functools.partial(embedded_set, name))
     if not folder.is_dir():
         raise FileNotFoundError(f"no data set at {folder}: python data/prepare.py --help says how to make one")
     return folder
@@ -78,7 +87,8 @@ def find_folder(name):
 def check_images(name, x, shape):
     """Raise ValueError unless x is (N, C, H, H) floating point, of the images' `shape`, and its values are scaled."""
     if x.dtype.kind != "f" or x.ndim != 4 or x.shape[2] != x.shape[3] or x.shape[1:] != shape:
-        raise ValueError(f"{name} must be floating point of shape (N, C, H, H), not {x.dtype} {x.shape}")
+        raise ValueError(f"{name} must be floating point of shape (N, C, H, H), C and H as in x.npy, not {x.dtype} "
+                         f"{x.shape}")
     # a thousand images, since it takes minutes to read all of a large set
     some = np.asarray(x[::max(1, len(x) // 1000)], dtype=np.float32)
     low, high = some.min(), some.max()
@@ -91,9 +101,10 @@ def check_images(name, x, shape):
 
 def check_labels(name, y, n, classes):
     """Raise ValueError unless y is n integer labels in 0 .. classes - 1."""
-    if y.shape != (n,) or y.dtype.kind not in "iu" or not 0 <= y.min() <= y.max() < classes:
-        raise ValueError(f"{name} must be {n} integer labels in 0 .. {classes - 1}, not {y.dtype} {y.shape} in "
-                         f"{y.min()} .. {y.max()}")
+    if y.shape != (n,) or y.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be {n} integer labels, not {y.dtype} {y.shape}")
+    if not 0 <= y.min() <= y.max() < classes:
+        raise ValueError(f"{name} must hold labels in 0 .. {classes - 1}, not {y.min()} .. {y.max()}")
 
 
 def fingerprint(data):
@@ -161,10 +172,11 @@ def feed_steps(arrays, rows_of_step, steps, device):
     batches = map(read, steps)
     if device.type == "cuda":
         if sum(a.nbytes for a in arrays) < torch.cuda.mem_get_info(device)[0] / 3:
+            # `read` is called later, and reads these
             arrays = [torch.from_numpy(np.array(a)).to(device) for a in arrays]
         else:
             batches = torch.utils.data.DataLoader(steps, batch_size=None, collate_fn=read, num_workers=2,
-                                                  pin_memory=True)
+                                                  pin_memory=True, multiprocessing_context="fork")
     for step, batch in zip(steps, batches, strict=True):
-        yield step, [a.to(device, torch.float32 if a.is_floating_point() else a.dtype, non_blocking=True)
+        yield step, [a.to(device, torch.float32 if a.is_floating_point() else torch.int64, non_blocking=True)
                      for a in batch]

@@ -4,7 +4,7 @@ FastEmpiricalScore: the answers of EmpiricalScore, several times as fast over ma
 At small t nearly all weights of the softmax are zero, and it takes no float64 to prove it.
 
 1. One float32 product gives all squared distances. The `slip` bounds what rounding changes in them.
-2. We strike a point if it weighs less than TAU / N of the heaviest even should its distance be too large by the slip.
+2. We strike a point if it weighs less than TAU / N of the heaviest, even after the slip is taken off its distance.
 3. EmpiricalScore answers, in float64, for the points that are left.
 
 What we strike weighs less than TAU of the total. `posterior_mean_and_bound` returns the bound that was reached.
@@ -20,8 +20,8 @@ import torch
 from empirical_score import EmpiricalScore, as_query
 
 TAU = 1e-7
-# We ask EmpiricalScore about so many queries at once, over all points that at least one of them needs. If a query needs
-# more than N / TOGETHER points, its weights are spread, and we ask about all such queries at once.
+# This many queries share one call of EmpiricalScore, over all points that at least one of them needs: at most N points
+# if each needs N / TOGETHER. Queries that need more, whose weights are spread, form one call of their own.
 TOGETHER = 32
 # float32 cannot hold the squares of lengths far below TINY or far above HUGE.
 TINY, HUGE = 1e-15, 1e15
@@ -30,16 +30,13 @@ TINY, HUGE = 1e-15, 1e15
 @contextlib.contextmanager
 def exact_float32(device):
     """Switch off, for a while, what makes float32 products less exact than float32: TF32, bfloat16, autocast."""
-    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
-    precisions = [backend.fp32_precision for backend in backends]
+    before = torch.get_float32_matmul_precision()
     try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for backend, precision in zip(backends, precisions, strict=True):
-            backend.fp32_precision = precision
+        torch.set_float32_matmul_precision(before)
 
 
 class FastEmpiricalScore(EmpiricalScore):
@@ -49,9 +46,9 @@ class FastEmpiricalScore(EmpiricalScore):
         super().__init__(x, y, device, chunk)
         self.centre32 = self.centre.float()
         on_gpu = self.device.type == "cuda"
-        # If a question is about fewer points x dimensions, EmpiricalScore is quicker.
+        # For fewer points x dimensions than this, EmpiricalScore is quicker.
         self.small = 2**27 if on_gpu else 2**20
-        # So many queries go at once: a float32 matrix (block, N) must fit into memory.
+        # This many queries go at once: a float32 matrix (block, N) must fit into memory.
         self.block = max(1, (2**30 if on_gpu else 2**27) // self.N)
 
     def posterior_mean_and_bound(self, z, t, y=None):
@@ -109,7 +106,7 @@ class FastEmpiricalScore(EmpiricalScore):
         """Return |q - alpha x|^2 - |q|^2 in float32 (B, n), and its slip (B, 1), for x about the centre.
 
         It is alpha^2 |x|^2 - 2 alpha q.x. The products add up to (|q| + alpha |x|)^2 at most. Each of D sums loses
-        2^-24 of that. We allow for twice as much, and for 20 more, since all factors are rounded. The last term of
+        2^-24 of that. We allow for twice as much, and for 20 more sums, since all factors are rounded. The last term of
         `reach` is for what float64 loses if the centre is far from 0.
         """
         u = (-2 * alpha * q).float()

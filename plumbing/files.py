@@ -62,10 +62,13 @@ def read_weights(path):
                 raise ValueError("a checksum is wrong")
         # official checkpoints of SiT hold their command line, an argparse.Namespace
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}, no dict")
+        return state
     except Exception as error:
         # torch, zipfile and safetensors raise a dozen kinds of errors
-        raise ValueError(f"{path} is damaged, or holds more than weights: {type(error).__name__}") from error
+        raise ValueError(f"{path} is damaged, or holds other things than weights: {error!r}") from error
 
 
 def save_checkpoint(path, state):
@@ -95,20 +98,27 @@ def checkpoint_path(run):
 def load_run(run, device="cpu", ema=True, convention="auto", data=None):
     """Return the model, in eval mode, of a run's folder, a checkpoint, or official SiT weights.
 
-    ema: the averaged weights, or the raw ones. convention: of official weights, see plumbing/weights.py. Raise
-    FileNotFoundError or ValueError that names the file, also where `data` is not the data set that it was trained on.
+    ema         the averaged weights, or the raw ones
+    convention  of official weights, see plumbing/weights.py
+    data        a data set; raise ValueError if the model was trained on another one
+    Raise FileNotFoundError or ValueError that names the file.
     """
     path = checkpoint_path(run)
     checkpoint = read_weights(path)
     if "model_args" in checkpoint:
+        name = "ema" if ema else "model"
+        if name not in checkpoint:
+            raise ValueError(f"{path} holds no weights of the name {name}")
         model = build_model(**checkpoint["model_args"])
-        load_state(model, checkpoint.get("ema" if ema else "model"), path)
+        load_state(model, checkpoint[name], path)
     else:
+        # here, since plumbing/weights.py imports this file
         from plumbing.weights import load_sit_weights
         model = load_sit_weights(checkpoint, path, convention, ema)
     if data is not None:
         sizes = (model.in_channels, model.input_size, model.num_classes)
         fits = sizes == (*data["x"].shape[1:3], data["meta"]["num_classes"])
         if not fits or checkpoint.get("fingerprint", data["fingerprint"]) != data["fingerprint"]:
-            raise ValueError(f"{path} was trained on other data, of channels, pixels and classes {sizes}: name those")
+            raise ValueError(f"{path} was not trained on the data set that it is measured on; it has channels, pixels "
+                             f"and classes {sizes}")
     return model.to(device).eval().requires_grad_(False)

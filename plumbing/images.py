@@ -87,7 +87,8 @@ def save_grid(x, path, columns=10):
     x = F.interpolate(x[:, :3].expand(-1, 3, -1, -1), scale_factor=max(1, 64 // x.shape[2]))
     rows = math.ceil(len(x) / columns)
     images = F.pad(to_uint8(x), (0, 0, 0, 0, 0, 0, 0, rows * columns - len(x)))
-    canvas = images.unflatten(0, (rows, columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    images = images.unflatten(0, (rows, columns))            # (rows, columns, H, W, 3)
+    canvas = images.transpose(1, 2).flatten(2, 3).flatten(0, 1)
     with write_whole(path) as f:
         Image.fromarray(canvas.numpy()).save(f, "PNG")
 
@@ -118,7 +119,7 @@ def write_npz(path, draw, labels, batch, made, rank=0, world=1):
             images = np.concatenate([np.load(file) for file in files])
             with write_whole(path) as f:
                 np.savez(f, arr_0=images, labels=labels.numpy(), made=made)
-    elif str(np.load(path).get("made")) != made:
+    elif str(open_npz(path).get("made")) != made:
         raise ValueError(f"{path} holds images of other settings or weights: delete it, or give another --out")
     if rank == 0:
         shutil.rmtree(parts, ignore_errors=True)
@@ -150,6 +151,14 @@ def inception():
     return features
 
 
+def open_npz(path):
+    """Return an .npz file, a mapping of names to arrays. Raise ValueError that names it if it is damaged."""
+    try:
+        return np.load(path)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read as an .npz file: {error}") from error
+
+
 def statistics(source, batch=64):
     """Return mean and covariance of the features of a folder of images, all of one size, or of an .npz.
 
@@ -160,10 +169,7 @@ def statistics(source, batch=64):
         paths = find_images(source)
         pieces = [paths[start:start + batch] for start in range(0, len(paths), batch)]
         return gaussian(features(np.stack([read_rgb(path) for path in piece])) for piece in pieces)
-    try:
-        archive = np.load(source)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{source} cannot be read as an .npz file: {error}") from error
+    archive = open_npz(source)
     if "mu" in archive:
         return archive["mu"].astype(np.float64), archive["sigma"].astype(np.float64)
     images = archive["arr_0"]
@@ -187,8 +193,9 @@ def save_samples(cfg, sample, model, device, rank, world):
     """
     check_at_least(cfg, n=1, batch=1, steps=1)
     label = "" if cfg.label is None else f"_label{cfg.label}"
-    name = f"samples_w{cfg.w:g}_{cfg.solver}_seed{cfg.seed}{label}.png"
-    path = Path(cfg.out) if cfg.out else checkpoint_path(cfg.run).with_name(name)
+    run = checkpoint_path(cfg.run)
+    name = f"samples_{run.stem}_w{cfg.w:g}_{cfg.solver}_seed{cfg.seed}{label}{'' if cfg.ema else '_raw'}.png"
+    path = Path(cfg.out) if cfg.out else run.with_name(name)
     if cfg.label is not None and not 0 <= cfg.label < model.num_classes:
         raise ValueError(f"label {cfg.label} is none of this model's, 0 to {model.num_classes - 1}")
     if path.suffix != ".npz" and (path.suffix != ".png" or cfg.fid or world > 1):
@@ -209,6 +216,7 @@ def save_samples(cfg, sample, model, device, rank, world):
     else:
         # All that decides on the images: a command goes on with none but its own.
         made = vars(cfg) | dict(run="", out="", fid="", device=device.type, weights=checksum(model))
+        made |= dict(vae=checksum(vae) if vae else "")
         write_npz(path, draw, labels, cfg.batch, made, rank, world)
     if rank == 0:
         print(f"{cfg.n} samples ({device}, {cfg.solver}, w = {cfg.w:g}): {path}", flush=True)

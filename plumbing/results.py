@@ -34,7 +34,7 @@ def student_interval(values):
 
 
 def over_seeds(samples, statistic=np.median):
-    """Return (mean, interval) of a statistic of samples [(n, ...), ...], one a seed, whose intervals it covers."""
+    """Return the mean of statistic(sample) over samples [(n, ...), ...], one a seed, and the range of all intervals."""
     lows, highs = zip(*[bootstrap_interval(sample, statistic) for sample in samples], strict=True)
     return float(np.mean([statistic(sample) for sample in samples])), (min(lows), max(highs))
 
@@ -84,7 +84,7 @@ def run_experiment(script, cfg, measure, plot):
     """
     folder = results_folder(script, cfg)
     path = folder / "results.json"
-    if path.exists() and read_json(path)["script"] != script:
+    if path.exists() and read_json(path).get("script") != script:
         raise ValueError(f"{path} is not of {script}: give another --out")
     if not cfg.redraw:
         folder.mkdir(parents=True, exist_ok=True)

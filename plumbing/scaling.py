@@ -12,7 +12,7 @@ from scipy.stats import t as student
 
 from model import build_model
 from plumbing.cli import count_flops
-from plumbing.data import load_data, model_sizes, save_dataset
+from plumbing.data import load_data, model_sizes, write_once
 from plumbing.files import checkpoint_path
 from plumbing.results import bootstrap_interval
 from plumbing.stand_ins import small_images
@@ -25,7 +25,7 @@ def draw_leaves(n, side, seed, r_min=1.5):
     """Return the grey and the texture of n images, each (n, side, side).
 
     Discs are laid front to back until they cover every pixel. Their radii have density ~ r^-3 on [r_min, side]. A disc
-    has its own grey, uniform in [-1, 1]. Every second disc has white texture too, of its own exponential strength.
+    has its own grey, uniform in [-1, 1]. Half of the discs have white noise too, each of its own exponential strength.
     """
     rng = np.random.default_rng(seed)
     grey = np.zeros((n, side, side), np.float32)
@@ -58,9 +58,7 @@ def leaves(n, side, texture, seed):
     grey, detail = draw_leaves(n, side, seed)
     x = grey + texture * detail
     x = ((x - x.mean()) / x.std()).astype(np.float32)[:, None]
-    meta = dict(name=f"leaves, texture {texture:g}", num_classes=1, source="drawn by plumbing/scaling.py",
-                shape=list(x.shape[1:]), scaling="mean 0, variance 1 over the set")
-    return dict(x=x, y=np.zeros(n, np.int64)), meta
+    return dict(x=x, y=np.zeros(n, np.int64)), dict(num_classes=1)
 
 
 def draw_fields(n, side, seed):
@@ -89,8 +87,7 @@ def data_folder(cfg, folder, name, make):
     if cfg.data:
         return cfg.data
     path = folder / "data" / name
-    if not path.exists():
-        save_dataset(path, *make())
+    write_once(path, make)
     return str(path)
 
 
@@ -182,7 +179,7 @@ def compare_ends(found):
 
 def describe_networks(cfg, folder, found):
     """Return the networks' names and costs, the means of all terms, and E^sup and E^ext with paired intervals."""
-    names, cost = [Path(path).stem for path in cfg.model_path], [1 + k for k in range(len(cfg.model_path))]
+    names, cost = [Path(path).name for path in cfg.model_path], [1 + k for k in range(len(cfg.model_path))]
     sizes = model_sizes(load_data(folder))
     for steps, model in itertools.product(cfg.lengths, cfg.models) if not cfg.model_path else ():
         names.append(f"{model}, {steps:,} steps")
@@ -212,8 +209,8 @@ def compare_at_equal_L(one, two):
 
     one, two: (seeds, networks, 3). We compare the lines of each seed in the middle of the range.
     """
-    L = np.stack([one[..., 1].mean(0), two[..., 1].mean(0)])
-    low, high = L.min(1).max(), L.max(1).min()
+    L_one, L_two = one[..., 1].mean(0), two[..., 1].mean(0)
+    low, high = max(L_one.min(), L_two.min()), min(L_one.max(), L_two.max())
     distances = []
     for recipe in (one, two):
         distances.append([np.polyval(fit_line(seed), (low + high) / 2) for seed in recipe])

@@ -1,5 +1,6 @@
 """The figures of exp_scaling.py, drawn from results.json alone."""
 import numpy as np
+from matplotlib import colormaps
 
 from plumbing.results import BLUE, GREY, ORANGE, new_figure, save_figure
 from plumbing.scaling import compare_at_equal_L, fit_line
@@ -121,21 +122,22 @@ def draw_fig7(points, folder):
     """Draw the distance over L for recipes with REPA, and for U-Nets; larger markers took more FLOPs."""
     points = {name: np.array(values) for name, values in points.items()}
     none, *repa, attention, convolutions = points
-    colours = dict(zip(points, ("black", "#B9A3D6", "#5E3C99", "#D9A400", "#7B3F00"), strict=False))
+    purples = colormaps["Purples"](np.linspace(0.5, 0.9, len(repa)))
+    colours = dict(zip(points, ["black", *purples, "#D9A400", "#7B3F00"], strict=True))
     panels = {"(b) REPA": [none, *repa], "(c) Convolutions": [none, attention, convolutions]}
-    most = points[attention][..., 0].max()
+    most_flops = max(values[..., 0].max() for values in points.values())
     fig, axes = new_figure(3.9, columns=2, sharex=True, sharey=True)
     for ax, title in zip(axes, panels, strict=True):
         for name in panels[title]:
             flops, L, distance = points[name].reshape(-1, 3).T
-            area = 10 + 110 * flops / most
+            area = 10 + 110 * flops / most_flops
             ax.scatter(L, distance, area, color=colours[name], alpha=0.4, lw=0)
             ends = np.array([L.min(), L.max()])
             line = np.polyval(fit_line(points[name]), ends)
             ax.plot(ends, line, color=colours[name], label=name)
-        # the last recipe of each panel against the first
-        ratios, _ = compare_at_equal_L(points[name], points[none])
-        ax.set_title(f"{title[:3]} {name}: {ratios.mean():.2f} times\nthe distance at equal L")
+        last = panels[title][-1]
+        ratios, _ = compare_at_equal_L(points[last], points[none])
+        ax.set_title(f"{title[:3]} {last}: {ratios.mean():.2f} times\nthe distance at equal L")
         ax.set_xlabel("supervision loss L")
         ax.legend(loc="lower right")
     axes[0].set(ylabel="Fréchet distance", ylim=0)

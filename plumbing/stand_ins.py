@@ -85,7 +85,7 @@ def few_digits(name, side, n_student, n_teacher, seed):
     x, y = small_images(name, side)
     rows = np.random.default_rng(seed).permutation(len(x))
     if not 1 <= n_student <= n_teacher <= len(x):
-        raise ValueError(f"n_student {n_student} and n_teacher {n_teacher} must be in this order, at most {len(x)}")
+        raise ValueError(f"expected 1 <= n_student <= n_teacher <= {len(x)}, not {n_student} and {n_teacher}")
     seen = rows[:n_teacher]
     torch.manual_seed(seed)
     teacher = Teacher(places=side // 2)
@@ -93,7 +93,7 @@ def few_digits(name, side, n_student, n_teacher, seed):
     x = x[rows[:n_student]]
     features = teacher.features(torch.from_numpy(x))
     arrays = dict(x=x, y=np.zeros(n_student, np.int64), features=features.numpy())
-    return arrays, dict(name="few digits", num_classes=1, source=name)
+    return arrays, dict(num_classes=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-from plumbing.cli import count_processes, setup_processes, wait_for_all
+from plumbing.cli import count_processes, setup_processes
 from plumbing.files import read_weights, save_checkpoint
 
 
@@ -52,10 +53,11 @@ def run_jobs(f, jobs, workers):
     rank, world = count_processes()
     if world > 1:
         setup_processes(torch.device("cpu"))
-        for job in jobs[rank::world]:
-            f(job)
-        wait_for_all()
-    if workers == 1 or world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, {job: f(job) for job in jobs[rank::world]})
+        found = {job: result for part in parts for job, result in part.items()}
+        return {job: found[job] for job in jobs}
+    if workers == 1:
         return {job: f(job) for job in tqdm(jobs, "networks", disable=None, leave=False)}
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
         results = tqdm(pool.map(f, jobs), "networks", len(jobs), disable=None, leave=False)

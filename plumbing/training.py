@@ -11,7 +11,7 @@ from model import build_model
 from plumbing.cli import check_at_least, count_flops, device_name
 from plumbing.files import ROOT, load_run, load_state, read_weights, save_checkpoint, write_whole
 
-# dense bfloat16 FLOP/s by their maker; the first name that fits counts
+# dense bfloat16 FLOP/s as NVIDIA states them; the first name that fits counts
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}
 
 
@@ -22,7 +22,7 @@ def check_training(cfg, world):
         if not 0 <= getattr(cfg, name) <= 1:
             raise ValueError(f"{name} must lie in 0 .. 1, not {getattr(cfg, name)}")
     if cfg.batch % (world * cfg.accum):
-        raise ValueError(f"batch {cfg.batch} does not divide by processes x accum = {world} x {cfg.accum}")
+        raise ValueError(f"batch {cfg.batch} is not divisible by processes x accum = {world} x {cfg.accum}")
 
 
 def check_repa(cfg, data, model):
@@ -31,19 +31,21 @@ def check_repa(cfg, data, model):
     if depth < cfg.repa_depth:
         raise ValueError(f"REPA needs a SiT of {cfg.repa_depth} blocks or more, but {cfg.model} has {depth}: change "
                          "repa_depth or model")
-    expected = (len(data["x"]), model.pos_embed.shape[1])
-    if "features" not in data or data["features"].shape[:2] != expected:
-        raise ValueError(f"REPA needs a teacher's features for each image and token of {cfg.model}: features.npy "
-                         f"{expected} + (dim,) beside x.npy of {cfg.data}")
-    return data["features"].shape[2]
+    n, tokens = len(data["x"]), model.pos_embed.shape[1]
+    shape = data["features"].shape if "features" in data else ()
+    if len(shape) != 3 or shape[:2] != (n, tokens):
+        raise ValueError(f"REPA needs a teacher's features for each image and token of {cfg.model}: features.npy of "
+                         f"shape ({n}, {tokens}, dim) beside x.npy of {cfg.data}, not {shape}")
+    return shape[2]
 
 
 def run_folder(cfg, preset, may_change):
-    """Return cfg.out, or out/<preset>_<data>_<model>_<what differs from the preset>: no two configs share one."""
+    """Return cfg.out, or out/<preset>_<data>_<model>_<what differs from the preset, but for may_change>."""
     if cfg.out:
         return Path(cfg.out)
     parts = [cfg.preset, Path(cfg.data).name, cfg.model.replace("/", "-")]
-    silent = {"data", "model", *may_change} - {"steps", "init"}
+    # data and model are in the name already; a run of other steps is a run of its own
+    silent = {"data", "model", *may_change} - {"steps"}
     for name, value in dataclasses.asdict(cfg).items():
         if name not in silent and value != getattr(preset, name):
             parts.append(f"{name}={Path(value).name if name == 'init' else value}")
@@ -68,7 +70,8 @@ def restore(run, parts, identity, may_change):
         if fixed and now != before:
             raise ValueError(f"{path} was trained with {name} = {before}, not {now}: give another --out")
     if checkpoint["step"] > config["steps"]:
-        raise ValueError(f"{path} is past step {config['steps']}, at {checkpoint['step']}: give another --out")
+        raise ValueError(f"{path} is at step {checkpoint['step']}, past the {config['steps']} asked for: give another "
+                         "--out")
     for name, part in parts.items():
         load_state(part, checkpoint[name], path)
     return checkpoint["step"]

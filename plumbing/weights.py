@@ -93,7 +93,7 @@ def load_sit_weights(checkpoint, path, convention="auto", ema=True):
         reverse_time_and_sign(model)
     if convention == "auto" and not correlation_at_noise(model) > 0.7:
         raise ValueError(f"{path}: these weights do not predict a velocity at pure noise: give --convention repa for "
-                         "REPA's, or for an average of this project saved bare")
+                         "REPA's, or for a state dict of this project without its model_args")
     return model
 
 

@@ -177,7 +177,7 @@ BAD = [  # a data set, what to do to a good folder, what the line must say
     ("mnist", edit(X, lambda b: b[:-1]), f"{X}: .* 5487 bytes.* 5488"),
     ("mnist", edit(X, lambda b: b""), f"{X}: header"),
     ("mnist", edit(Y, lambda b: header(2049, 6)(b)[:-1]), "y of .* must be 7 integer labels"),
-    ("mnist", edit(Y, lambda b: b[:-1] + b"\x0a"), "y of .* labels in 0 .. 9, not .* in . .. 10"),
+    ("mnist", edit(Y, lambda b: b[:-1] + b"\x0a"), "y of .* labels in 0 .. 9, not . .. 10"),
     ("mnist", lambda src: (src / X).rename(src / f"{X}.gz"), f"{X}.gz: cannot be read whole"),
     ("cifar10", edit("c.tar.gz", lambda b: b[:len(b) // 2]), "c.tar.gz: cannot be read whole"),
     ("cifar10", edit("c.tar.gz", lambda b: b[:-8] + bytes(4) + b[-4:]), "c.tar.gz: cannot be read whole .*CRC"),

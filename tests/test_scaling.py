@@ -13,7 +13,7 @@ import torch
 
 import exp_scaling
 from exp_scaling import PRESETS, Wiener, measure_models
-from plumbing import stand_ins
+from plumbing import scaling_figures, stand_ins
 from plumbing.data import load_data
 from plumbing.files import load_run
 from plumbing.images import frechet, gaussian
@@ -198,6 +198,21 @@ def test_L_is_the_error_to_the_empirical_velocity(tmp_path, hasty):
         v = model(z_t, torch.tensor(t), torch.zeros(20, dtype=torch.long)).flatten(1)
         errors.append((v - (flat - w @ x) / t).square().mean().item())
     assert abs(points[1, 1] / np.mean(errors) - 1) < 1e-4
+
+
+def test_figure_7_is_drawn_for_any_number_of_weights(tmp_path):
+    points = np.random.default_rng(0).random((6, 2, 3, 3))
+    recipes = ("no REPA", "REPA 1", "REPA 2", "REPA 3", "attention", "convolutions")
+    scaling_figures.draw_fig7(dict(zip(recipes, points.tolist(), strict=True)), tmp_path)
+    assert (tmp_path / "fig7.png").stat().st_size > 1e4
+    # recipes may have other numbers of networks
+    assert compare_at_equal_L(points[0], points[1][:, :2])[0].shape == (2,)
+
+
+@pytest.mark.parametrize("cfg", PRESETS.values())
+def test_presets_ask_for_no_more_points_than_there_are(cfg):
+    # Figure 3's ladder has 2,000 fields, Figures 6 and 7 the student's images
+    assert cfg.data or cfg.n_points <= min(2000, cfg.n_student, cfg.n_images)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

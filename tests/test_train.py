@@ -258,7 +258,7 @@ def test_folders_of_runs(data, tmp_path):
 
 @pytest.mark.parametrize("changes, message", [
     (dict(data="nowhere"), "no data set at"),
-    (dict(batch=10, accum=3), "does not divide"),
+    (dict(batch=10, accum=3), "is not divisible"),
     (dict(steps=0), "steps must be at least 1"),
     (dict(lr=float("nan")), "Invalid learning rate: nan"),
     (dict(model="SiT-huge/4"), "unknown model 'SiT-huge/4'"),

@@ -50,6 +50,7 @@ def run_jobs(f, jobs, workers):
     f keeps its results on the disk (see `cached`), so that the same command goes on after an interrupt. Under torchrun
     every process takes its share. f is a function of a module, or a functools.partial of one; jobs are hashable.
     """
+    jobs = list(jobs)
     rank, world = count_processes()
     if world > 1:
         setup_processes(torch.device("cpu"))

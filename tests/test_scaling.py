@@ -200,6 +200,16 @@ def test_L_is_the_error_to_the_empirical_velocity(tmp_path, hasty):
     assert abs(points[1, 1] / np.mean(errors) - 1) < 1e-4
 
 
+def test_figures_6_and_7_are_measured_by_several_workers(tmp_path, hasty):
+    cfg = dataclasses.replace(TINY7, workers=2, seeds7=2)
+    for measure, name, ids in ((exp_scaling.measure_fig6, "fig6", ["fig6/ratio", "fig6/seed"]),
+                               (exp_scaling.measure_fig7, "fig7", ["fig7b/repa", "fig7c/convolutions"])):
+        rows, arrays = measure(cfg, tmp_path)
+        assert [row["id"] for row in rows] == ids
+        scaling_figures.plot(dict(arrays={name: arrays}), tmp_path)
+        assert (tmp_path / f"{name}.png").stat().st_size > 1e4
+
+
 def test_figure_7_is_drawn_for_any_number_of_weights(tmp_path):
     points = np.random.default_rng(0).random((6, 2, 3, 3))
     recipes = ("no REPA", "REPA 1", "REPA 2", "REPA 3", "attention", "convolutions")

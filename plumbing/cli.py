@@ -68,7 +68,7 @@ def device_name(device):
 def count_processes():
     """Return (rank, number of processes), as torchrun says; (0, 1) without torchrun."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ["RANK"]) if world > 1 else 0
+    rank = int(os.environ.get("RANK", 0)) if world > 1 else 0
     return rank, world
 
 
@@ -76,7 +76,10 @@ def setup_processes(device, backend="gloo"):
     """Return (rank, number of processes, device of this process). Under torchrun, each process takes its own GPU."""
     rank, world = count_processes()
     if world > 1 and device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        local = int(os.environ.get("LOCAL_RANK", rank))
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"process {local} has no GPU: this machine has {torch.cuda.device_count()}")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         # the slowest process may come hours after the fastest

@@ -28,9 +28,15 @@ def save_dataset(folder, arrays, meta):
         write_json(new / "meta.json", meta)
         for name, array in arrays.items():
             np.save(new / f"{name}.npy", array, allow_pickle=False)
+        old = Path(work) / "old"
         if folder.exists():
-            os.replace(folder, Path(work) / "old")
-        os.replace(new, folder)
+            os.replace(folder, old)
+        try:
+            os.replace(new, folder)
+        except BaseException:
+            if old.exists():
+                os.replace(old, folder)
+            raise
 
 
 def write_once(folder, make):
@@ -89,14 +95,15 @@ def check_images(name, x, shape):
     if x.dtype.kind != "f" or x.ndim != 4 or x.shape[2] != x.shape[3] or x.shape[1:] != shape:
         raise ValueError(f"{name} must be floating point of shape (N, C, H, H), C and H as in x.npy, not {x.dtype} "
                          f"{x.shape}")
-    # a thousand images, since it takes minutes to read all of a large set
-    some = np.asarray(x[::max(1, len(x) // 1000)], dtype=np.float32)
-    low, high = some.min(), some.max()
+    # a thousand images of a large set, since it takes minutes to read all
+    some = np.asarray(x[::max(1, len(x) // 1000)] if x.nbytes > 1e9 else x, dtype=np.float32)
+    low, high, std = some.min(), some.max(), some.std()
     # nan is not below 100
     if not np.abs(some).max() < 100:
         raise ValueError(f"{name} holds values from {low:g} to {high:g}: scale them to about [-1, 1]")
-    if 0 <= low < high:
-        print(f"warning: {name} holds values from {low:.3g} to {high:.3g}; expected pixels in [-1, 1]", file=sys.stderr)
+    if 0 <= low < high or std > 3:
+        print(f"warning: {name} holds values from {low:.3g} to {high:.3g}, standard deviation {std:.3g}; expected "
+              "pixels in [-1, 1], or latents of standard deviation 1", file=sys.stderr)
 
 
 def check_labels(name, y, n, classes):
@@ -130,7 +137,8 @@ def load_data(name):
         except Exception as error:
             # a damaged header raises a dozen kinds of errors
             raise ValueError(f"{path} cannot be read as an array: {error}") from None
-    if "num_classes" not in data["meta"]:
+    meta = data["meta"]
+    if not isinstance(meta, dict) or type(meta.get("num_classes")) is not int:
         raise ValueError(f"{folder}/meta.json must hold num_classes, the number of classes")
     parts = ["", "_heldout"] if "x_heldout" in data else [""]
     for part in parts:

@@ -23,6 +23,8 @@ TAU = 1e-7
 # This many queries share one call of EmpiricalScore, over all points that at least one of them needs: at most N points
 # if each needs N / TOGETHER. Queries that need more, whose weights are spread, form one call of their own.
 TOGETHER = 32
+# This many points at once are multiplied in float32: they fit into a CPU's caches.
+PIECE = 1024
 # float32 cannot hold the squares of lengths far below TINY or far above HUGE.
 TINY, HUGE = 1e-15, 1e15
 
@@ -42,7 +44,7 @@ def exact_float32(device):
 class FastEmpiricalScore(EmpiricalScore):
     """Answer what EmpiricalScore answers, faster, and leave out points that weigh at most TAU together."""
 
-    def __init__(self, x, y=None, device=None, chunk=1024):
+    def __init__(self, x, y=None, device=None, chunk=4096):
         super().__init__(x, y, device, chunk)
         self.centre32 = self.centre.float()
         on_gpu = self.device.type == "cuda"
@@ -113,9 +115,9 @@ class FastEmpiricalScore(EmpiricalScore):
         alpha2 = alpha.square().float()
         d2 = torch.empty(len(q), len(rows), device=self.device)
         radius = torch.zeros(1, device=self.device)
-        columns = d2.split(self.chunk, 1)
+        columns = d2.split(PIECE, 1)
         with exact_float32(self.device):
-            for piece, index in zip(columns, rows.split(self.chunk), strict=True):
+            for piece, index in zip(columns, rows.split(PIECE), strict=True):
                 points = self.float32_points(index)
                 lengths = points.norm(dim=1)
                 torch.addmm(alpha2 * lengths.square(), u, points.T, out=piece)

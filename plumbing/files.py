@@ -27,6 +27,9 @@ def write_whole(path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except RuntimeError as error:
+        # torch.save makes a RuntimeError of a full disk
+        raise OSError(f"{path} could not be written, and is as it was before: {error.__context__ or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

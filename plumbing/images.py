@@ -29,6 +29,7 @@ def find_images(folder):
     """Return the image files in a folder and below it, sorted. Hidden files and folders do not count."""
     names = glob.glob("**", root_dir=folder, recursive=True)
     paths = sorted(Path(folder) / name for name in names if Path(name).suffix.lower() in SUFFIXES)
+    paths = [path for path in paths if path.is_file()]
     if not paths:
         raise ValueError(f"{folder}: no images in this folder, expected {', '.join(SUFFIXES)}")
     return paths
@@ -69,6 +70,9 @@ def find_classes(root, classes=None):
         if path.parent.parent != root:
             raise ValueError(f"{path} does not lie in a class folder: expected {root}/CLASS/{path.name}")
     names = [path.parent.name for path in paths]
+    empty = [path for path in root.iterdir() if path.is_dir() and path.name[0] != "." and path.name not in names]
+    if empty:
+        raise ValueError(f"{min(empty)}: no images in this folder")
     numbers = {name: k for k, name in enumerate(classes or sorted(set(names)))}
     unknown = set(names) - set(numbers)
     if unknown:
@@ -84,7 +88,8 @@ def to_uint8(x):
 def save_grid(x, path, columns=10):
     """Write images (B, C, H, W) in [-1, 1] as one PNG, row by row. Of latents, it shows the first three channels."""
     # Small images get pixels that one can see.
-    x = F.interpolate(x[:, :3].expand(-1, 3, -1, -1), scale_factor=max(1, 64 // x.shape[2]))
+    x = x[:, :3] if x.shape[1] > 2 else x[:, :1].expand(-1, 3, -1, -1)
+    x = F.interpolate(x, scale_factor=max(1, 64 // x.shape[2]))
     rows = math.ceil(len(x) / columns)
     images = F.pad(to_uint8(x), (0, 0, 0, 0, 0, 0, 0, rows * columns - len(x)))
     images = images.unflatten(0, (rows, columns))            # (rows, columns, H, W, 3)
@@ -119,7 +124,7 @@ def write_npz(path, draw, labels, batch, made, rank=0, world=1):
             images = np.concatenate([np.load(file) for file in files])
             with write_whole(path) as f:
                 np.savez(f, arr_0=images, labels=labels.numpy(), made=made)
-    elif str(open_npz(path).get("made")) != made:
+    elif str(read_npz(path, "made").get("made")) != made:
         raise ValueError(f"{path} holds images of other settings or weights: delete it, or give another --out")
     if rank == 0:
         shutil.rmtree(parts, ignore_errors=True)
@@ -151,11 +156,12 @@ def inception():
     return features
 
 
-def open_npz(path):
-    """Return an .npz file, a mapping of names to arrays. Raise ValueError that names it if it is damaged."""
+def read_npz(path, *names):
+    """Return {name: array} of these names, as far as an .npz holds them. Raise ValueError if the file is damaged."""
     try:
-        return np.load(path)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        archive = np.load(path)
+        return {name: archive[name] for name in names if name in archive.files}
+    except (ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read as an .npz file: {error}") from error
 
 
@@ -169,10 +175,12 @@ def statistics(source, batch=64):
         paths = find_images(source)
         pieces = [paths[start:start + batch] for start in range(0, len(paths), batch)]
         return gaussian(features(np.stack([read_rgb(path) for path in piece])) for piece in pieces)
-    archive = open_npz(source)
-    if "mu" in archive:
-        return archive["mu"].astype(np.float64), archive["sigma"].astype(np.float64)
-    images = archive["arr_0"]
+    moments = read_npz(source, "mu", "sigma")
+    if len(moments) == 2:
+        return moments["mu"].astype(np.float64), moments["sigma"].astype(np.float64)
+    images = read_npz(source, "arr_0").get("arr_0", np.zeros(0))
+    if images.dtype != np.uint8 or len(images) < 2:
+        raise ValueError(f"{source}: expected two images or more, uint8 (n, H, W, 3), as arr_0")
     return gaussian(features(images[start:start + batch]) for start in range(0, len(images), batch))
 
 
@@ -205,6 +213,8 @@ def save_samples(cfg, sample, model, device, rank, world):
     # A wrong reference or a missing package shows here, before hours of sampling.
     reference = statistics(cfg.fid) if cfg.fid and rank == 0 else None
     vae = load_vae(cfg.vae).to(device) if cfg.vae else None
+    if vae and vae.config.latent_channels != model.in_channels:
+        raise ValueError(f"{cfg.vae} decodes {vae.config.latent_channels} channels, the model has {model.in_channels}")
     labels = pick_labels(cfg, model.num_classes)
 
     def draw(index):

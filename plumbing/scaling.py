@@ -99,7 +99,11 @@ def image_sets(cfg, folder):
     for texture in cfg.textures:
         make = functools.partial(leaves, cfg.n_images, 16, texture, cfg.seed)
         sets[f"texture {texture:g}"] = data_folder(cfg, folder, f"leaves_{texture:g}_{cfg.n_images}_{cfg.seed}", make)
-    return sets | dict(digits=data_folder(cfg, folder, "digits_16", small_digits))
+    sets["digits"] = data_folder(cfg, folder, "digits_16", small_digits)
+    # too many points should show before the training
+    for data in sets.values():
+        pick_rows(cfg, load_data(data))
+    return sets
 
 
 def pick_rows(cfg, data):

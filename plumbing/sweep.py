@@ -26,7 +26,7 @@ def cached(folder, key, compute):
     path = Path(folder) / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.pt"
     if path.exists():
         return read_weights(path)["result"]
-    result = {name: torch.as_tensor(value) for name, value in compute().items()}
+    result = {name: torch.as_tensor(value).cpu() for name, value in compute().items()}
     save_checkpoint(path, dict(key=text, result=result))
     return result
 

@@ -61,7 +61,7 @@ def restore(run, parts, identity, may_change):
     if not path.exists():
         return 0
     checkpoint, config = read_weights(path), identity["config"]
-    if checkpoint["fingerprint"] != identity["fingerprint"]:
+    if checkpoint.get("fingerprint") != identity["fingerprint"]:
         raise ValueError(f"{path} was trained on other data of the same name: give another --out")
     for name, before in checkpoint["config"].items():
         now = config.get(name, before)
@@ -141,7 +141,7 @@ class RunLog:
         if self.quiet:
             return
         now = time.time()
-        speed = (step - self.last_step) * self.cfg.batch / (now - self.last_time)
+        speed = (step - self.last_step) * self.cfg.batch / max(now - self.last_time, 1e-9)
         self.last_step, self.last_time = step, now
         values |= dict(images_per_second=speed, tflops=speed * self.flops / 1e12)
         if self.peak:

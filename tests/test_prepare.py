@@ -190,6 +190,7 @@ BAD = [  # a data set, what to do to a good folder, what the line must say
     ("imagenet", lambda src: None, "src: no images in this folder"),
     ("imagenet", lambda src: write(src, {"n01/a.txt": b""}), "src: no images in this folder"),
     ("imagenet", lambda src: write(src, {"n00/n01/a.png": b""}), "a.png does not lie in a class folder"),
+    ("imagenet", lambda src: write(src, {"n00/a.png": b"", "n01/a.txt": b""}), "n01: no images in this folder"),
     ("imagenet", lambda src: write(src, {"n00/a.png": b"", "b.png": b""}), "b.png does not lie in a class folder")]
 
 

@@ -266,7 +266,7 @@ def test_folders_of_runs(data, tmp_path):
     (dict(device="cuda:9" if not torch.cuda.is_available() else "tpu"), "not available"),
     (dict(repa=1.0, repa_depth=3), "3 blocks or more, but SiT-nano/4 has 2"),
     (dict(repa=1.0, repa_depth=1, model="UNet-nano-conv"), "needs a SiT"),
-    (dict(repa=1.0, repa_depth=1, model="SiT-nano/2"), r"features.npy \(50, 16\) \+ \(dim,\) beside x.npy"),
+    (dict(repa=1.0, repa_depth=1, model="SiT-nano/2"), r"features.npy of shape \(50, 16, dim\) beside x.npy"),
 ])
 def test_bad_configs(data, tmp_path, changes, message):
     with pytest.raises((ValueError, OSError), match=message):
@@ -280,7 +280,7 @@ def test_another_config_or_other_data_do_not_resume(data, tmp_path):
     other = tmp_path / "toy"
     shutil.copytree(data, other)
     np.save(other / "x.npy", np.load(other / "x.npy") * 0.9)
-    for changes, message in ((dict(lr=0.5), "with lr = 0.003, not 0.5"), (dict(steps=1), "past step 1, at 2"),
+    for changes, message in ((dict(lr=0.5), "with lr = 0.003, not 0.5"), (dict(steps=1), "at step 2, past the 1"),
                              (dict(data=str(other)), "other data")):
         with pytest.raises(ValueError, match=message):
             train.train(config(changes.pop("data", data), run, **changes))

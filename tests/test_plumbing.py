@@ -235,11 +235,18 @@ def test_a_data_set_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         if path.stem == "y":
             raise OSError("no space left")
         save(path, array, **options)
-    with monkeypatch.context() as m:
-        m.setattr(np, "save", fails_at_the_second)
-        with pytest.raises(OSError, match="no space left"):
-            sets.save_dataset(folder, dict(x=np.ones(5), y=np.arange(5) + 1), {})
-    assert np.load(folder / "y.npy").tolist() == [0, 1, 2, 3, 4] and os.listdir(tmp_path) == ["d"]
+    replace = os.replace
+
+    def fails_at_the_last(source, target):
+        if Path(source).name == "new":
+            raise OSError("no space left")
+        replace(source, target)
+    for module, name, fails in ((np, "save", fails_at_the_second), (os, "replace", fails_at_the_last)):
+        with monkeypatch.context() as m:
+            m.setattr(module, name, fails)
+            with pytest.raises(OSError, match="no space left"):
+                sets.save_dataset(folder, dict(x=np.ones(5), y=np.arange(5) + 1), {})
+        assert np.load(folder / "y.npy").tolist() == [0, 1, 2, 3, 4] and os.listdir(tmp_path) == ["d"]
     sets.save_dataset(folder, dict(x=np.ones(5)), {})
     assert sorted(os.listdir(folder)) == ["meta.json", "x.npy"] and os.listdir(tmp_path) == ["d"]
 

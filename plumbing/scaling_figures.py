@@ -27,7 +27,7 @@ def draw_fig3(arrays, folder):
     for ax, region, place, colour in zip(axes, ("sup", "ext"), ("Training points", "Trajectories"), (BLUE, ORANGE),
                                          strict=False):
         draw_levels(ax, arrays, region, colour)
-        ax.set(title=f"{place}:\na change of {ends[region][0]:+.3f}", ylabel=rf"$E^{{\rm {region}}}$")
+        ax.set(title=f"{place}: from first\nto last network {ends[region][0]:+.3f}", ylabel=rf"$E^{{\rm {region}}}$")
     draw_plane(axes[2], arrays)
     save_figure(fig, folder / "fig3.png")
     if len(arrays["ends"]) > 1:

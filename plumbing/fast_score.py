@@ -8,7 +8,7 @@ At small t nearly all weights of the softmax are zero, and it takes no float64 t
 3. EmpiricalScore answers, in float64, for the points that are left.
 
 What we strike weighs less than TAU of the total. `posterior_mean_and_bound` returns the bound that was reached.
-Near t = 1 all points count. We strike none there, and are a third slower than EmpiricalScore.
+Near t = 1 all points count. We strike none there, and are no faster than EmpiricalScore.
 
 r_star, nearest and draws are those of EmpiricalScore. tests/test_fast_score.py searches for data that break the bound.
 """

@@ -70,11 +70,12 @@ def find_classes(root, classes=None):
         if path.parent.parent != root:
             raise ValueError(f"{path} does not lie in a class folder: expected {root}/CLASS/{path.name}")
     names = [path.parent.name for path in paths]
-    empty = [path for path in root.iterdir() if path.is_dir() and path.name[0] != "." and path.name not in names]
+    found = set(names)
+    empty = [path for path in root.iterdir() if path.is_dir() and path.name[0] != "." and path.name not in found]
     if empty:
         raise ValueError(f"{min(empty)}: no images in this folder")
-    numbers = {name: k for k, name in enumerate(classes or sorted(set(names)))}
-    unknown = set(names) - set(numbers)
+    numbers = {name: k for k, name in enumerate(classes or sorted(found))}
+    unknown = found - set(numbers)
     if unknown:
         raise ValueError(f"{root / min(unknown)}: --source has no class of this name")
     return list(numbers), paths, np.array([numbers[name] for name in names])
@@ -225,8 +226,8 @@ def save_samples(cfg, sample, model, device, rank, world):
         save_grid(torch.cat([draw(index) for index in torch.arange(cfg.n).split(cfg.batch)]), path)
     else:
         # All that decides on the images: a command goes on with none but its own.
-        made = vars(cfg) | dict(run="", out="", fid="", device=device.type, weights=checksum(model))
-        made |= dict(vae=checksum(vae) if vae else "")
+        weights = dict(weights=checksum(model), vae=checksum(vae) if vae else "")
+        made = vars(cfg) | weights | dict(run="", out="", fid="", device=device.type)
         write_npz(path, draw, labels, cfg.batch, made, rank, world)
     if rank == 0:
         print(f"{cfg.n} samples ({device}, {cfg.solver}, w = {cfg.w:g}): {path}", flush=True)

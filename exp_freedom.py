@@ -31,8 +31,7 @@ from model import build_model
 from plumbing import results
 from plumbing.cli import check_at_least, pick_device, run_command, setup_processes
 from plumbing.data import get_images, labels_in_turn, load_data, model_sizes
-from plumbing.faiss_score import FaissScore
-from plumbing.fast_score import FastEmpiricalScore
+from plumbing.fast_score import FaissScore, FastEmpiricalScore
 from plumbing.images import to_uint8
 from plumbing.sweep import run_grid
 from sample import T_MIN, noise, solve_ode
@@ -251,7 +250,8 @@ def measure(cfg):
 
 def plot(found, folder):
     """Draw fig5.png, whose error bars are the range over seeds, and fig5_mechanism.png."""
-    arrays, cfg, blue = found["arrays"], found["config"], results.BLUE
+    arrays, cfg = found["arrays"], found["config"]
+    blue = results.BLUE
     ratios, threshold = cfg["ratios"], cfg["threshold"]
     is_copy = {kind: np.array(arrays[kind]["l2"]) < threshold for kind in arrays}           # (ratios, seeds, steps, n)
     real = np.mean(np.array(arrays["sit"]["real"]) < threshold)

@@ -29,15 +29,15 @@ import torch
 
 import train
 from model import build_model
-from plumbing import scaling, scaling_figures
+from plumbing import scaling
 from plumbing.cli import check_at_least, count_flops, pick_device, run_command, setup_processes
 from plumbing.data import get_images, labels_in_turn, load_data, model_sizes
 from plumbing.fast_score import make_score
 from plumbing.files import load_run
 from plumbing.results import claim, finding, results_folder, run_experiment, student_interval
-from plumbing.scaling import compare_at_equal_L, data_folder, measurement_key
-from plumbing.stand_ins import SIDE, Judge, few_digits
-from plumbing.sweep import cached, run_jobs
+from plumbing.scaling import compare_at_equal_L
+from plumbing.stand_ins import SIDE, Judge, data_folder, draw_fields, few_digits, image_sets, pick_rows
+from plumbing.sweep import cached, measurement_key, name_run, run_jobs
 from sample import noise, predict_x, solve_ode, velocity
 
 
@@ -102,7 +102,7 @@ PRESETS = {
 def train_network(network, folder, job):
     """Train, resume or find the network of a job. Return its run, a folder named by all that the network depends on."""
     settings = dataclasses.replace(network, **dataclasses.asdict(job))
-    settings.out = str(folder / "runs" / scaling.name_run(settings))
+    settings.out = str(folder / "runs" / name_run(settings))
     return str(train.train(settings, alone=True))
 
 
@@ -113,7 +113,7 @@ def times(cfg):
 
 def noised_points(cfg, data, device):
     """Return noised training points z (T, n, C, H, W) and their labels (n,): every network sees the same ones."""
-    rows = scaling.pick_rows(cfg, data)
+    rows = pick_rows(cfg, data)
     x, y = get_images(data, rows, device)
     eps = noise(range(cfg.n_points), x.shape[1:], cfg.seed + 1).to(device)
     return torch.stack([torch.lerp(x, eps, t) for t in times(cfg)]), y
@@ -202,7 +202,7 @@ def measure_runs(cfg, folder, case):
 
 def measure_ladder(cfg):
     """Return E^sup and E^ext of perfect denoisers of Gaussian 1/f fields that know the k lowest frequencies alone."""
-    data, moments, frequencies = scaling.draw_fields(2000, 16, cfg.seed)
+    data, moments, frequencies = draw_fields(2000, 16, cfg.seed)
     # each cut keeps or drops equal frequencies together
     modes = [int((frequencies <= cut).sum()) for cut in (0.07, 0.14, 0.2, 0.3, 0.45, 0.8)]
     models = [Wiener(moments, k) for k in modes]
@@ -217,7 +217,7 @@ def plan_fig3(cfg, folder):
     """
     kinds = list(itertools.product(cfg.lengths, cfg.models))
     plan = []
-    for name, data in scaling.image_sets(cfg, folder).items():
+    for name, data in image_sets(cfg, folder).items():
         used, seeds = ([kinds[0], kinds[-1]], 1) if plan else (kinds, cfg.seeds)
         for seed in range(seeds):
             plan.append((name, [Job(data, model, steps, seed) for steps, model in used]))
@@ -416,5 +416,5 @@ def measure(cfg):
 
 
 if __name__ == "__main__":
-    main = functools.partial(run_experiment, "exp_scaling", measure=measure, plot=scaling_figures.plot)
+    main = functools.partial(run_experiment, "exp_scaling", measure=measure, plot=scaling.plot)
     run_command(main, PRESETS, __doc__)

@@ -136,15 +136,13 @@ def noise(index, shape, seed=0):
 class Config:
     run: str = tyro.MISSING  # a run's folder as train.py prints it, or a file of official SiT weights
     n: int = 64  # how many images
-    label: int | None = None  # one class; default: see labels
-    labels: Literal["balanced", "random"] = "balanced"  # all classes in turn, or random ones
+    label: int | None = None  # one class; default: all in turn
     w: float = 1.0  # guidance; 1 is none
     solver: Literal["dopri5", "heun", "euler"] = "dopri5"  # see the top of this file
     steps: int = 50  # steps of heun and euler
     batch: int = 64  # images at a time; dopri5's steps depend on it
     seed: int = 0  # image i of a seed is always the same
     ema: bool = True  # the averaged weights; --no-ema takes the raw ones
-    convention: Literal["auto", "sit", "repa"] = "auto"  # of weights from elsewhere: whose time and sign they follow
     device: str = "auto"  # auto, cpu, cuda, mps
     vae: str = ""  # autoencoder that turns latents into images: a folder, or a name on the Hugging Face hub
     out: str = ""  # NAME.npz: all images for FID; else a PNG, by default samples_*.png in the run's folder
@@ -153,7 +151,7 @@ class Config:
 
 def main(cfg):
     rank, world, device = setup_processes(pick_device(cfg.device))
-    model = load_run(cfg.run, device, cfg.ema, cfg.convention)
+    model = load_run(cfg.run, device, cfg.ema)
 
     def sample(index, y):
         """Return the images number `index` (B,) of classes y (B,)."""

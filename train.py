@@ -167,7 +167,7 @@ def train(cfg, alone=False):  # noqa: C901 (the loop is told in one piece)
     data, run = load_data(cfg.data), training.run_folder(cfg, PRESETS[cfg.preset], MAY_CHANGE)
     lock = lock_folder(run) if rank == 0 else None                       # one writer, until `lock` is forgotten
 
-    # the network, what it minimises, the average of its weights, the optimizer
+    # Build the network, what it minimises, the average of its weights, and the optimizer.
     torch.manual_seed(cfg.seed)
     model_args = dict(name=cfg.model, **model_sizes(data), prediction=cfg.prediction)
     model = build_model(**model_args).to(device)
@@ -177,7 +177,7 @@ def train(cfg, alone=False):  # noqa: C901 (the loop is told in one piece)
     trainable = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, cfg.lr, weight_decay=0, fused=device.type != "mps")
 
-    # go on from the last checkpoint, or start from given weights
+    # Go on from the last checkpoint, or start from given weights.
     parts = dict(model=model, ema=average, optimizer=optimizer)
     if cfg.repa:
         parts["projector"] = objective.projector
@@ -190,7 +190,7 @@ def train(cfg, alone=False):  # noqa: C901 (the loop is told in one piece)
     about = f"{cfg.model}, {millions:.2f}M parameters, {len(data['x']):,} images of {cfg.data}"
     log = training.RunLog(about, run, cfg, model_args, device, world, first_step, quiet=alone or rank > 0)
 
-    # several processes average their gradients; a GPU runs the forward pass in bfloat16
+    # Several processes average their gradients. A GPU runs the forward pass in bfloat16.
     loss_fn = torch.compile(objective) if cfg.compile else objective
     if world > 1:
         loss_fn = DistributedDataParallel(loss_fn, [device.index] if device.type == "cuda" else None)
@@ -210,7 +210,7 @@ def train(cfg, alone=False):  # noqa: C901 (the loop is told in one piece)
         t, eps, drop = (a[mine] for a in step_noise(step, (cfg.batch, *shape), cfg.seed, device))
         y = torch.where(drop < cfg.label_dropout, num_classes, y)        # num_classes is the null label
 
-        # forward and backward, a micro-batch at a time; processes average their gradients with the last one only
+        # Go forward and backward, a micro-batch at a time. Processes average their gradients with the last one only.
         for start in range(0, per_process, micro):
             part = slice(start, start + micro)
             exchange = world == 1 or start + micro == per_process
@@ -220,13 +220,13 @@ def train(cfg, alone=False):  # noqa: C901 (the loop is told in one piece)
                 ((dsm + cfg.repa * alignment) / cfg.accum).backward()
             running = running + dsm.detach() / cfg.accum
 
-        # the update
+        # Update the weights, and the average of them.
         optimizer.param_groups[0]["lr"] = learning_rate(cfg, step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         update_average(average, model, step, cfg.ema)
 
-        # log, save, draw samples
+        # At some steps, log the loss, save a checkpoint, and draw samples.
         done = step + 1
         is_last, is_kept = done == cfg.steps, done in cfg.keep
         logs, saves = is_last or done % cfg.log_every == 0, is_last or is_kept or done % cfg.save_every == 0

@@ -1,37 +1,66 @@
 """Encode ImageNet into the latents that the paper trains on. `python data/prepare.py imagenet` runs this file.
 
-An image becomes RGB, is halved with a box filter while its short side is 512 or more, resized bicubically to a short
-side of 256, and cropped in the middle, all as ADM does. The image *and its mirror image* go through the VAE, since the
-mirror image of a latent is not the latent of the mirror image. Rows 2k and 2k + 1 of x.npy are image k and its flip.
-Images are sorted by class, then by name. A latent is the posterior's mean times the VAE's scaling factor, in float16:
-its values are of order 1, and x.npy takes 21 GB.
+An image becomes RGB and 256 x 256 by ADM's crop. The image *and its mirror image* go through the VAE, since the mirror
+image of a latent is not the latent of the mirror image. Rows 2k and 2k + 1 of x.npy are image k and its flip, sorted by
+class, then by name. A latent is the posterior's mean times the VAE's scaling factor, in float16. x.npy takes 21 GB.
 
-4,096 images at a time become a shard, a file in .<name>.shards beside the target, named by a hash of its images and of
-the networks. So the same command, on any number of processes, goes on after a kill, and encodes again only what has
-changed. At the end the first process puts the shards together; until then they take the disk a second time.
+4,096 images at a time become a shard, named by a hash of its images and of the networks. So the same command, on any
+number of processes, goes on after a kill. At the end the first process puts the shards together.
 Tested with small networks on a CPU. It has not been run at ImageNet's size, nor on GPUs.
 """
 import functools
 import hashlib
-import os
 import shutil
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from plumbing.cli import pick_device, setup_processes, wait_for_all
-from plumbing.data import check_labels, save_dataset
+from plumbing.data import check_labels, new_folder
 from plumbing.files import lock_folder, read_json, write_json, write_whole
-from plumbing.images import center_crop, find_classes, find_images, read_rgb
+from plumbing.images import find_images, read_rgb
 from plumbing.weights import checksum, load_vae, optional_import, pretrained
 
 SIZE = 256  # pixels a side
 SHARD, SHARD_WITH_FEATURES = 4096, 512  # images; DINOv2's features are 48 times larger than latents
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, by which DINOv2's input is normalised
+
+
+def center_crop(image, size):
+    """Return the middle of an RGB image as uint8 (size, size, 3): ADM's crop, which DiT and SiT use too."""
+    width, height = image.size
+    # bicubic alone would alias where it shrinks an image much
+    while min(width, height) >= 2 * size:
+        width, height = width // 2, height // 2
+        image = image.resize((width, height), Image.Resampling.BOX)
+    scale = size / min(width, height)
+    width, height = round(width * scale), round(height * scale)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    top = (height - size) // 2
+    left = (width - size) // 2
+    return np.array(image)[top:top + size, left:left + size]
+
+
+def find_classes(root, classes=None):
+    """Return (class names, image paths, labels) of a folder of class folders. A label is a position in `classes`."""
+    paths = find_images(root)
+    for path in paths:
+        if path.parent.parent != root:
+            raise ValueError(f"{path} does not lie in a class folder: expected {root}/CLASS/{path.name}")
+    names = [path.parent.name for path in paths]
+    found = set(names)
+    empty = [path for path in root.iterdir() if path.is_dir() and path.name[0] != "." and path.name not in found]
+    if empty:
+        raise ValueError(f"{min(empty)}: no images in this folder")
+    numbers = {name: k for k, name in enumerate(classes or sorted(found))}
+    unknown = found - set(numbers)
+    if unknown:
+        raise ValueError(f"{root / min(unknown)}: --source has no class of this name")
+    return list(numbers), paths, np.array([numbers[name] for name in names])
 
 
 class Images(list):
@@ -46,7 +75,7 @@ class Images(list):
 
 def load_dino(name):
     """Return DINOv2. Its table of positions is resampled to 16 x 16 patches, with antialiasing, as REPA does."""
-    dino = pretrained("--dino", name, optional_import("transformers", "Dinov2Model", "--repa"))
+    dino = pretrained(optional_import("transformers", "Dinov2Model", "--repa"), name)
     table = dino.embeddings.position_embeddings.data  # (1, 1 + 37 * 37, D): it was trained on 518 x 518 pixels
     side = round((table.shape[1] - 1) ** 0.5)
     grid = table[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, 37, 37)
@@ -76,15 +105,12 @@ def features(dino, images):
 
 def fingerprint(paths, *more):
     """Return a hash of files, by name, size and time, and of `more`."""
-    h = hashlib.sha256(repr(more).encode())
-    for path in paths:
-        stat = path.stat()
-        h.update(repr((path.parent.name, path.name, stat.st_size, stat.st_mtime_ns)).encode())
-    return h.hexdigest()[:16]
+    files = [(path.parent.name, path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return hashlib.sha256(repr((files, more)).encode()).hexdigest()[:16]
 
 
 def encode_shard(file, paths, copies, encoders, cfg, device):
-    """Write what each encoder makes of these images, or of each and its flip, and what is wrong with an image."""
+    """Write what each encoder makes of these images, or of each and its flip. Raise ValueError if one is damaged."""
     made, wrong = {name: [] for name in encoders}, []
     for images, reasons in DataLoader(Images(paths), batch_size=cfg.batch, num_workers=cfg.workers):
         images = images.to(device)
@@ -92,31 +118,24 @@ def encode_shard(file, paths, copies, encoders, cfg, device):
             images = torch.stack([images, images.flip(2)], dim=1).flatten(0, 1)
         for name, encoder in encoders.items():
             made[name].append(encoder(images).half().cpu())
-        wrong += reasons
-    arrays = {name: torch.cat(batches).unflatten(0, (len(paths), copies)).numpy() for name, batches in made.items()}
-    for name, values in arrays.items():
-        if not np.isfinite(values).all():
-            raise ValueError(f"{name} of {paths[0]} to {paths[-1]}: not finite in float16: is the network damaged?")
+        wrong += [reason for reason in reasons if reason]
+    if wrong:
+        print(*wrong, sep="\n", flush=True)
+        raise ValueError(f"{len(wrong)} images cannot be read (listed above): mend or remove them, and start again")
     with write_whole(file) as f:
-        np.savez(f, wrong=np.array(wrong), **arrays)
+        np.savez(f, **{name: torch.cat(batches).numpy() for name, batches in made.items()})
 
 
-def read_shards(shards, name):
-    """Yield one array (images, copies, ...) of each shard."""
+def merge(shards, name, rows, path):
+    """Write array `name` of all shards, so many rows, as one .npy, shard by shard."""
+    start = 0
     for file, _ in shards:
-        with np.load(file, allow_pickle=False) as arrays:
-            yield arrays[name]
-
-
-def merge(shards, name, keep, path):
-    """Write array `name` of all shards as one .npy of float16, shard by shard, less the images that are not kept."""
-    copies, *shape = next(read_shards(shards, name)).shape[1:]
-    shape, start = (copies * int(keep.sum()), *shape), 0
-    with write_whole(path) as f:
-        np.lib.format.write_array_header_1_0(f, dict(descr="<f2", fortran_order=False, shape=shape))
-        for values in read_shards(shards, name):
-            f.write(values[keep[start:start + len(values)]].tobytes())
-            start += len(values)
+        with np.load(file) as arrays:
+            values = arrays[name]
+        if start == 0:
+            merged = np.lib.format.open_memmap(path, "w+", values.dtype, (rows, *values.shape[1:]))
+        merged[start:start + len(values)] = values
+        start += len(values)
 
 
 def write_meta(folder, meta):
@@ -129,24 +148,12 @@ def write_meta(folder, meta):
 
 
 def finish(parts, new, meta, cfg):
-    """Put the shards together in the folder `new`. Raise ValueError if an image cannot be read, unless --skip-bad."""
-    wrong = {part: np.concatenate(list(read_shards(shards, "wrong"))) for part, (shards, _, _) in parts.items()}
-    skipped = [str(text) for text in np.concatenate(list(wrong.values())) if text]
-    if skipped and not cfg.skip_bad:
-        print(*skipped, sep="\n", flush=True)
-        raise ValueError(f"{len(skipped)} images cannot be read (listed above): mend or remove them, or leave them out "
-                         "by --skip-bad; the same command goes on from here")
-    shutil.rmtree(new, ignore_errors=True)
-    files = {}
+    """Put the shards together in the folder `new`."""
     for part, (shards, labels, copies) in parts.items():
-        keep = wrong[part] == ""
         for name in ["x", "features"] if part == "x" and cfg.repa else ["x"]:
-            merge(shards, name, keep, new / f"{part if name == 'x' else name}.npy")
-        np.save(new / f"{part.replace('x', 'y', 1)}.npy", np.repeat(labels[keep], copies))
-        names = [f"{path.parent.name}/{path.name}" for _, piece in shards for path in piece]
-        files[part] = [names[k] for k in np.flatnonzero(keep)]
-    write_json(new / "files.json", files)
-    write_meta(new, meta | dict(skipped=skipped))
+            merge(shards, name, len(labels) * copies, new / f"{part if name == 'x' else name}.npy")
+        np.save(new / f"{part.replace('x', 'y', 1)}.npy", np.repeat(labels, copies))
+    write_meta(new, meta)
 
 
 def prepare(cfg, out):
@@ -180,10 +187,8 @@ def prepare(cfg, out):
     if rank == 0:
         meta = dict(name="imagenet", source=str(cfg.source), num_classes=len(classes), classes=classes, made=made,
                     networks=networks, scaling=f"latent x {vae.config.scaling_factor}", vae=cfg.vae)
-        with lock_folder(work):
-            finish(parts, work / "new", meta, cfg)
-            shutil.rmtree(out, ignore_errors=True)
-            os.replace(work / "new", out)
+        with lock_folder(work), new_folder(out) as new:
+            finish(parts, new, meta, cfg)
         shutil.rmtree(work)
         print(f"imagenet lies in {out}")
 
@@ -205,13 +210,12 @@ def read_folder(source, size):
 
 def save_pixels(out, source, arrays, classes):
     """Write a data set of pixels, scaled to [-1, 1], after a check of the labels."""
-    files = {}
-    for part, images, labels in (("", *arrays[:2]), ("_heldout", *arrays[2:])):
-        check_labels(f"y{part} of {source}", labels, len(images), len(classes))
-        files |= {f"x{part}": images.astype(np.float32) / 127.5 - 1, f"y{part}": labels.astype(np.int64)}
     meta = dict(name=out.name, source=str(source), num_classes=len(classes), classes=classes,
                 scaling="x = byte / 127.5 - 1, in [-1, 1]")
-    save_dataset(out, files, meta)
-    write_meta(out, meta)
-    counts = f"{len(arrays[0])} images, {len(arrays[2])} held out, {len(classes)} classes"
-    print(f"{out.name} ({counts}) lies in {out}")
+    with new_folder(out) as new:
+        for part, images, labels in (("", *arrays[:2]), ("_heldout", *arrays[2:])):
+            check_labels(f"y{part} of {source}", labels, len(images), len(classes))
+            np.save(new / f"x{part}.npy", images.astype(np.float32) / 127.5 - 1)
+            np.save(new / f"y{part}.npy", labels.astype(np.int64))
+        write_meta(new, meta)
+    print(f"{out.name} ({len(arrays[0])} images, {len(arrays[2])} held out, {len(classes)} classes) lies in {out}")

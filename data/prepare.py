@@ -13,17 +13,19 @@ MNIST and CIFAR-10 hold out their test images, a folder every tenth image, image
 ImageNet yourself, since it comes with an agreement. The sets mnist5k and digits need no preparation.
 """
 import gzip
-import hashlib
 import io
+import struct
 import sys
 import tarfile
-import urllib.request
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import tyro
+from mlxtend.data import loadlocal_mnist
+from torch.hub import download_url_to_file
 
 # the project's folder and this one, so that the script runs from any directory
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
@@ -31,7 +33,6 @@ import imagenet  # noqa: E402
 
 from plumbing.cli import check_at_least, run_command  # noqa: E402
 from plumbing.data import DATA, EMBEDDED  # noqa: E402
-from plumbing.files import write_whole  # noqa: E402
 
 
 @dataclass
@@ -46,7 +47,6 @@ class Config:
     dino: str = "facebook/dinov2-base"  # imagenet: a transformers Dinov2Model, a folder or a name on the hub
     batch: int = 32  # imagenet: images encoded at once, each with its flip
     workers: int = 4  # imagenet: processes that read images, for each GPU; 0: none
-    skip_bad: bool = False  # imagenet: leave out images that cannot be read
 
 
 DOWNLOADS = {  # address, and the sha256 of each file as its authors published it
@@ -63,14 +63,13 @@ CIFAR_BYTES = 10_000 * 3073  # of a file; a record is the label, then 3 x 32 x 3
 def download(name):
     """Download the files of a data set that are not there yet, and return their folder."""
     folder, (address, sums) = DATA / ".download" / name, DOWNLOADS[name]
-    for file in [file for file in sums if not (folder / file).exists()]:
-        print(f"downloading {address + file}", flush=True)
-        with urllib.request.urlopen(address + file, timeout=60) as response:
-            content = response.read(2**30)
-        if hashlib.sha256(content).hexdigest() != sums[file]:
-            raise ValueError(f"{address + file}: not of sha256 {sums[file]}: get it elsewhere, and pass --source")
-        with write_whole(folder / file) as f:
-            f.write(content)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, sha256 in sums.items():
+        if not (folder / file).exists():
+            try:
+                download_url_to_file(address + file, folder / file, sha256)
+            except RuntimeError as error:
+                raise ValueError(f"{address + file}: {error}: get it elsewhere, and pass --source") from None
     return folder
 
 
@@ -83,26 +82,25 @@ def unzip(path):
         raise ValueError(f"{path}: cannot be read whole ({error})") from None
 
 
-def read_idx(source, stem, shape):
-    """Return the uint8 array (N, *shape) of an IDX file: big-endian magic number, N and shape, then the bytes."""
-    # some put a dot before idx, and Kaggle a folder of the same name beside the file
-    paths = [p for p in sorted(source.rglob("*")) if p.is_file()]
-    path = next((p for p in paths if p.name.replace(".idx", "-idx").removesuffix(".gz") == stem), None)
-    if path is None:
-        raise ValueError(f"{source / stem}: missing, expected it here or in a folder below, .gz or not")
-    content, start, magic = unzip(path), 4 * (2 + len(shape)), 2049 + len(shape)
-    header = [int.from_bytes(content[i:i + 4]) for i in range(0, start, 4)]
-    found, expected = len(content) - start, int(np.prod(header[1:]))
-    if header[0] != magic or tuple(header[2:]) != shape or found != expected:
-        raise ValueError(f"{path}: header {header} and {found} bytes, expected {[magic, 'N', *shape]} and {expected}")
-    return np.frombuffer(content, np.uint8, offset=start).reshape(header[1:])
-
-
 def read_mnist(source):
     """Return images (N, 1, 28, 28) and labels of training, then of test, in uint8."""
-    images, labels = "images-idx3-ubyte", "labels-idx1-ubyte"
-    return [read_idx(source, f"train-{images}", (28, 28))[:, None], read_idx(source, f"train-{labels}", ()),
-            read_idx(source, f"t10k-{images}", (28, 28))[:, None], read_idx(source, f"t10k-{labels}", ())]
+    # some put a dot before idx, and Kaggle a folder of the same name beside the file
+    found = {p.name.replace(".idx", "-idx").removesuffix(".gz"): p for p in sorted(source.rglob("*")) if p.is_file()}
+    arrays = []
+    for split in ("train", "t10k"):
+        names = [f"{split}-images-idx3-ubyte", f"{split}-labels-idx1-ubyte"]
+        with tempfile.TemporaryDirectory() as folder:
+            files = [Path(folder) / name for name in names]
+            for file in files:
+                if file.name not in found:
+                    raise ValueError(f"{source / file.name}: missing, expected here or in a folder below, .gz or not")
+                file.write_bytes(unzip(found[file.name]))
+            try:
+                x, y = loadlocal_mnist(*files)
+            except (ValueError, struct.error) as error:
+                raise ValueError(f"{source}: {' and '.join(names)} are damaged, or do not fit ({error})") from None
+        arrays += [x.reshape(-1, 1, 28, 28), y]
+    return arrays
 
 
 def read_cifar10(source):

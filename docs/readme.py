@@ -136,11 +136,11 @@ def thresholds():
 def scale():
     """What the presets gpu and paper cost, by counts of FLOPs."""
     costs = load("costs")
-    lines = [costs["assumed"], "", "| command | networks | GPU-hours of training | memory of a GPU | disk |",
-             "|---|---|---|---|---|"]
+    lines = [costs["assumed"], "", "| command | networks | FLOPs | GPU-hours of training | memory of a GPU | disk |",
+             "|---|---|---|---|---|---|"]
     for c in costs["rows"]:
-        lines.append(f"| `{c['command']}` | {c['networks']} | {c['hours']:.3g} | {c['memory']:.3g} GB | "
-                     f"{c['disk']:.3g} GB |")
+        lines.append(f"| `{c['command']}` | {c['networks']} | {c['flops']:.1e} | {c['hours']:.3g} | "
+                     f"{c['memory']:.3g} GB | {c['disk']:.3g} GB |")
     return "\n".join(lines)
 
 

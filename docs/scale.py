@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from model import build_model  # noqa: E402
+from plumbing import stand_ins  # noqa: E402
 from plumbing.cli import count_flops  # noqa: E402
 from plumbing.files import write_json  # noqa: E402
 
@@ -40,8 +41,7 @@ def list_networks(script, cfg):
         return [cfg.network] * cfg.seeds
     # the networks of Figure 6 are among those of Figure 7; names stand for data sets that nobody draws
     module = importlib.import_module(script)
-    module.data_folder = module.scaling.data_folder = lambda cfg, folder, name, make: cfg.data or name
-    module.scaling.load_data = module.scaling.pick_rows = lambda *_: None
+    module.data_folder = stand_ins.data_folder = lambda cfg, folder, name, make: cfg.data or name
     jobs = [(cfg.network, job) for _, jobs in module.plan_fig3(cfg, None) for job in jobs]
     recipes = [(cfg.sits, repa) for repa in cfg.lambdas]
     recipes += [(cfg.unets, 0.0), ([f"{model}-conv" for model in cfg.unets], 0.0)]
@@ -98,7 +98,7 @@ def cost(script, preset):
             images = n * shape[0]**2 * shape[1] * (2 if cfg.data == "imagenet" else 4)
             # autocast copies the weights to bfloat16
             memory[-1] += weights / 2 + (images if images < GPU_MEMORY / 3 else 0)
-    counts = dict(hours=flops / rate / 3600, memory=max(memory) / 1e9, disk=disk / 1e9)
+    counts = dict(flops=flops, hours=flops / rate / 3600, memory=max(memory) / 1e9, disk=disk / 1e9)
     return dict(command=f"{launcher} {script}.py --preset {preset}", networks=len(networks)) | {
         name: float(f"{value:.3g}") for name, value in counts.items()}
 

@@ -1,5 +1,6 @@
 """Data sets: a folder with x.npy (N, C, H, W), floats in about [-1, 1], y.npy (N,) labels, meta.json, and what is held
 out of training, x_heldout.npy and y_heldout.npy."""
+import contextlib
 import functools
 import hashlib
 import os
@@ -18,17 +19,15 @@ DATA = ROOT / "data"
 EMBEDDED = ("mnist5k", "digits", "photos")
 
 
-def save_dataset(folder, arrays, meta):
-    """Write {"x": array, "y": array, ...} as .npy files, and meta.json, to `folder`: all of it or nothing."""
+@contextlib.contextmanager
+def new_folder(folder):
+    """Yield an empty folder to write to. At the end it takes the place of `folder`, or after an error is gone."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work:
-        new = Path(work) / "new"
-        # this also makes the folder `new`
-        write_json(new / "meta.json", meta)
-        for name, array in arrays.items():
-            np.save(new / f"{name}.npy", array, allow_pickle=False)
-        old = Path(work) / "old"
+        new, old = Path(work) / "new", Path(work) / "old"
+        new.mkdir()
+        yield new
         if folder.exists():
             os.replace(folder, old)
         try:
@@ -37,6 +36,14 @@ def save_dataset(folder, arrays, meta):
             if old.exists():
                 os.replace(old, folder)
             raise
+
+
+def save_dataset(folder, arrays, meta):
+    """Write {"x": array, "y": array, ...} as .npy files, and meta.json, to `folder`: all of it or nothing."""
+    with new_folder(folder) as new:
+        write_json(new / "meta.json", meta)
+        for name, array in arrays.items():
+            np.save(new / f"{name}.npy", array, allow_pickle=False)
 
 
 def write_once(folder, make):
@@ -92,7 +99,7 @@ def find_folder(name):
 
 def check_images(name, x, shape):
     """Raise ValueError unless x is (N, C, H, H) floating point, of the images' `shape`, and its values are scaled."""
-    if x.dtype.kind != "f" or x.ndim != 4 or x.shape[2] != x.shape[3] or x.shape[1:] != shape:
+    if x.dtype.kind != "f" or x.ndim != 4 or not len(x) or x.shape[2] != x.shape[3] or x.shape[1:] != shape:
         raise ValueError(f"{name} must be floating point of shape (N, C, H, H), C and H as in x.npy, not {x.dtype} "
                          f"{x.shape}")
     # a thousand images of a large set, since it takes minutes to read all

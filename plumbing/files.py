@@ -98,12 +98,11 @@ def checkpoint_path(run):
     return path
 
 
-def load_run(run, device="cpu", ema=True, convention="auto", data=None):
+def load_run(run, device="cpu", ema=True, data=None):
     """Return the model, in eval mode, of a run's folder, a checkpoint, or official SiT weights.
 
-    ema         the averaged weights, or the raw ones
-    convention  of official weights, see plumbing/weights.py
-    data        a data set; raise ValueError if the model was trained on another one
+    ema     the averaged weights, or the raw ones
+    data    a data set; raise ValueError if the model was trained on another one
     Raise FileNotFoundError or ValueError that names the file.
     """
     path = checkpoint_path(run)
@@ -117,7 +116,9 @@ def load_run(run, device="cpu", ema=True, convention="auto", data=None):
     else:
         # here, since plumbing/weights.py imports this file
         from plumbing.weights import load_sit_weights
-        model = load_sit_weights(checkpoint, path, convention, ema)
+        model = load_sit_weights(checkpoint, path, ema)
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise ValueError(f"{path} holds weights that are not finite")
     if data is not None:
         sizes = (model.in_channels, model.input_size, model.num_classes)
         fits = sizes == (*data["x"].shape[1:3], data["meta"]["num_classes"])

@@ -22,17 +22,14 @@ from plumbing.cli import check_at_least, wait_for_all
 from plumbing.files import checkpoint_path, write_whole
 from plumbing.weights import checksum, decode, load_vae, optional_import
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-
 
 def find_images(folder):
     """Return the image files in a folder and below it, sorted. Hidden files and folders do not count."""
-    names = glob.glob("**", root_dir=folder, recursive=True)
-    paths = sorted(Path(folder) / name for name in names if Path(name).suffix.lower() in SUFFIXES)
-    paths = [path for path in paths if path.is_file()]
-    if not paths:
-        raise ValueError(f"{folder}: no images in this folder, expected {', '.join(SUFFIXES)}")
-    return paths
+    paths = map(Path, glob.glob(f"{glob.escape(str(folder))}/**", recursive=True))
+    images = sorted(path for path in paths if path.suffix.lower() in Image.registered_extensions() and path.is_file())
+    if not images:
+        raise ValueError(f"{folder}: no images in this folder")
+    return images
 
 
 def read_rgb(path):
@@ -46,39 +43,6 @@ def read_rgb(path):
     except Exception as error:
         # Decoders raise many kinds of errors for damaged files: OSError, SyntaxError, struct.error.
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
-
-
-def center_crop(image, size):
-    """Return the middle of an RGB image as uint8 (size, size, 3): ADM's crop, which DiT and SiT use too."""
-    width, height = image.size
-    # bicubic alone would alias where it shrinks an image much
-    while min(width, height) >= 2 * size:
-        width, height = width // 2, height // 2
-        image = image.resize((width, height), Image.Resampling.BOX)
-    scale = size / min(width, height)
-    width, height = round(width * scale), round(height * scale)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    top = (height - size) // 2
-    left = (width - size) // 2
-    return np.array(image)[top:top + size, left:left + size]
-
-
-def find_classes(root, classes=None):
-    """Return (class names, image paths, labels) of a folder of class folders. A label is a position in `classes`."""
-    paths = find_images(root)
-    for path in paths:
-        if path.parent.parent != root:
-            raise ValueError(f"{path} does not lie in a class folder: expected {root}/CLASS/{path.name}")
-    names = [path.parent.name for path in paths]
-    found = set(names)
-    empty = [path for path in root.iterdir() if path.is_dir() and path.name[0] != "." and path.name not in found]
-    if empty:
-        raise ValueError(f"{min(empty)}: no images in this folder")
-    numbers = {name: k for k, name in enumerate(classes or sorted(found))}
-    unknown = found - set(numbers)
-    if unknown:
-        raise ValueError(f"{root / min(unknown)}: --source has no class of this name")
-    return list(numbers), paths, np.array([numbers[name] for name in names])
 
 
 def to_uint8(x):
@@ -185,15 +149,6 @@ def statistics(source, batch=64):
     return gaussian(features(images[start:start + batch]) for start in range(0, len(images), batch))
 
 
-def pick_labels(cfg, num_classes):
-    """Return labels (n,): one class, all in turn, or random ones."""
-    if cfg.label is not None:
-        return torch.full((cfg.n,), cfg.label)
-    if cfg.labels == "balanced":
-        return torch.arange(cfg.n) % num_classes
-    return torch.from_numpy(np.random.default_rng(cfg.seed).integers(num_classes, size=cfg.n))
-
-
 @torch.no_grad()
 def save_samples(cfg, sample, model, device, rank, world):
     """Draw cfg.n images, decoded, and write them to a PNG, or to an .npz, whose FID to cfg.fid is printed.
@@ -214,9 +169,7 @@ def save_samples(cfg, sample, model, device, rank, world):
     # A wrong reference or a missing package shows here, before hours of sampling.
     reference = statistics(cfg.fid) if cfg.fid and rank == 0 else None
     vae = load_vae(cfg.vae).to(device) if cfg.vae else None
-    if vae and vae.config.latent_channels != model.in_channels:
-        raise ValueError(f"{cfg.vae} decodes {vae.config.latent_channels} channels, the model has {model.in_channels}")
-    labels = pick_labels(cfg, model.num_classes)
+    labels = torch.arange(cfg.n) % model.num_classes if cfg.label is None else torch.full((cfg.n,), cfg.label)
 
     def draw(index):
         x = sample(index, labels[index].to(device))

@@ -1,133 +1,21 @@
-"""What exp_scaling.py needs and is no lesson: its images, the names of what it keeps, and its intervals."""
-import dataclasses
+"""The statistics of exp_scaling.py, and its figures, drawn from results.json alone."""
 import functools
-import hashlib
 import itertools
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from scipy.stats import t as student
 
 from model import build_model
 from plumbing.cli import count_flops
-from plumbing.data import load_data, model_sizes, write_once
-from plumbing.files import checkpoint_path
-from plumbing.results import bootstrap_interval
-from plumbing.stand_ins import small_images
+from plumbing.data import load_data, model_sizes
+from plumbing.results import BLUE, GREY, ORANGE, bootstrap_interval, new_figure, save_figure
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Dead leaves: images whose detail no other image shares
-
-
-def draw_leaves(n, side, seed, r_min=1.5):
-    """Return the grey and the texture of n images, each (n, side, side).
-
-    Discs are laid front to back until they cover every pixel. Their radii have density ~ r^-3 on [r_min, side]. A disc
-    has its own grey, uniform in [-1, 1]. Half of the discs have white noise too, each of its own exponential strength.
-    """
-    rng = np.random.default_rng(seed)
-    grey = np.zeros((n, side, side), np.float32)
-    texture = np.zeros_like(grey)
-    covered = np.zeros(grey.shape, bool)
-    y, x = np.mgrid[0:side, 0:side] + 0.5
-    todo = np.arange(n)                                      # images with a pixel that no disc covers
-    while len(todo):
-        m = len(todo)
-        u = rng.random(m)
-        radius = 1 / np.sqrt(u / side**2 + (1 - u) / r_min**2)
-        centre_x, centre_y = rng.uniform(-radius, side + radius, (2, m))
-        d2 = (x - centre_x[:, None, None])**2 + (y - centre_y[:, None, None])**2
-        visible = (d2 < radius[:, None, None]**2) & ~covered[todo]
-        which, row, column = np.nonzero(visible)
-        image = todo[which]
-        strength = rng.exponential(1, m) * (rng.random(m) < 0.5)
-        grey[image, row, column] = rng.uniform(-1, 1, m)[which]
-        texture[image, row, column] = strength[which] * rng.standard_normal(len(which))
-        covered[image, row, column] = True
-        todo = todo[~covered[todo].all((1, 2))]
-    return grey, texture
-
-
-def leaves(n, side, texture, seed):
-    """Return (arrays, meta) of a data set of dead leaves, without labels; mean 0, variance 1.
-
-    texture  factor of every disc's texture; 0: all discs are flat. Sets of one seed differ in nothing else.
-    """
-    grey, detail = draw_leaves(n, side, seed)
-    x = grey + texture * detail
-    x = ((x - x.mean()) / x.std()).astype(np.float32)[:, None]
-    return dict(x=x, y=np.zeros(n, np.int64)), dict(num_classes=1)
-
-
-def draw_fields(n, side, seed):
-    """Return n Gaussian fields with a 1/f spectrum as a data set, their second moments (D, D), and frequencies (D,).
-
-    The moments are those of the density that the fields are drawn from, whose perfect denoiser is a Wiener filter.
-    """
-    f = torch.hypot(torch.fft.fftfreq(side)[:, None], torch.fft.fftfreq(side)).flatten()
-    power = f.clamp(min=1 / side)**-2
-    waves = torch.fft.fft2(torch.eye(side**2).view(-1, side, side), norm="ortho").flatten(1)
-    moments = (waves * (power / power.mean()) @ waves.mH).real
-    generator = torch.Generator().manual_seed(seed)
-    white = torch.randn(side**2, n, generator=generator)
-    x = (torch.linalg.cholesky(moments) @ white).T.reshape(n, 1, side, side)
-    return dict(x=x.numpy(), y=np.zeros(n, np.int64)), moments, f
-
-
-def small_digits():
-    """Return (arrays, meta) of digits of 16 x 16 with labels, with mean 0 and variance 1."""
-    x, y = small_images("mnist5k", 16)
-    return dict(x=x, y=y), dict(num_classes=10)
-
-
-def data_folder(cfg, folder, name, make):
-    """Return the folder of a data set: --data, or one that make(), which returns (arrays, meta), draws on first use."""
-    if cfg.data:
-        return cfg.data
-    path = folder / "data" / name
-    write_once(path, make)
-    return str(path)
-
-
-def image_sets(cfg, folder):
-    """Return {name: folder} of the data sets of Figure 3: leaves with less and less texture, then digits; or --data."""
-    if cfg.data:
-        return {Path(cfg.data).name: cfg.data}
-    sets = {}
-    for texture in cfg.textures:
-        make = functools.partial(leaves, cfg.n_images, 16, texture, cfg.seed)
-        sets[f"texture {texture:g}"] = data_folder(cfg, folder, f"leaves_{texture:g}_{cfg.n_images}_{cfg.seed}", make)
-    sets["digits"] = data_folder(cfg, folder, "digits_16", small_digits)
-    # too many points should show before the training
-    for data in sets.values():
-        pick_rows(cfg, load_data(data))
-    return sets
-
-
-def pick_rows(cfg, data):
-    """Return the rows of the training points on which all networks are measured."""
-    if not 1 < cfg.n_points <= len(data["x"]):
-        raise ValueError(f"n_points must lie between 2 and {len(data['x'])}, the number of images, not {cfg.n_points}")
-    return np.random.default_rng([cfg.seed, 1]).permutation(len(data["x"]))[:cfg.n_points]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What is kept, and under which name
-
-def name_run(settings):
-    """Return a name for the run of a train.Config: readable, and with a hash of all its fields."""
-    text = json.dumps(dataclasses.asdict(settings), sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return f"{Path(settings.data).name}_{settings.model.replace('/', '-')}_{settings.steps}_{digest}"
-
-
-def measurement_key(cfg, data, *runs):
-    """Return all that a measurement of these runs depends on, for `cached`."""
-    files = [(str(run), checkpoint_path(run).stat().st_mtime) for run in runs]
-    return dict(data=data["fingerprint"], runs=files, n=cfg.n_points, times=cfg.n_times, seed=cfg.seed, fast=cfg.fast)
-
+# The paper's E^sup and E^ext: SiT-S, B and L after 200K, 300K and 400K iterations, and SiT-XL. One SiT-B is hidden.
+PAPER_SUP = (0.18843, 0.18789, 0.18750, 0.1866, 0.18567, 0.18494, 0.18432, 0.18374, 0.18340)
+PAPER_EXT = (0.53337, 0.53374, 0.53395, 0.53441, 0.53475, 0.53489, 0.53512, 0.53540, 0.53590)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Statistics of Figure 3
@@ -219,3 +107,140 @@ def compare_at_equal_L(one, two):
     for recipe in (one, two):
         distances.append([np.polyval(fit_line(seed), (low + high) / 2) for seed in recipe])
     return np.divide(*distances), high - low
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The figures
+
+def plot(results, folder):
+    """Draw the figures that results.json has numbers for."""
+    draw = dict(fig3=draw_fig3, fig6=draw_fig6, fig7=draw_fig7)
+    for name, arrays in results["arrays"].items():
+        draw[name](arrays, folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figure 3
+
+def draw_fig3(arrays, folder):
+    """Draw the two panels of the paper, and E^ext over E^sup with the paper's own points as an inset."""
+    fig, axes = new_figure(3.4, columns=3)
+    ends = next(iter(arrays["ends"].values()))
+    for ax, region, place, colour in zip(axes, ("sup", "ext"), ("Training points", "Trajectories"), (BLUE, ORANGE),
+                                         strict=False):
+        draw_levels(ax, arrays, region, colour)
+        ax.set(title=f"{place}: from first\nto last network {ends[region][0]:+.3f}", ylabel=rf"$E^{{\rm {region}}}$")
+    draw_plane(axes[2], arrays)
+    save_figure(fig, folder / "fig3.png")
+    if len(arrays["ends"]) > 1:
+        draw_mechanism(arrays, folder)
+
+
+def draw_levels(ax, arrays, region, colour):
+    """Draw an error against compute, one line for each length."""
+    cost, levels = np.array(arrays["cost"]), np.array(arrays[region])
+    lengths = np.array([name.partition(", ")[2] for name in arrays["names"]])
+    kinds = list(dict.fromkeys(lengths))
+    for k, length in enumerate(kinds):
+        mine = lengths == length
+        level, low, high = levels[mine].T
+        ax.errorbar(cost[mine], level, [level - low, high - level], fmt="so"[k % 2] + "-", capsize=3, color=colour,
+                    alpha=(k + 1) / len(kinds), label=length or "small to large")
+    ax.set(xscale="log", xlabel="training compute (FLOPs)" if kinds != [""] else "network")
+    ax.xaxis.set_minor_formatter("")
+    # room for the legend above the error bars
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high + 0.35 * (high - low))
+    ax.legend(loc="upper center")
+
+
+def draw_plane(ax, arrays):
+    """Draw E^ext over E^sup, and where networks would go if x_* had a share rho of what they learn."""
+    sup, ext = np.array(arrays["sup"])[:, 0], np.array(arrays["ext"])[:, 0]
+    gain = sup[0] - sup.min()
+    for rho, style in ((0, ":"), (0.25, "--"), (0.5, "-")):
+        end = ext[0] + (1 - 2 * rho) * gain
+        ax.plot([sup[0], sup[0] - gain], [ext[0], end], style, color=GREY, lw=1.2)
+        ax.annotate(rf"$\rho={rho:g}$", (sup[0] - gain, end), (4, -3), textcoords="offset points", color=GREY)
+    ax.plot(sup, ext, "o", color="black")
+    ax.invert_xaxis()
+    ax.set(xlabel=r"$E^{\rm sup}$", ylabel=r"$E^{\rm ext}$", title="One error\nagainst the other")
+    inset = ax.inset_axes([0.06, 0.62, 0.4, 0.28])
+    inset.plot(PAPER_SUP, PAPER_EXT, "o", ms=3, color=GREY)
+    inset.set(xticks=[], yticks=[])
+    inset.set_title("the paper's", fontsize=10)
+    inset.invert_xaxis()
+
+
+def draw_mechanism(arrays, folder):
+    """Draw the ladder of perfect denoisers, and for each data set how E^ext changes at its rho."""
+    fig, axes = new_figure(3.6, columns=2)
+    ladder = arrays["ladder"]
+    for region, colour, place in (("ext", ORANGE, "on trajectories"), ("sup", BLUE, "on training points")):
+        axes[0].plot(ladder["modes"], ladder[region], "o-", color=colour, label=place)
+    axes[0].set(xscale="log", xlabel="number of waves that it knows", ylabel="error, per dimension",
+                title="Perfect denoisers do it too: the\nmore detail one knows, the farther from $x_*$")
+    axes[0].set_xticks(ladder["modes"], [str(k) for k in ladder["modes"]])
+    axes[0].minorticks_off()
+    axes[0].legend(loc="center right")
+    for name, ends in arrays["ends"].items():
+        rho, (left, right) = ends["rho"]
+        change, (low, high) = ends["ext"]
+        axes[1].errorbar(rho, change, [[change - low], [high - change]], [[rho - left], [right - rho]], fmt="o",
+                         color=ORANGE, capsize=3)
+        label = name.replace("texture", "leaves, texture")
+        axes[1].annotate(label, (right, change), (6, -4), textcoords="offset points", backgroundcolor="white")
+    axes[1].axhline(0, color=GREY, lw=1)
+    axes[1].axvline(0.5, color=GREY, lw=1, ls="--")
+    axes[1].set(xlabel=r"$\rho$, the share of new detail that $x_*$ has too", ylabel=r"change of $E^{\rm ext}$",
+                title="Theory: it rises left of the dashed line,\nand falls right of it")
+    axes[1].margins(x=0.3)
+    save_figure(fig, folder / "fig3_mechanism.png")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures 6 and 7
+
+def draw_fig6(arrays, folder):
+    """Draw the levels of what changes, for REPA and for another seed."""
+    places = np.arange(3)
+    fig, ax = new_figure(3.6)
+    styles = (("of_points", -0.2, BLUE, "on training points"), ("of_path", 0.2, ORANGE, "on trajectories"))
+    for name, shift, colour, label in styles:
+        changes = 100 * np.array(arrays[name])               # (seeds, 3)
+        ax.bar(places + shift, changes.mean(0), 0.38, color=colour, label=label)
+        # a dot for each seed
+        ax.plot(places + shift, changes.T, "k.")
+    ax.set_xticks(places, ["by REPA", "by REPA, in common\nwith other seeds", "by another seed,\nwithout REPA"])
+    ax.set_ylabel("change of the network, % of L")
+    repa, _, seed = np.mean(np.array(arrays["of_path"]) / np.array(arrays["of_points"]), axis=0)
+    ax.set_title(f"REPA changes the network {repa:.2f} times as much on trajectories as on\n"
+                 f"training points, another seed {seed:.2f} times")
+    ax.legend()
+    save_figure(fig, folder / "fig6.png")
+
+
+def draw_fig7(points, folder):
+    """Draw the distance over L for recipes with REPA, and for U-Nets; larger markers took more FLOPs."""
+    points = {name: np.array(values) for name, values in points.items()}
+    none, *repa, attention, convolutions = points
+    purples = colormaps["Purples"](np.linspace(0.5, 0.9, len(repa)))
+    colours = dict(zip(points, ["black", *purples, "#D9A400", "#7B3F00"], strict=True))
+    panels = {"(b) REPA": [none, *repa], "(c) Convolutions": [none, attention, convolutions]}
+    most_flops = max(values[..., 0].max() for values in points.values())
+    fig, axes = new_figure(3.9, columns=2, sharex=True, sharey=True)
+    for ax, title in zip(axes, panels, strict=True):
+        for name in panels[title]:
+            flops, L, distance = points[name].reshape(-1, 3).T
+            area = 10 + 110 * flops / most_flops
+            ax.scatter(L, distance, area, color=colours[name], alpha=0.4, lw=0)
+            ends = np.array([L.min(), L.max()])
+            line = np.polyval(fit_line(points[name]), ends)
+            ax.plot(ends, line, color=colours[name], label=name)
+        last = panels[title][-1]
+        ratios, _ = compare_at_equal_L(points[last], points[none])
+        ax.set_title(f"{title[:3]} {last}: {ratios.mean():.2f} times\nthe distance at equal L")
+        ax.set_xlabel("supervision loss L")
+        ax.legend(loc="lower right")
+    axes[0].set(ylabel="Fréchet distance", ylim=0)
+    save_figure(fig, folder / "fig7.png")

@@ -1,11 +1,110 @@
-"""What a laptop has in place of large networks: a teacher for REPA (DINOv2), and a judge of samples (Inception)."""
+"""What exp_scaling.py has in place of ImageNet, DINOv2 and Inception: made images, a teacher for REPA, and a judge."""
+import functools
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from plumbing.data import load_data
+from plumbing.data import load_data, write_once
 from plumbing.images import frechet, gaussian
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Dead leaves: images whose detail no other image shares
+
+
+def draw_leaves(n, side, seed, r_min=1.5):
+    """Return the grey and the texture of n images, each (n, side, side).
+
+    Discs are laid front to back until they cover every pixel. Their radii have density ~ r^-3 on [r_min, side]. A disc
+    has its own grey, uniform in [-1, 1]. Half of the discs have white noise too, each of its own exponential strength.
+    """
+    rng = np.random.default_rng(seed)
+    grey = np.zeros((n, side, side), np.float32)
+    texture = np.zeros_like(grey)
+    covered = np.zeros(grey.shape, bool)
+    y, x = np.mgrid[0:side, 0:side] + 0.5
+    todo = np.arange(n)                                      # images with a pixel that no disc covers
+    while len(todo):
+        m = len(todo)
+        u = rng.random(m)
+        radius = 1 / np.sqrt(u / side**2 + (1 - u) / r_min**2)
+        centre_x, centre_y = rng.uniform(-radius, side + radius, (2, m))
+        d2 = (x - centre_x[:, None, None])**2 + (y - centre_y[:, None, None])**2
+        visible = (d2 < radius[:, None, None]**2) & ~covered[todo]
+        which, row, column = np.nonzero(visible)
+        image = todo[which]
+        strength = rng.exponential(1, m) * (rng.random(m) < 0.5)
+        grey[image, row, column] = rng.uniform(-1, 1, m)[which]
+        texture[image, row, column] = strength[which] * rng.standard_normal(len(which))
+        covered[image, row, column] = True
+        todo = todo[~covered[todo].all((1, 2))]
+    return grey, texture
+
+
+def leaves(n, side, texture, seed):
+    """Return (arrays, meta) of a data set of dead leaves, without labels; mean 0, variance 1.
+
+    texture  factor of every disc's texture; 0: all discs are flat. Sets of one seed differ in nothing else.
+    """
+    grey, detail = draw_leaves(n, side, seed)
+    x = grey + texture * detail
+    x = ((x - x.mean()) / x.std()).astype(np.float32)[:, None]
+    return dict(x=x, y=np.zeros(n, np.int64)), dict(num_classes=1)
+
+
+def draw_fields(n, side, seed):
+    """Return n Gaussian fields with a 1/f spectrum as a data set, their second moments (D, D), and frequencies (D,).
+
+    The moments are those of the density that the fields are drawn from, whose perfect denoiser is a Wiener filter.
+    """
+    f = torch.hypot(torch.fft.fftfreq(side)[:, None], torch.fft.fftfreq(side)).flatten()
+    power = f.clamp(min=1 / side)**-2
+    waves = torch.fft.fft2(torch.eye(side**2).view(-1, side, side), norm="ortho").flatten(1)
+    moments = (waves * (power / power.mean()) @ waves.mH).real
+    generator = torch.Generator().manual_seed(seed)
+    white = torch.randn(side**2, n, generator=generator)
+    x = (torch.linalg.cholesky(moments) @ white).T.reshape(n, 1, side, side)
+    return dict(x=x.numpy(), y=np.zeros(n, np.int64)), moments, f
+
+
+def small_digits():
+    """Return (arrays, meta) of digits of 16 x 16 with labels, with mean 0 and variance 1."""
+    x, y = small_images("mnist5k", 16)
+    return dict(x=x, y=y), dict(num_classes=10)
+
+
+def data_folder(cfg, folder, name, make):
+    """Return the folder of a data set: --data, or one that make(), which returns (arrays, meta), draws on first use."""
+    if cfg.data:
+        return cfg.data
+    path = folder / "data" / name
+    write_once(path, make)
+    return str(path)
+
+
+def image_sets(cfg, folder):
+    """Return {name: folder} of the data sets of Figure 3: leaves with less and less texture, then digits; or --data."""
+    if cfg.data:
+        return {Path(cfg.data).name: cfg.data}
+    sets = {}
+    for texture in cfg.textures:
+        make = functools.partial(leaves, cfg.n_images, 16, texture, cfg.seed)
+        sets[f"texture {texture:g}"] = data_folder(cfg, folder, f"leaves_{texture:g}_{cfg.n_images}_{cfg.seed}", make)
+    sets["digits"] = data_folder(cfg, folder, "digits_16", small_digits)
+    return sets
+
+
+def pick_rows(cfg, data):
+    """Return the rows of the training points on which all networks are measured."""
+    if not 1 < cfg.n_points <= len(data["x"]):
+        raise ValueError(f"n_points must lie between 2 and {len(data['x'])}, the number of images, not {cfg.n_points}")
+    return np.random.default_rng([cfg.seed, 1]).permutation(len(data["x"]))[:cfg.n_points]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Small digits
 
 # pixels along a side of the small digits
 SIDE = 8

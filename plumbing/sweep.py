@@ -1,20 +1,17 @@
 """Sweeps of many small networks: several train at once, each is kept by what it depends on."""
+import dataclasses
 import functools
 import hashlib
 import json
-import multiprocessing
-import os
-import signal
-import threading
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from joblib import Parallel, delayed, parallel_config
 from tqdm import tqdm
 
 from plumbing.cli import count_processes, setup_processes
-from plumbing.files import read_weights, save_checkpoint
+from plumbing.files import checkpoint_path, read_weights, save_checkpoint
 
 
 def cached(folder, key, compute):
@@ -31,24 +28,11 @@ def cached(folder, key, compute):
     return result
 
 
-def start_worker():
-    """Give a worker one thread, so that results do not depend on how many there are, and end it with its parent."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=follow_parent, daemon=True).start()
-
-
-def follow_parent():
-    # where the parent was killed, a worker would wait for its next job for ever
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
 def run_jobs(f, jobs, workers):
     """Return {job: f(job)}, `workers` at once in processes of one thread each; 1: in this process, for a GPU.
 
     f keeps its results on the disk (see `cached`), so that the same command goes on after an interrupt. Under torchrun
-    every process takes its share. f is a function of a module, or a functools.partial of one; jobs are hashable.
+    every process takes its share. Jobs are hashable.
     """
     jobs = list(jobs)
     rank, world = count_processes()
@@ -58,21 +42,21 @@ def run_jobs(f, jobs, workers):
         dist.all_gather_object(parts, {job: f(job) for job in jobs[rank::world]})
         found = {job: result for part in parts for job, result in part.items()}
         return {job: found[job] for job in jobs}
-    if workers == 1:
-        return {job: f(job) for job in tqdm(jobs, "networks", disable=None, leave=False)}
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
-        results = tqdm(pool.map(f, jobs), "networks", len(jobs), disable=None, leave=False)
-        return dict(zip(jobs, results, strict=True))
+    with parallel_config("loky", inner_max_num_threads=1):
+        results = Parallel(workers, return_as="generator")(delayed(f)(job) for job in jobs)
+        return dict(zip(jobs, tqdm(results, "networks", len(jobs), disable=None, leave=False), strict=True))
 
 
 def run_grid(f, settings, seeds, workers, folder, key):
     """Return {name: array (settings, seeds, ...)} of what f("setting/seed") returns, a dict of tensors.
 
-    settings are texts, seeds are numbers. f and workers are those of run_jobs; what f returns is kept in `folder` under
-    `key`, which holds all that it depends on.
+    settings are texts, seeds are numbers. What f returns is kept in `folder` under `key`, all that it depends on.
     """
+    def run_job(job):
+        return cached(folder, key | dict(job=job), functools.partial(f, job))
+
     jobs = [f"{setting}/{seed}" for setting in settings for seed in seeds]
-    found = run_jobs(functools.partial(run_cached, f, folder, key), jobs, workers)
+    found = run_jobs(run_job, jobs, workers)
     arrays = {}
     for name in found[jobs[0]]:
         values = torch.stack([found[job][name].cpu() for job in jobs])
@@ -80,5 +64,14 @@ def run_grid(f, settings, seeds, workers, folder, key):
     return arrays
 
 
-def run_cached(f, folder, key, job):
-    return cached(folder, key | dict(job=job), functools.partial(f, job))
+def name_run(settings):
+    """Return a name for the run of a train.Config: readable, and with a hash of all its fields."""
+    text = json.dumps(dataclasses.asdict(settings), sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{Path(settings.data).name}_{settings.model.replace('/', '-')}_{settings.steps}_{digest}"
+
+
+def measurement_key(cfg, data, *runs):
+    """Return all that a measurement of these runs depends on, for `cached`."""
+    files = [(str(run), checkpoint_path(run).stat().st_mtime) for run in runs]
+    return dict(data=data["fingerprint"], runs=files, n=cfg.n_points, times=cfg.n_times, seed=cfg.seed, fast=cfg.fast)

@@ -4,6 +4,7 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -26,17 +27,16 @@ def check_training(cfg, world):
 
 
 def check_repa(cfg, data, model):
-    """Return the dimension of a teacher's features. Raise ValueError where they, or the block to align, are missing."""
+    """Return the dimension of a teacher's features. Raise ValueError if they, or the block to align, are missing."""
     depth = len(getattr(model, "blocks", ()))
     if depth < cfg.repa_depth:
-        raise ValueError(f"REPA needs a SiT of {cfg.repa_depth} blocks or more, but {cfg.model} has {depth}: change "
-                         "repa_depth or model")
-    n, tokens = len(data["x"]), model.pos_embed.shape[1]
-    shape = data["features"].shape if "features" in data else ()
-    if len(shape) != 3 or shape[:2] != (n, tokens):
-        raise ValueError(f"REPA needs a teacher's features for each image and token of {cfg.model}: features.npy of "
-                         f"shape ({n}, {tokens}, dim) beside x.npy of {cfg.data}, not {shape}")
-    return shape[2]
+        raise ValueError(f"REPA aligns block {cfg.repa_depth} of a SiT, but {cfg.model} has {depth}: change repa_depth")
+    wanted, features = (len(data["x"]), model.pos_embed.shape[1]), data.get("features", np.zeros(0))
+    if features.ndim != 3 or features.shape[:2] != wanted or features.dtype.kind != "f":
+        raise ValueError(f"REPA needs features.npy beside x.npy of {cfg.data}: floating point of shape ({wanted[0]}, "
+                         f"{wanted[1]}, dim), a teacher's for each image and token, not {features.dtype} "
+                         f"{features.shape}")
+    return features.shape[2]
 
 
 def run_folder(cfg, preset, may_change):
@@ -73,7 +73,7 @@ def restore(run, parts, identity, may_change):
         raise ValueError(f"{path} is at step {checkpoint['step']}, past the {config['steps']} asked for: give another "
                          "--out")
     for name, part in parts.items():
-        load_state(part, checkpoint[name], path)
+        load_state(part, checkpoint.get(name), path)
     return checkpoint["step"]
 
 

@@ -1,8 +1,8 @@
 """Weights from elsewhere: official SiT and REPA networks, and networks by their name on the Hugging Face hub.
 
 SiT weights f come in two conventions. Both become a plain SiT of model.py, v(z, t).
-    sit     time runs from noise (0) to data (1), and f predicts x - eps: v(z, t) = -f(z, 1 - t)
-    repa    time and sign are those of this project: v(z, t) = f(z, t)
+    SiT     time runs from noise (0) to data (1), and f predicts x - eps: v(z, t) = -f(z, 1 - t)
+    REPA    time and sign are those of this project: v(z, t) = f(z, t). Told by its projectors
 """
 import argparse
 import hashlib
@@ -30,7 +30,6 @@ def unwrap(checkpoint, ema=True):
 
 def build_sit(state, path):
     """Return a SiT with these weights, less what only training uses. Raise ValueError if no official SiT has them."""
-    # REPA aligns features by projectors.
     state = {name: value for name, value in state.items() if not name.startswith("projectors.")}
     heads = {SIT_SIZES[name][:2]: SIT_SIZES[name][2] for name in OFFICIAL}
     try:
@@ -64,24 +63,10 @@ def reverse_time_and_sign(model):
         parameter.neg_()
 
 
-@torch.no_grad()
-def correlation_at_noise(model):
-    """Return the correlation of v(z, 1) - v(z', 1) with z - z', for pure noise z and z'.
+def load_sit_weights(checkpoint, path, ema=True):
+    """Return official SiT or REPA weights, the dict in the file `path`, as a SiT in this project's time and sign.
 
-    It is 1 for the exact velocity, z - E[x]. A network of digits had .997, and .32 with time and sign reversed.
-    """
-    shape = (model.in_channels, model.input_size, model.input_size)
-    z = torch.randn(2, max(1, 4096 // math.prod(shape)), *shape, generator=torch.Generator().manual_seed(0))
-    v = model(z.flatten(0, 1), 1.0).view_as(z)
-    return float(torch.corrcoef(torch.stack([(v[0] - v[1]).flatten(), (z[0] - z[1]).flatten()]))[0, 1])
-
-
-def load_sit_weights(checkpoint, path, convention="auto", ema=True):
-    """Return official SiT or REPA weights as a SiT in this project's time and sign.
-
-    checkpoint  the dict in a .pt or .safetensors file; `path` is its name for messages
-    convention  "sit", "repa", or "auto": "repa" if the training arguments or the names of weights say so, else "sit"
-    Raise ValueError if the weights are no official SiT's, or if "auto" finds that they predict no velocity.
+    Raise ValueError if the weights are no official SiT's, or predict no velocity.
     """
     state, args = unwrap(checkpoint, ema)
     target = str(args.get("path_type", "linear")).lower(), args.get("prediction", "v")
@@ -89,11 +74,8 @@ def load_sit_weights(checkpoint, path, convention="auto", ema=True):
         raise ValueError(f"{path}: its args say path {target[0]} and prediction {target[1]}, expected linear and v")
     model = build_sit(state, path)
     is_repa = args.get("prediction") == "v" or any(name.startswith("projectors.") for name in state)
-    if convention == "sit" or (convention == "auto" and not is_repa):
+    if not is_repa:
         reverse_time_and_sign(model)
-    if convention == "auto" and not correlation_at_noise(model) > 0.7:
-        raise ValueError(f"{path}: these weights do not predict a velocity at pure noise: give --convention repa for "
-                         "REPA's, or for a state dict of this project without its model_args")
     return model
 
 
@@ -102,33 +84,25 @@ def load_sit_weights(checkpoint, path, convention="auto", ema=True):
 
 
 def optional_import(module, name, option):
-    """Return `name` of an optional package. Raise ImportError with the command that installs it."""
+    """Return `name` of an optional package. Raise ImportError that says how to install it."""
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, RuntimeError) as error:
         package = module.split(".")[0].replace("_", "-")
-        # With its version named, pip leaves this torch as it is.
-        torch_version = torch.__version__.split("+")[0]
-        raise ImportError(f"{option} needs {package}: pip install {package} torch=={torch_version}; a torchvision of "
-                          f"another torch breaks it, see docs/scale.md ({error})") from error
+        raise ImportError(f"{option} needs {package}: pip install {package}, see docs/scale.md ({error})") from error
 
 
-def pretrained(option, name, kind):
-    """Return a network, from a folder or by its name on the hub. Raise ValueError if it does not load whole."""
-    try:
-        model, report = kind.from_pretrained(name, output_loading_info=True)
-    except Exception as error:
-        # missing, offline or damaged: each library raises errors of its own
-        reason = str(error).strip() or type(error).__name__
-        raise ValueError(f"{option} {name}: cannot be loaded as {kind.__name__} ({reason})") from error
+def pretrained(kind, name):
+    """Return a network of an optional package, from a folder or by its name on the hub, ready to use."""
+    model, report = kind.from_pretrained(name, output_loading_info=True)
     if report["missing_keys"]:
-        raise ValueError(f"{option} {name}: the file lacks weights of {kind.__name__}: {min(report['missing_keys'])}")
+        raise ValueError(f"{name} lacks weights of {kind.__name__}: {min(report['missing_keys'])}")
     return model.eval().requires_grad_(False)
 
 
 def load_vae(name):
     """Return the autoencoder of a latent model, diffusers' AutoencoderKL, from a folder or by its name on the hub."""
-    return pretrained("--vae", name, optional_import("diffusers", "AutoencoderKL", "--vae"))
+    return pretrained(optional_import("diffusers", "AutoencoderKL", "--vae"), name)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 
 from empirical_score import EmpiricalScore
 from exp_freedom import Config, calibrated_l2, choose_subsets, error_to_target, find_target, load_images, recognise
-from plumbing.faiss_score import FaissScore
+from plumbing.fast_score import FaissScore
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_faiss = pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="faiss is not installed")

@@ -2,11 +2,9 @@
 import dataclasses
 import functools
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
-import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -119,30 +117,6 @@ def test_sweeps_compute_each_job_once(tmp_path):
 def test_a_worker_that_dies_ends_the_sweep():
     with pytest.raises(BrokenProcessPool):
         sweep.run_jobs(die, [1, 2], 2)
-
-
-def beat(folder, job):
-    for _ in range(600):
-        with open(Path(folder) / f"{job}.beats", "a") as f:
-            f.write("x")
-        time.sleep(0.1)
-
-
-def sweep_of_beats(folder):
-    sweep.run_jobs(functools.partial(beat, folder), [1, 2], 2)
-
-
-def test_workers_end_with_a_killed_parent(tmp_path):
-    parent = multiprocessing.get_context("spawn").Process(target=sweep_of_beats, args=(str(tmp_path),))
-    parent.start()
-    while len(list(tmp_path.iterdir())) < 2 and parent.is_alive():
-        time.sleep(0.1)
-    parent.kill()
-    parent.join()
-    time.sleep(1)
-    beats = [path.stat().st_size for path in sorted(tmp_path.iterdir())]
-    time.sleep(1)
-    assert len(beats) == 2 and beats == [path.stat().st_size for path in sorted(tmp_path.iterdir())]
 
 
 def write_set(folder, **changes):

@@ -24,7 +24,7 @@ import imagenet  # noqa: E402
 import prepare  # noqa: E402
 
 from plumbing import data  # noqa: E402
-from plumbing.images import center_crop, read_rgb  # noqa: E402
+from plumbing.images import read_rgb  # noqa: E402
 
 BINS = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
 X, Y, XT, YT = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
@@ -166,17 +166,11 @@ def edit(name, change):
     return lambda src: (src / name).write_bytes(change((src / name).read_bytes()))
 
 
-def header(*numbers):
-    return lambda b: struct.pack(f">{len(numbers)}I", *numbers) + b[4 * len(numbers):]
-
-
 BAD = [  # a data set, what to do to a good folder, what the line must say
     ("mnist", lambda src: (src / YT).unlink(), f"{YT}: missing"),
-    ("mnist", edit(X, header(2049)), rf"{X}: header \[2049, 7, 28, 28\].*\[2051, 'N', 28"),
-    ("mnist", edit(XT, header(2051, 4, 32, 32)), rf"{XT}: header \[2051, 4, 32, 32\]"),
-    ("mnist", edit(X, lambda b: b[:-1]), f"{X}: .* 5487 bytes.* 5488"),
-    ("mnist", edit(X, lambda b: b""), f"{X}: header"),
-    ("mnist", edit(Y, lambda b: header(2049, 6)(b)[:-1]), "y of .* must be 7 integer labels"),
+    ("mnist", edit(X, lambda b: b[:-1]), f"{X} and {Y} are damaged, or do not fit"),
+    ("mnist", edit(X, lambda b: b""), f"{X} and {Y} are damaged"),
+    ("mnist", edit(YT, lambda b: b[:-1]), f"{XT} and {YT} are damaged"),
     ("mnist", edit(Y, lambda b: b[:-1] + b"\x0a"), "y of .* labels in 0 .. 9, not . .. 10"),
     ("mnist", lambda src: (src / X).rename(src / f"{X}.gz"), f"{X}.gz: cannot be read whole"),
     ("cifar10", edit("c.tar.gz", lambda b: b[:len(b) // 2]), "c.tar.gz: cannot be read whole"),
@@ -206,11 +200,27 @@ def test_bad_input(box, name, change, message):
     assert [p.name for p in (box / "t").rglob("*") if p.is_file()] == ["x.npy"]
 
 
+def test_the_download(box, monkeypatch):
+    files, arrays = mnist_files()
+    sums = {}
+    write(box / "web", {f"{name}.gz": gzip.compress(content) for name, content in files.items()})
+    for path in (box / "web").iterdir():
+        sums[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(prepare.DOWNLOADS, "mnist", ((box / "web").as_uri() + "/", sums))
+    run("mnist")
+    assert_written(box / "data/mnist", arrays)
+    shutil.rmtree(box / "data")
+    sums[f"{X}.gz"] = "0" * 64
+    with pytest.raises(ValueError, match="invalid hash .* pass --source"):
+        run("mnist")
+    assert not (box / "data/mnist").exists()
+
+
 def test_the_command(tmp_path):
     source = write(tmp_path / "src", {X: b""})
     command = [sys.executable, prepare.__file__, "mnist", "--source", source, "--out", tmp_path / "o"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith(f"error: {source / X}: header")
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {source / Y}: missing")
     assert done.stderr.count("\n") == 1
 
 
@@ -247,7 +257,7 @@ def contents(folder):
 
 def tensor(path):
     """Return an image, cropped, as (1, 3, 256, 256) in 0 .. 255."""
-    return torch.from_numpy(center_crop(read_rgb(path), 256)).permute(2, 0, 1)[None].float()
+    return torch.from_numpy(imagenet.center_crop(read_rgb(path), 256)).permute(2, 0, 1)[None].float()
 
 
 def latent(x):
@@ -268,7 +278,7 @@ def test_the_crop_is_adms(width, height):
         x = resize(x, x.shape[2] // 2, x.shape[3] // 2, mode="area")
     h, w = (round(side * 256 / min(x.shape[2:])) for side in x.shape[2:])
     x = resize(x, h, w, mode="bicubic", antialias=True)[0, :, (h - 256) // 2:, (w - 256) // 2:][:, :256, :256]
-    off = (torch.from_numpy(center_crop(image, 256)) - x.permute(1, 2, 0)).abs()
+    off = (torch.from_numpy(imagenet.center_crop(image, 256)) - x.permute(1, 2, 0)).abs()
     assert off.shape == (256, 256, 3) and off.max() <= 1 and off.mean() < 0.001
 
 
@@ -279,7 +289,6 @@ def test_rows(images, tmp_path):
     found = data.load_data(str(tmp_path / "o"))
     assert found["x"].shape == (10, 4, 32, 32) and found["x"].dtype == found["features"].dtype == np.float16
     assert found["y"].tolist() == [0] * 6 + [1] * 4 and found["y_heldout"].tolist() == [1, 1]
-    assert json.loads((tmp_path / "o/files.json").read_text()) == {"x": FILES, "x_heldout": FILES[3:]}
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     for k, name in enumerate(FILES):
         plain, flipped = tensor(images / name), tensor(images / name).flip(-1)
@@ -292,23 +301,25 @@ def test_rows(images, tmp_path):
     assert np.array_equal(found["x_heldout"], found["x"][6::2])
     meta = found["meta"]
     assert meta["classes"] == ["n01", "n02"] and meta["shape"] == [4, 32, 32] and "0.18215" in meta["scaling"]
-    assert sorted(meta["sha256"]) == ["x.npy", "x_heldout.npy", "y.npy", "y_heldout.npy"] and meta["skipped"] == []
+    assert sorted(meta["sha256"]) == ["x.npy", "x_heldout.npy", "y.npy", "y_heldout.npy"]
     encode(images, tmp_path / "o", heldout=tmp_path / "val", repa=True)     # it is there already
     assert before == (contents(tmp_path / "o"), (tmp_path / "o/x.npy").stat().st_mtime_ns)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["o", "train", "val"]
 
 
-def test_bad_images_are_listed_and_may_be_skipped(images, tmp_path, capsys):
+def test_bad_images_are_listed(images, tmp_path, capsys):
     encode(images, tmp_path / "good")
     (images / "n01/aa.JPEG").write_bytes((images / "n01/b.JPEG").read_bytes()[:9000])
     (images / "n02/text.JPEG").write_text("404 not found")
-    with pytest.raises(ValueError, match="2 images cannot be read .*--skip-bad"):
+    with pytest.raises(ValueError, match="1 images cannot be read .*start again"):
         encode(images, tmp_path / "o")
     out = capsys.readouterr().out
-    assert f"{images}/n01/aa.JPEG cannot be read as an image: image file is truncated" in out and "text.JPEG" in out
+    assert f"{images}/n01/aa.JPEG cannot be read as an image: image file is truncated" in out
     assert not (tmp_path / "o").exists()
-    encode(images, tmp_path / "o", skip_bad=True)
-    for name in ("x.npy", "y.npy", "files.json"):
+    (images / "n01/aa.JPEG").unlink()
+    (images / "n02/text.JPEG").unlink()
+    encode(images, tmp_path / "o")
+    for name in ("x.npy", "y.npy"):
         assert contents(tmp_path / "o")[name] == contents(tmp_path / "good")[name]
 
 

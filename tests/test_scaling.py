@@ -13,12 +13,12 @@ import torch
 
 import exp_scaling
 from exp_scaling import PRESETS, Wiener, measure_models
-from plumbing import scaling_figures, stand_ins
+from plumbing import scaling, stand_ins
 from plumbing.data import load_data
 from plumbing.files import load_run
 from plumbing.images import frechet, gaussian
-from plumbing.scaling import compare_at_equal_L, compare_ends, draw_leaves, leaves, paired_change
-from plumbing.stand_ins import Judge, few_digits, small_images
+from plumbing.scaling import compare_at_equal_L, compare_ends, paired_change
+from plumbing.stand_ins import Judge, draw_leaves, few_digits, leaves, small_images
 from sample import noise
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,14 +206,14 @@ def test_figures_6_and_7_are_measured_by_several_workers(tmp_path, hasty):
                                (exp_scaling.measure_fig7, "fig7", ["fig7b/repa", "fig7c/convolutions"])):
         rows, arrays = measure(cfg, tmp_path)
         assert [row["id"] for row in rows] == ids
-        scaling_figures.plot(dict(arrays={name: arrays}), tmp_path)
+        scaling.plot(dict(arrays={name: arrays}), tmp_path)
         assert (tmp_path / f"{name}.png").stat().st_size > 1e4
 
 
 def test_figure_7_is_drawn_for_any_number_of_weights(tmp_path):
     points = np.random.default_rng(0).random((6, 2, 3, 3))
     recipes = ("no REPA", "REPA 1", "REPA 2", "REPA 3", "attention", "convolutions")
-    scaling_figures.draw_fig7(dict(zip(recipes, points.tolist(), strict=True)), tmp_path)
+    scaling.draw_fig7(dict(zip(recipes, points.tolist(), strict=True)), tmp_path)
     assert (tmp_path / "fig7.png").stat().st_size > 1e4
     # recipes may have other numbers of networks
     assert compare_at_equal_L(points[0], points[1][:, :2])[0].shape == (2,)

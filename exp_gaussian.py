@@ -22,7 +22,6 @@ nearer, but the network approaches it for 200 iterations only, then leaves. Righ
 import json
 import os
 import sys
-import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -222,12 +221,13 @@ def main(cfg):
     path = Path(cfg.out or f"out/exp_gaussian/{cfg.preset}") / "results.json"
     if path.exists() and "exp_gaussian" not in path.read_text():
         raise ValueError(f"{path} is of another experiment: give another --out")
-    start = time.time()
     if not cfg.redraw:
         path.parent.mkdir(parents=True, exist_ok=True)
         rows, arrays = measure(cfg)
-        results = dict(script="exp_gaussian", config=vars(cfg), seconds=time.time() - start, claims=rows, arrays=arrays)
-        path.write_text(json.dumps(results))
+        results = dict(script="exp_gaussian", config=vars(cfg), claims=rows, arrays=arrays)
+        new = path.with_suffix(".new")                       # a kill must not cost the results of before
+        new.write_text(json.dumps(results))
+        new.replace(path)
     results = json.loads(path.read_text())
     plot(path.parent, **results["arrays"])
     for claim in results["claims"]:

@@ -266,8 +266,7 @@ def main(cfg):
             raise ValueError(f"{name} must be positive, not {getattr(cfg, name)}")
     if min(cfg.nets, len(cfg.lambdas)) < 2:
         raise ValueError("nets and lambdas: two or more are needed")
-    # For networks as small as these, a second thread costs more than it brings.
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)                                 # a second thread costs small networks more than it brings
     path = Path(cfg.out or f"out/exp_toy2d/{cfg.preset}") / "results.json"
     if path.exists() and "exp_toy2d" not in path.read_text():
         raise ValueError(f"{path} is of another experiment: give another --out")
@@ -275,16 +274,17 @@ def main(cfg):
         models = {}
         for name, x_theta, x in tqdm(fit_all(cfg), disable=None):
             models[name] = evaluate(cfg, x_theta, x)
-        m = list(models.values())
+        mlp, mlp_pat, kernel, kernel_pat, stopped, equivariant, plain, *_, repa = models.values()
         rows = [
-            compare("P1", m[0], m[1]),
-            compare("P2", m[2], m[3]),
-            compare("P3", m[4], m[5]),
-            compare("REPA", m[6], m[-1]),
-        ]
+            compare("P1", mlp, mlp_pat),
+            compare("P2", kernel, kernel_pat),
+            compare("P3", stopped, equivariant),
+            compare("REPA", plain, repa)]
         results = dict(script="exp_toy2d", config=vars(cfg), claims=rows, arrays=models)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results))
+        new = path.with_suffix(".new")                       # a kill must not cost the results of before
+        new.write_text(json.dumps(results))
+        new.replace(path)
     results = json.loads(path.read_text())
     models = list(results["arrays"].items())
     draw(models[:6], path.with_name("fig9.png"))

@@ -33,9 +33,21 @@ def student_interval(values):
     return tuple(map(float, scipy.stats.ttest_1samp(values, 0).confidence_interval()))
 
 
+def wilson_interval(values):
+    """Return (low, high) of the fraction of values (n,) that are true, by Wilson. It has a width even if all are."""
+    return tuple(scipy.stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson"))
+
+
 def over_seeds(samples, statistic=np.median):
-    """Return the mean of statistic(sample) over samples [(n, ...), ...], one a seed, and the range of all intervals."""
-    lows, highs = zip(*[bootstrap_interval(sample, statistic) for sample in samples], strict=True)
+    """Return the mean of statistic(sample) over samples [(n, ...), ...], one a seed, and the range of all intervals.
+
+    The interval of a fraction, the mean of samples that are true or false, is Wilson's.
+    """
+    intervals = []
+    for sample in samples:
+        is_fraction = np.asarray(sample).dtype == bool
+        intervals.append(wilson_interval(sample) if is_fraction else bootstrap_interval(sample, statistic))
+    lows, highs = zip(*intervals, strict=True)
     return float(np.mean([statistic(sample) for sample in samples])), (min(lows), max(highs))
 
 

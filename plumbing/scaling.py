@@ -43,12 +43,12 @@ def paired_change(values, weights):
     values, weights = np.asarray(values), np.asarray(weights, dtype=float)
     K, S, n = values.shape
     per_image = np.einsum("k,ksn->n", weights, values) / S
-    variance, quantile = per_image.var(ddof=1) / n, 1.96
+    variance, freedom = per_image.var(ddof=1) / n, n - 1
     if S > 1:
         between = values.mean(2).var(1, ddof=1).mean()
         variance += (weights**2).sum() * between / S
-        quantile = student.ppf(0.975, K * (S - 1))
-    half, mean = quantile * variance**0.5, per_image.mean()
+        freedom = K * (S - 1)
+    half, mean = student.ppf(0.975, freedom) * variance**0.5, per_image.mean()
     return float(mean), (float(mean - half), float(mean + half))
 
 

@@ -274,10 +274,10 @@ def main(cfg):
         models = {}
         for name, x_theta, x in tqdm(fit_all(cfg), disable=None):
             models[name] = evaluate(cfg, x_theta, x)
-        mlp, mlp_pat, kernel, kernel_pat, stopped, equivariant, plain, *_, repa = models.values()
+        mlp, mlp_pat, krr, krr_pat, stopped, equivariant, plain, *_, repa = models.values()
         rows = [
             compare("P1", mlp, mlp_pat),
-            compare("P2", kernel, kernel_pat),
+            compare("P2", krr, krr_pat),
             compare("P3", stopped, equivariant),
             compare("REPA", plain, repa)]
         results = dict(script="exp_toy2d", config=vars(cfg), claims=rows, arrays=models)

@@ -29,26 +29,16 @@ import torch
 
 import train
 from model import build_model
-from plumbing import scaling
+from plumbing import results, scaling
 from plumbing.cli import check_at_least, count_flops, pick_device, run_command, setup_processes
 from plumbing.data import get_images, labels_in_turn, load_data, model_sizes
 from plumbing.fast_score import make_score
 from plumbing.files import load_run
-from plumbing.results import claim, finding, results_folder, run_experiment, student_interval
-from plumbing.scaling import compare_at_equal_L
-from plumbing.stand_ins import SIDE, Judge, data_folder, draw_fields, few_digits, image_sets, pick_rows
+from plumbing.results import bootstrap_interval, claim, finding, paired_change, student_interval
+from plumbing.scaling import plan_fig3, plan_fig7
+from plumbing.stand_ins import SIDE, Judge, draw_fields, pick_rows
 from plumbing.sweep import cached, measurement_key, name_run, run_jobs
 from sample import noise, predict_x, solve_ode, velocity
-
-
-@dataclass(frozen=True)
-class Job:
-    data: str  # the folder of a data set
-    model: str  # a name of model.py
-    steps: int  # training iterations
-    seed: int = 0  # of the training
-    repa: float = 0.0  # weight of REPA's loss
-
 
 TRAINING = functools.partial(train.Config, batch=64, label_dropout=0.0, grid=False, save_every=10**6)
 
@@ -210,18 +200,27 @@ def measure_ladder(cfg):
     return dict(modes=modes, sup=found["sup error"].mean(1), ext=found["ext error"].mean(1))
 
 
-def plan_fig3(cfg, folder):
-    """Return [(name of a data set, jobs)], one for each seed. The first set is Figure 3's, its networks small to large.
+def compare_ends(found):
+    """Return what changes from the first network to the last, with intervals: E^sup, E^ext, and rho on common points.
 
-    The sets that follow it have another rho: the smallest and shortest network, the largest and longest, of one seed.
+    rho is the share of the energy gained by x_theta that x_* has as well. found: the models after the linear denoiser.
     """
-    kinds = list(itertools.product(cfg.lengths, cfg.models))
-    plan = []
-    for name, data in image_sets(cfg, folder).items():
-        used, seeds = ([kinds[0], kinds[-1]], 1) if plan else (kinds, cfg.seeds)
-        for seed in range(seeds):
-            plan.append((name, [Job(data, model, steps, seed) for steps, model in used]))
-    return plan
+    networks = {term: values[1:] for term, values in found.items()}
+    weights = np.zeros(len(networks["sup error"]))
+    weights[0] = -1
+    weights[-1] = 1
+
+    def gain(term):
+        values = networks[term]
+        return (values[-1] - values[0]).mean(0)
+    def share(gains):
+        both, theta = gains.mean(0)
+        return both / theta
+    gains = np.stack([gain("common both"), gain("common theta")], 1)     # (n, 2)
+    return dict(
+        sup=paired_change(networks["sup error"], weights),
+        ext=paired_change(networks["ext error"], weights),
+        rho=(share(gains), bootstrap_interval(gains, share)))
 
 
 def measure_fig3(cfg, folder):
@@ -237,7 +236,7 @@ def measure_fig3(cfg, folder):
     found = scaling.gather_seeds(measured)
     first = cases[0][0]
     arrays = scaling.describe_networks(cfg, cases[0][1], found[first]) | dict(ladder=measure_ladder(cfg))
-    arrays["ends"] = {name: scaling.compare_ends(values) for name, values in found.items()}
+    arrays["ends"] = {name: compare_ends(values) for name, values in found.items()}
 
     linear, *errors = arrays["table"]["sup error"]
     gate = (max(errors) < linear, f"needs E^sup of all networks below {linear:.3f}, the best linear denoiser's")
@@ -256,21 +255,6 @@ def measure_fig3(cfg, folder):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Figure 6: what REPA changes, on training points and on trajectories; networks that see few digits
-
-def make_jobs(cfg, folder, models, repa=0.0):
-    """Return the networks of a recipe: all models of the first seed, then those of the next.
-
-    They see a few digits without labels. Their teacher knows more, as DINOv2 does: all digits, warped, and the labels.
-    """
-    settings = (cfg.digits, SIDE, cfg.n_student, cfg.n_teacher, cfg.seed)
-    name = "_".join(map(str, settings))
-    data = data_folder(cfg, folder, name, functools.partial(few_digits, *settings))
-    steps = max(cfg.network7.keep)
-    jobs = []
-    for seed in range(cfg.seeds7):
-        jobs += [Job(data, model, steps, seed, repa) for model in models]
-    return jobs
-
 
 def supervision(cfg, data, device):
     """Return noised training points z (T, n, C, H, W), their labels (n,), and v_* there."""
@@ -303,7 +287,7 @@ def split_change(base, aligned):
 def measure_fig6(cfg, folder):
     device = pick_device(cfg.device)
     largest = cfg.sits[-1:]
-    jobs = make_jobs(cfg, folder, largest) + make_jobs(cfg, folder, largest, cfg.lambdas[-1])
+    jobs = plan_fig7(cfg, folder, largest) + plan_fig7(cfg, folder, largest, cfg.lambdas[-1])
     train_job = functools.partial(train_network, cfg.network7, folder)
     runs = run_jobs(train_job, jobs, cfg.workers)
     models = [load_run(runs[job], device) for job in jobs]
@@ -341,8 +325,7 @@ def measure_student(cfg, folder, judge, job):
     run = train_network(cfg.network7, folder, job)
     data = load_data(job.data)
     device = pick_device(cfg.device)
-    key = measurement_key(cfg, data, run)
-    key |= dict(what="distance", samples=cfg.n_samples, lengths=cfg.network7.keep)
+    key = measurement_key(cfg, data, run) | dict(what="distance", samples=cfg.n_samples, lengths=cfg.network7.keep)
 
     def compute():
         z, y, v_star = supervision(cfg, data, device)
@@ -363,6 +346,23 @@ def measure_student(cfg, folder, judge, job):
     return found["points"].numpy()
 
 
+def compare_at_equal_L(one, two):
+    """Return the distance of recipe one over that of recipe two at equal L, for each seed; and the range of common L.
+
+    one, two: (seeds, networks, 3). We compare the lines of each seed, Eq. (5), in the middle of the range.
+    """
+    L_one, L_two = one[..., 1].mean(0), two[..., 1].mean(0)
+    low = max(L_one.min(), L_two.min())
+    high = min(L_one.max(), L_two.max())
+
+    def distance(seed):
+        _, L, distances = seed.T
+        line = np.polyfit(L, distances, 1)
+        return np.polyval(line, (low + high) / 2)
+    ratios = [distance(a) / distance(b) for a, b in zip(one, two, strict=True)]
+    return np.array(ratios), high - low
+
+
 def claim_lower(id, text, one, two):
     """Return a row: at equal L, recipe one has a lower distance than recipe two."""
     ratios, overlap = compare_at_equal_L(one, two)
@@ -374,10 +374,10 @@ def claim_lower(id, text, one, two):
 def measure_fig7(cfg, folder):
     recipes = {}
     for repa in cfg.lambdas:
-        recipes[f"SiT, REPA {repa:g}"] = make_jobs(cfg, folder, cfg.sits, repa)
+        recipes[f"SiT, REPA {repa:g}"] = plan_fig7(cfg, folder, cfg.sits, repa)
     without_attention = [f"{model}-conv" for model in cfg.unets]
-    recipes["U-Net, attention"] = make_jobs(cfg, folder, cfg.unets)
-    recipes["U-Net, convolutions"] = make_jobs(cfg, folder, without_attention)
+    recipes["U-Net, attention"] = plan_fig7(cfg, folder, cfg.unets)
+    recipes["U-Net, convolutions"] = plan_fig7(cfg, folder, without_attention)
     judge = Judge(cfg.data or cfg.digits, SIDE, cfg.seed)
     measure_job = functools.partial(measure_student, cfg, folder, judge)
     jobs = itertools.chain(*recipes.values())
@@ -387,7 +387,6 @@ def measure_fig7(cfg, folder):
         found = [measured[job] for job in jobs]
         points[name] = np.reshape(found, (cfg.seeds7, -1, 3))
 
-    # names of recipes, in the order above
     no_repa, *_, most_repa, _attention, convolutions = points
     rows = [
         claim_lower("fig7b/repa", f"Fig 7b: distance at equal L, {most_repa} over none", points[most_repa],
@@ -403,7 +402,7 @@ def measure(cfg):
     if cfg.model_path and not (cfg.only == "fig3" and cfg.data and len(cfg.model_path) > 1):
         raise ValueError("--model-path takes two networks or more, small to large, with their --data and --only fig3")
     check_at_least(cfg, seeds=1, seeds7=2)
-    folder = results_folder("exp_scaling", cfg)
+    folder = results.results_folder("exp_scaling", cfg)
     cfg.network.device = cfg.network7.device = cfg.device
     setup_processes(pick_device(cfg.device))
     figures = dict(fig3=measure_fig3, fig6=measure_fig6, fig7=measure_fig7)
@@ -416,5 +415,5 @@ def measure(cfg):
 
 
 if __name__ == "__main__":
-    main = functools.partial(run_experiment, "exp_scaling", measure=measure, plot=scaling.plot)
+    main = functools.partial(results.run_experiment, "exp_scaling", measure=measure, plot=scaling.plot)
     run_command(main, PRESETS, __doc__)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from model import build_model  # noqa: E402
-from plumbing import stand_ins  # noqa: E402
+from plumbing import scaling  # noqa: E402
 from plumbing.cli import count_flops  # noqa: E402
 from plumbing.files import write_json  # noqa: E402
 
@@ -40,12 +40,11 @@ def list_networks(script, cfg):
     if script != "exp_scaling":
         return [cfg.network] * cfg.seeds
     # the networks of Figure 6 are among those of Figure 7; names stand for data sets that nobody draws
-    module = importlib.import_module(script)
-    module.data_folder = stand_ins.data_folder = lambda cfg, folder, name, make: cfg.data or name
-    jobs = [(cfg.network, job) for _, jobs in module.plan_fig3(cfg, None) for job in jobs]
+    scaling.data_folder = lambda cfg, folder, name, make: cfg.data or name
+    jobs = [(cfg.network, job) for _, jobs in scaling.plan_fig3(cfg, None) for job in jobs]
     recipes = [(cfg.sits, repa) for repa in cfg.lambdas]
     recipes += [(cfg.unets, 0.0), ([f"{model}-conv" for model in cfg.unets], 0.0)]
-    jobs += [(cfg.network7, job) for recipe in recipes for job in module.make_jobs(cfg, None, *recipe)]
+    jobs += [(cfg.network7, job) for recipe in recipes for job in scaling.plan_fig7(cfg, None, *recipe)]
     return [dataclasses.replace(network, **dataclasses.asdict(job)) for network, job in jobs]
 
 

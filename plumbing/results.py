@@ -51,6 +51,25 @@ def over_seeds(samples, statistic=np.median):
     return float(np.mean([statistic(sample) for sample in samples])), (min(lows), max(highs))
 
 
+def paired_change(values, weights):
+    """Return (mean, interval) of the weighted sum over networks of values (K networks, S seeds, n images).
+
+    weights (K,), which sum to 0: +1 and -1 for the difference of two networks. All networks saw the same images and
+    noise, so the sum is taken image by image. The 95% interval covers the images and the seeds. The spread between
+    seeds is pooled over all networks, since two seeds alone say little.
+    """
+    values, weights = np.asarray(values), np.asarray(weights, dtype=float)
+    K, S, n = values.shape
+    per_image = np.einsum("k,ksn->n", weights, values) / S
+    variance, freedom = per_image.var(ddof=1) / n, n - 1
+    if S > 1:
+        between = values.mean(2).var(1, ddof=1).mean()
+        variance += (weights**2).sum() * between / S
+        freedom = K * (S - 1)
+    half, mean = scipy.stats.t.ppf(0.975, freedom) * variance**0.5, per_image.mean()
+    return float(mean), (float(mean - half), float(mean + half))
+
+
 def claim(id, text, paper, ours, ci95, low=-np.inf, high=np.inf, gate=(True, "")):
     """Return a row: a statement of the paper, its number, ours with a 95% interval, and the verdict of the interval.
 

@@ -1,24 +1,87 @@
-"""The statistics of exp_scaling.py, and its figures, drawn from results.json alone."""
+"""The networks that exp_scaling.py trains, and its figures, drawn from results.json alone."""
 import functools
 import itertools
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib import colormaps
-from scipy.stats import t as student
 
 from model import build_model
 from plumbing.cli import count_flops
-from plumbing.data import load_data, model_sizes
-from plumbing.results import BLUE, GREY, ORANGE, bootstrap_interval, new_figure, save_figure
+from plumbing.data import load_data, model_sizes, write_once
+from plumbing.results import BLUE, GREY, ORANGE, new_figure, paired_change, save_figure
+from plumbing.stand_ins import SIDE, few_digits, leaves, small_digits
 
 # The paper's E^sup and E^ext: SiT-S, B and L after 200K, 300K and 400K iterations, and SiT-XL. One SiT-B is hidden.
 PAPER_SUP = (0.18843, 0.18789, 0.18750, 0.1866, 0.18567, 0.18494, 0.18432, 0.18374, 0.18340)
 PAPER_EXT = (0.53337, 0.53374, 0.53395, 0.53441, 0.53475, 0.53489, 0.53512, 0.53540, 0.53590)
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Statistics of Figure 3
+# The networks
+
+@dataclass(frozen=True)
+class Job:
+    data: str  # the folder of a data set
+    model: str  # a name of model.py
+    steps: int  # training iterations
+    seed: int = 0  # of the training
+    repa: float = 0.0  # weight of REPA's loss
+
+
+def data_folder(cfg, folder, name, make):
+    """Return the folder of a data set: --data, or one that make(), which returns (arrays, meta), draws on first use."""
+    if cfg.data:
+        return cfg.data
+    path = folder / "data" / name
+    write_once(path, make)
+    return str(path)
+
+
+def image_sets(cfg, folder):
+    """Return {name: folder} of the data sets of Figure 3: leaves with less and less texture, then digits; or --data."""
+    if cfg.data:
+        return {Path(cfg.data).name: cfg.data}
+    sets = {}
+    for texture in cfg.textures:
+        make = functools.partial(leaves, cfg.n_images, 16, texture, cfg.seed)
+        sets[f"texture {texture:g}"] = data_folder(cfg, folder, f"leaves_{texture:g}_{cfg.n_images}_{cfg.seed}", make)
+    sets["digits"] = data_folder(cfg, folder, "digits_16", small_digits)
+    return sets
+
+
+def plan_fig3(cfg, folder):
+    """Return [(name of a data set, jobs)], one for each seed. The first set is Figure 3's, its networks small to large.
+
+    The sets that follow it have another rho: the smallest and shortest network, the largest and longest, of one seed.
+    """
+    kinds = list(itertools.product(cfg.lengths, cfg.models))
+    plan = []
+    for name, data in image_sets(cfg, folder).items():
+        used, seeds = ([kinds[0], kinds[-1]], 1) if plan else (kinds, cfg.seeds)
+        for seed in range(seeds):
+            plan.append((name, [Job(data, model, steps, seed) for steps, model in used]))
+    return plan
+
+
+def plan_fig7(cfg, folder, models, repa=0.0):
+    """Return the networks of a recipe: all models of the first seed, then those of the next.
+
+    They see a few digits without labels. Their teacher knows more, as DINOv2 does: all digits, warped, and the labels.
+    """
+    settings = (cfg.digits, SIDE, cfg.n_student, cfg.n_teacher, cfg.seed)
+    name = "_".join(map(str, settings))
+    data = data_folder(cfg, folder, name, functools.partial(few_digits, *settings))
+    steps = max(cfg.network7.keep)
+    jobs = []
+    for seed in range(cfg.seeds7):
+        jobs += [Job(data, model, steps, seed, repa) for model in models]
+    return jobs
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What Figure 3 says of the networks
 
 def stack(parts, dim=0):
     """Return {name: tensors of this name, stacked} of a list of dicts with the same names."""
@@ -31,42 +94,6 @@ def gather_seeds(measured):
     for (name, *_), terms in measured.items():
         cases.setdefault(name, []).append(terms)
     return {name: {term: values.numpy() for term, values in stack(seeds, 1).items()} for name, seeds in cases.items()}
-
-
-def paired_change(values, weights):
-    """Return (mean, interval) of the weighted sum over networks of values (K networks, S seeds, n images).
-
-    weights (K,), which sum to 0: +1 and -1 for the difference of two networks. All networks saw the same images and
-    noise, so the sum is taken image by image. The 95% interval covers the images and the seeds. The spread between
-    seeds is pooled over all networks, since two seeds alone say little.
-    """
-    values, weights = np.asarray(values), np.asarray(weights, dtype=float)
-    K, S, n = values.shape
-    per_image = np.einsum("k,ksn->n", weights, values) / S
-    variance, freedom = per_image.var(ddof=1) / n, n - 1
-    if S > 1:
-        between = values.mean(2).var(1, ddof=1).mean()
-        variance += (weights**2).sum() * between / S
-        freedom = K * (S - 1)
-    half, mean = student.ppf(0.975, freedom) * variance**0.5, per_image.mean()
-    return float(mean), (float(mean - half), float(mean + half))
-
-
-def compare_ends(found):
-    """Return what changes from the first network to the last, with intervals: E^sup, E^ext, and rho on common points.
-
-    rho is the share of the energy gained by x_theta that x_* has as well. found: the models after the linear denoiser.
-    """
-    weights = np.zeros(len(found["sup error"]) - 1)
-    weights[0], weights[-1] = -1, 1
-    gains = [np.mean(found[f"common {term}"][-1] - found[f"common {term}"][1], axis=0) for term in ("both", "theta")]
-    gains = np.stack(gains, 1)                               # (n, 2)
-
-    def share(gains):
-        both, theta = gains.mean(0)
-        return both / theta if theta else 0.0
-    return dict(sup=paired_change(found["sup error"][1:], weights), ext=paired_change(found["ext error"][1:], weights),
-                rho=(share(gains), bootstrap_interval(gains, share)))
 
 
 def describe_networks(cfg, folder, found):
@@ -88,48 +115,27 @@ def describe_networks(cfg, folder, found):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Statistics of Figure 7
-
-def fit_line(points):
-    """Return slope and offset of the distance over L, Eq. (5). points (..., 3): FLOPs, L, distance."""
-    _, L, distance = points.reshape(-1, 3).T
-    return np.polyfit(L, distance, 1)
-
-
-def compare_at_equal_L(one, two):
-    """Return the distance of recipe one over that of recipe two at equal L, for each seed; and the range of common L.
-
-    one, two: (seeds, networks, 3). We compare the lines of each seed in the middle of the range.
-    """
-    L_one, L_two = one[..., 1].mean(0), two[..., 1].mean(0)
-    low, high = max(L_one.min(), L_two.min()), min(L_one.max(), L_two.max())
-    distances = []
-    for recipe in (one, two):
-        distances.append([np.polyval(fit_line(seed), (low + high) / 2) for seed in recipe])
-    return np.divide(*distances), high - low
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # The figures
 
 def plot(results, folder):
     """Draw the figures that results.json has numbers for."""
     draw = dict(fig3=draw_fig3, fig6=draw_fig6, fig7=draw_fig7)
+    ours = {claim["id"]: claim["ours"] for claim in results["claims"]}
     for name, arrays in results["arrays"].items():
-        draw[name](arrays, folder)
+        draw[name](arrays, folder, ours)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Figure 3
 
-def draw_fig3(arrays, folder):
+def draw_fig3(arrays, folder, ours):
     """Draw the two panels of the paper, and E^ext over E^sup with the paper's own points as an inset."""
     fig, axes = new_figure(3.4, columns=3)
-    ends = next(iter(arrays["ends"].values()))
     for ax, region, place, colour in zip(axes, ("sup", "ext"), ("Training points", "Trajectories"), (BLUE, ORANGE),
                                          strict=False):
         draw_levels(ax, arrays, region, colour)
-        ax.set(title=f"{place}: from first\nto last network {ends[region][0]:+.3f}", ylabel=rf"$E^{{\rm {region}}}$")
+        change = ours[f"fig3/{region}"]
+        ax.set(title=f"{place}: from first\nto last network {change:+.3f}", ylabel=rf"$E^{{\rm {region}}}$")
     draw_plane(axes[2], arrays)
     save_figure(fig, folder / "fig3.png")
     if len(arrays["ends"]) > 1:
@@ -201,7 +207,7 @@ def draw_mechanism(arrays, folder):
 # ----------------------------------------------------------------------------------------------------------------------
 # Figures 6 and 7
 
-def draw_fig6(arrays, folder):
+def draw_fig6(arrays, folder, ours):
     """Draw the levels of what changes, for REPA and for another seed."""
     places = np.arange(3)
     fig, ax = new_figure(3.6)
@@ -213,33 +219,30 @@ def draw_fig6(arrays, folder):
         ax.plot(places + shift, changes.T, "k.")
     ax.set_xticks(places, ["by REPA", "by REPA, in common\nwith other seeds", "by another seed,\nwithout REPA"])
     ax.set_ylabel("change of the network, % of L")
-    repa, _, seed = np.mean(np.array(arrays["of_path"]) / np.array(arrays["of_points"]), axis=0)
-    ax.set_title(f"REPA changes the network {repa:.2f} times as much on trajectories as on\n"
-                 f"training points, another seed {seed:.2f} times")
+    ax.set_title(f"REPA changes the network {ours['fig6/ratio']:.2f} times as much on trajectories as on\n"
+                 f"training points, another seed {ours['fig6/seed']:.2f} times")
     ax.legend()
     save_figure(fig, folder / "fig6.png")
 
 
-def draw_fig7(points, folder):
+def draw_fig7(points, folder, ours):
     """Draw the distance over L for recipes with REPA, and for U-Nets; larger markers took more FLOPs."""
     points = {name: np.array(values) for name, values in points.items()}
     none, *repa, attention, convolutions = points
     purples = colormaps["Purples"](np.linspace(0.5, 0.9, len(repa)))
     colours = dict(zip(points, ["black", *purples, "#D9A400", "#7B3F00"], strict=True))
-    panels = {"(b) REPA": [none, *repa], "(c) Convolutions": [none, attention, convolutions]}
+    panels = {"fig7b/repa": [none, *repa], "fig7c/convolutions": [none, attention, convolutions]}
     most_flops = max(values[..., 0].max() for values in points.values())
     fig, axes = new_figure(3.9, columns=2, sharex=True, sharey=True)
-    for ax, title in zip(axes, panels, strict=True):
-        for name in panels[title]:
+    for ax, (row, names) in zip(axes, panels.items(), strict=True):
+        for name in names:
             flops, L, distance = points[name].reshape(-1, 3).T
             area = 10 + 110 * flops / most_flops
             ax.scatter(L, distance, area, color=colours[name], alpha=0.4, lw=0)
             ends = np.array([L.min(), L.max()])
-            line = np.polyval(fit_line(points[name]), ends)
+            line = np.polyval(np.polyfit(L, distance, 1), ends)          # Eq. (5)
             ax.plot(ends, line, color=colours[name], label=name)
-        last = panels[title][-1]
-        ratios, _ = compare_at_equal_L(points[last], points[none])
-        ax.set_title(f"{title[:3]} {last}: {ratios.mean():.2f} times\nthe distance at equal L")
+        ax.set_title(f"({row[4]}) {names[-1]}: {ours[row]:.2f} times\nthe distance at equal L")
         ax.set_xlabel("supervision loss L")
         ax.legend(loc="lower right")
     axes[0].set(ylabel="Fréchet distance", ylim=0)

@@ -1,13 +1,11 @@
 """What exp_scaling.py has in place of ImageNet, DINOv2 and Inception: made images, a teacher for REPA, and a judge."""
-import functools
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from plumbing.data import load_data, write_once
+from plumbing.data import load_data
 from plumbing.images import frechet, gaussian
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -73,27 +71,6 @@ def small_digits():
     """Return (arrays, meta) of digits of 16 x 16 with labels, with mean 0 and variance 1."""
     x, y = small_images("mnist5k", 16)
     return dict(x=x, y=y), dict(num_classes=10)
-
-
-def data_folder(cfg, folder, name, make):
-    """Return the folder of a data set: --data, or one that make(), which returns (arrays, meta), draws on first use."""
-    if cfg.data:
-        return cfg.data
-    path = folder / "data" / name
-    write_once(path, make)
-    return str(path)
-
-
-def image_sets(cfg, folder):
-    """Return {name: folder} of the data sets of Figure 3: leaves with less and less texture, then digits; or --data."""
-    if cfg.data:
-        return {Path(cfg.data).name: cfg.data}
-    sets = {}
-    for texture in cfg.textures:
-        make = functools.partial(leaves, cfg.n_images, 16, texture, cfg.seed)
-        sets[f"texture {texture:g}"] = data_folder(cfg, folder, f"leaves_{texture:g}_{cfg.n_images}_{cfg.seed}", make)
-    sets["digits"] = data_folder(cfg, folder, "digits_16", small_digits)
-    return sets
 
 
 def pick_rows(cfg, data):

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import exp_scaling
-from exp_scaling import PRESETS, Wiener, measure_models
+from exp_scaling import PRESETS, Wiener, compare_at_equal_L, compare_ends, measure_models
 from plumbing import scaling, stand_ins
 from plumbing.data import load_data
 from plumbing.files import load_run
 from plumbing.images import frechet, gaussian
-from plumbing.scaling import compare_at_equal_L, compare_ends, paired_change
+from plumbing.results import paired_change, student_interval
 from plumbing.stand_ins import Judge, draw_leaves, few_digits, leaves, small_images
 from sample import noise
 
@@ -116,7 +116,7 @@ def test_paired_change_ignores_what_networks_have_in_common():
     # one seed: the interval of a mean
     change = values[2, :1] - values[0, :1]
     mean, (low, high) = paired_change(values[:, :1], [-1, 0, 1])
-    assert abs((high - low) / 2 - 1.96 * change.std(ddof=1) / 500**0.5) < 1e-12
+    assert np.allclose((low, high), student_interval(change[0]), atol=1e-12)
     # seeds that differ widen it
     apart = values + np.array([0, 5.0])[None, :, None] * np.array([0, 0, 1.0])[:, None, None]
     assert np.diff(paired_change(apart, [-1, 0, 1])[1]) > 5
@@ -185,7 +185,7 @@ def test_the_judge_finds_no_distance_to_its_own_images():
 
 
 def test_L_is_the_error_to_the_empirical_velocity(tmp_path, hasty):
-    job = exp_scaling.make_jobs(TINY7, tmp_path, TINY7.sits, 0.5)[0]
+    job = exp_scaling.plan_fig7(TINY7, tmp_path, TINY7.sits, 0.5)[0]
     points = exp_scaling.measure_student(TINY7, tmp_path, Judge("mnist5k", 8, 0), job)
     assert points.shape == (2, 3) and points[1, 0] == 2 * points[0, 0]
     data = load_data(job.data)
@@ -206,14 +206,15 @@ def test_figures_6_and_7_are_measured_by_several_workers(tmp_path, hasty):
                                (exp_scaling.measure_fig7, "fig7", ["fig7b/repa", "fig7c/convolutions"])):
         rows, arrays = measure(cfg, tmp_path)
         assert [row["id"] for row in rows] == ids
-        scaling.plot(dict(arrays={name: arrays}), tmp_path)
+        scaling.plot(dict(arrays={name: arrays}, claims=rows), tmp_path)
         assert (tmp_path / f"{name}.png").stat().st_size > 1e4
 
 
 def test_figure_7_is_drawn_for_any_number_of_weights(tmp_path):
     points = np.random.default_rng(0).random((6, 2, 3, 3))
     recipes = ("no REPA", "REPA 1", "REPA 2", "REPA 3", "attention", "convolutions")
-    scaling.draw_fig7(dict(zip(recipes, points.tolist(), strict=True)), tmp_path)
+    ours = {"fig7b/repa": 0.8, "fig7c/convolutions": 0.5}
+    scaling.draw_fig7(dict(zip(recipes, points.tolist(), strict=True)), tmp_path, ours)
     assert (tmp_path / "fig7.png").stat().st_size > 1e4
     # recipes may have other numbers of networks
     assert compare_at_equal_L(points[0], points[1][:, :2])[0].shape == (2,)

@@ -7,8 +7,9 @@ noised training points, E^ext along the model's own trajectories. The paper: bet
     |x_theta - x_*|^2 = |x_theta|^2 + |x_*|^2 - 2 <x_theta, x_*>
 
 Suppose a network learns new detail. At the same z, |x_theta|^2 grows by A, <x_theta, x_*> by rho A, x_* stays: the
-error changes by (1 - 2 rho) A. On training points rho is near 1, so E^sup falls by A. On trajectories x_* is mostly
-one training image. Dead leaves (noisy discs that hide one another) have rho < 1/2, so E^ext rises; digits have more.
+error changes by (1 - 2 rho) A. On training points rho is near 1, and the error falls. On trajectories x_* is mostly one
+training image. The noise on the discs of dead leaves is in no other image: rho < 1/2, the error rises. Digits share
+more. We measure rho at common z. Whether it decides along each network's own trajectories, too, Figure 3 has to show.
 REPA aligns features with a teacher's. Figure 6: where does it change a network? Figure 7: better samples at equal L?
 
     python exp_scaling.py --only fig3           # 7 minutes on 2 CPU cores; fig6 and fig7 together take 4 more
@@ -119,7 +120,7 @@ def trajectories(cfg, model, z1, y):
     """Return z at all times on the way from noise z1, (T, B, C, H, W), by a step of Heun's each, and the images."""
     # differs from the paper: dopri5, whose steps depend on the network and on the batch
     path = solve_ode(model, z1, y, [1.0, *reversed(times(cfg)), 0.0], solver="heun", steps=1)
-    return path[1:-1].flip(0), path[-1]
+    return path[1:-1].flip(0), path[-1]                      # without z1 and the images; t ascends
 
 
 @torch.no_grad()
@@ -191,7 +192,7 @@ def measure_runs(cfg, folder, case):
 
 
 def measure_ladder(cfg):
-    """Return E^sup and E^ext of perfect denoisers of Gaussian 1/f fields that know the k lowest frequencies alone."""
+    """Return E^sup and E^ext of perfect denoisers of Gaussian 1/f fields, without training: each knows k waves."""
     data, moments, frequencies = draw_fields(2000, 16, cfg.seed)
     # each cut keeps or drops equal frequencies together
     modes = [int((frequencies <= cut).sum()) for cut in (0.07, 0.14, 0.2, 0.3, 0.45, 0.8)]
@@ -203,9 +204,9 @@ def measure_ladder(cfg):
 def compare_ends(found):
     """Return what changes from the first network to the last, with intervals: E^sup, E^ext, and rho on common points.
 
-    rho is the share of the energy gained by x_theta that x_* has as well. found: the models after the linear denoiser.
+    rho is the gain of <x_theta, x_*> over the gain of |x_theta|^2. It is a slope, and may be above 1.
     """
-    networks = {term: values[1:] for term, values in found.items()}
+    networks = {term: values[1:] for term, values in found.items()}      # the first is the linear denoiser
     weights = np.zeros(len(networks["sup error"]))
     weights[0] = -1
     weights[-1] = 1
@@ -213,14 +214,14 @@ def compare_ends(found):
     def gain(term):
         values = networks[term]
         return (values[-1] - values[0]).mean(0)
-    def share(gains):
+    def slope(gains):
         both, theta = gains.mean(0)
         return both / theta
     gains = np.stack([gain("common both"), gain("common theta")], 1)     # (n, 2)
     return dict(
         sup=paired_change(networks["sup error"], weights),
         ext=paired_change(networks["ext error"], weights),
-        rho=(share(gains), bootstrap_interval(gains, share)))
+        rho=(slope(gains), bootstrap_interval(gains, slope)))
 
 
 def measure_fig3(cfg, folder):
@@ -228,8 +229,7 @@ def measure_fig3(cfg, folder):
         cases = [(cfg.data, cfg.data, cfg.model_path)]
     else:
         plan = plan_fig3(cfg, folder)
-        # the slowest first: started last, it would train alone
-        jobs = [*itertools.chain(*(jobs for _, jobs in plan))][::-1]
+        jobs = [*itertools.chain(*(jobs for _, jobs in plan))][::-1]     # the slowest first: last, it would be alone
         runs = run_jobs(functools.partial(train_network, cfg.network, folder), jobs, cfg.workers)
         cases = [(name, jobs[0].data, tuple(map(runs.get, jobs))) for name, jobs in plan]
     measured = run_jobs(functools.partial(measure_runs, cfg, folder), cases, cfg.workers)
@@ -238,6 +238,7 @@ def measure_fig3(cfg, folder):
     arrays = scaling.describe_networks(cfg, cases[0][1], found[first]) | dict(ladder=measure_ladder(cfg))
     arrays["ends"] = {name: compare_ends(values) for name, values in found.items()}
 
+    # A network that is worse than a linear denoiser knows the spectrum alone: there is no detail yet to speak of.
     linear, *errors = arrays["table"]["sup error"]
     gate = (max(errors) < linear, f"needs E^sup of all networks below {linear:.3f}, the best linear denoiser's")
     ends = arrays["ends"]
@@ -268,19 +269,19 @@ def velocities(cfg, model, z, y):
 
 
 def split_change(base, aligned):
-    """Return by seed: mean square of REPA's change, mean product with another seed's change, mean square between seeds.
+    """Return by seed, (seeds, 3): mean squares of REPA's change, of what REPA does alone, and of another seed's change.
 
-    base, aligned: v_theta without and with REPA, (seeds, ...). The change of a seed is what REPA does, plus chance.
-    Chance is independent between seeds: the mean product of two seeds' changes keeps what REPA does. (seeds, 3).
+    base, aligned: v_theta without and with REPA, (seeds, ...). The change of a seed, r + a, is what REPA does, plus
+    chance. Chance is independent between seeds: the mean product of two seeds' changes, (r + a)(r + b), is that of r^2.
     """
     change = aligned - base
     rows = []
     for s in range(len(base)):
         others = np.arange(len(base)) != s
-        by_repa = change[s].square()
-        in_common = change[s] * change[others]
+        total = change[s].square()
+        by_repa = change[s] * change[others]
         by_seed = (base[s] - base[others]).square()
-        rows.append([part.mean().item() for part in (by_repa, in_common, by_seed)])
+        rows.append([part.mean().item() for part in (total, by_repa, by_seed)])
     return np.array(rows)
 
 
@@ -291,7 +292,6 @@ def measure_fig6(cfg, folder):
     train_job = functools.partial(train_network, cfg.network7, folder)
     runs = run_jobs(train_job, jobs, cfg.workers)
     models = [load_run(runs[job], device) for job in jobs]
-
     data = load_data(jobs[0].data)
     z, y, v_star = supervision(cfg, data, device)
     z1, labels = starting_noise(cfg, data, cfg.n_points, device)
@@ -300,18 +300,19 @@ def measure_fig6(cfg, folder):
     # smallest t would outweigh all others.
     on_points = torch.stack([velocities(cfg, model, z, y) for model in models])
     on_path = torch.stack([velocities(cfg, model, path, labels) for model in models])
-    base, aligned = on_points.chunk(2)                       # (seeds, T, n, C, H, W)
+    base, aligned = on_points.chunk(2)                       # without REPA, with REPA: (seeds, T, n, C, H, W)
     L = (base - v_star).square().mean().item()
     of_points = split_change(base, aligned) / L
     base, aligned = on_path.chunk(2)
     of_path = split_change(base, aligned) / L
-    ratios = of_path / of_points                             # (seeds, 3): by REPA, in common, by another seed
+    ratios = of_path / of_points                             # (seeds, 3)
     repa_ratio, _, seed_ratio = ratios.T
     resolved = student_interval(of_path[:, 1])[0] > 0
     gate = resolved, "the changes of the seeds have nothing in common: train longer, or raise lambdas"
     text = "Fig 6: change by REPA, trajectories over training points"
     ci95 = student_interval(repa_ratio)
     row = claim("fig6/ratio", text, "> 1", repa_ratio.mean(), ci95, low=1, gate=gate)
+    # If this is as large, the ratio above says where networks differ, and nothing of REPA.
     control = finding("fig6/seed", "Fig 6: the same ratio of what another seed changes", seed_ratio.mean(),
                       student_interval(seed_ratio))
     return [row, control], dict(of_points=of_points, of_path=of_path)
@@ -349,7 +350,7 @@ def measure_student(cfg, folder, judge, job):
 def compare_at_equal_L(one, two):
     """Return the distance of recipe one over that of recipe two at equal L, for each seed; and the range of common L.
 
-    one, two: (seeds, networks, 3). We compare the lines of each seed, Eq. (5), in the middle of the range.
+    one, two: (seeds, checkpoints, 3). Eq. (5): distance = f(L). We fit a line to each seed, and compare at its middle.
     """
     L_one, L_two = one[..., 1].mean(0), two[..., 1].mean(0)
     low = max(L_one.min(), L_two.min())

@@ -51,7 +51,7 @@ class Config:
     model_path: tuple[str, ...] = ()  # SiT weights or runs, small to large, of --data: Figure 3 of these
     data: str = ""  # a data set in place of those made here
     network: train.Config = field(default_factory=functools.partial(
-        TRAINING, lr=8e-3, decay=1.0))  # Figure 3: how its networks are trained
+        TRAINING, lr=8e-3, decay=1.0))  # Figure 3: its training; model, steps and seed are set below
     models: tuple[str, ...] = ("SiT-pico/4", "SiT-1x32/4", "SiT-nano/4", "SiT-mini/4")  # Figure 3: small to large
     lengths: tuple[int, ...] = (500, 2000)  # Figure 3: training iterations; each length is a training of its own
     seeds: int = 3  # Figure 3: trainings of every network

@@ -251,13 +251,3 @@ def test_figure_3_trains_measures_and_draws_then_takes_given_weights(tmp_path):
     assert sorted((folder / "runs").iterdir()) == before
     results = json.loads((folder / "results.json").read_text())
     assert len(results["claims"]) == 3 and len(results["arrays"]["fig3"]["sup"]) == 2
-
-
-@pytest.mark.parametrize("args, words", [
-    (("--n-points", "1000", "--n-images", "50"), "n_points must lie between 2 and 50"),
-    (("--model-path", "a.pt", "nowhere.pt", "--data", "digits"), "a.pt"),
-    (("--model-path", "a.pt"), "two networks or more, small to large"),
-])
-def test_mistakes_are_one_line(tmp_path, args, words):
-    done = run(*TINY, "--lengths", "1", "--out", str(tmp_path), *args)
-    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr

@@ -11,7 +11,6 @@ mistakes that only a machine with a GPU would show, show on all. What it does no
 kernels, torch.compile, calls that python does not see (the backward pass), several GPUs.
 """
 import contextlib
-from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import torch
@@ -110,30 +109,19 @@ class Elsewhere(TorchFunctionMode):
 
 @contextlib.contextmanager
 def elsewhere(kind):
-    mode, autocast, load, submit = Elsewhere(kind), torch.autocast, torch.load, ThreadPoolExecutor.submit
+    mode, autocast = Elsewhere(kind), torch.autocast
 
     class Autocast(autocast):
         def __init__(self, device_type, *args, **kwargs):
             super().__init__("cpu" if device_type == kind else device_type, *args, **kwargs)
 
-    def load_there(*args, map_location="cpu", **kwargs):
-        out = load(*args, map_location="cpu", **kwargs)
-        return tree_map_only(T, mode.put, out) if mode.asked(map_location) else out
-
-    def submit_there(pool, f, *args):                        # a mode is of one thread alone
-        def run():
-            with mode:
-                return f(*args)
-        return submit(pool, run)
-    told = dict(is_available=True, device_count=1, current_device=0, is_bf16_supported=True, synchronize=None,
-                get_device_name="NVIDIA H100 80GB HBM3", mem_get_info=(70 * 10**9, 80 * 10**9), set_device=None,
-                max_memory_allocated=10**9, memory_allocated=0, reset_peak_memory_stats=None) if kind == "cuda" else {}
+    told = dict(is_available=True, get_device_name="NVIDIA H100 80GB HBM3",
+                mem_get_info=(70 * 10**9, 80 * 10**9)) if kind == "cuda" else {}
     with contextlib.ExitStack() as stack:
         for where, name, value in (
                 *((torch.cuda, k, lambda *_, v=v, **__: v) for k, v in told.items()),
-                (torch.backends.mps, "is_available", lambda: kind == "mps"), (T, "pin_memory", T.clone),
-                (torch, "autocast", Autocast), (torch, "Generator", Generator), (torch, "load", load_there),
-                (torch, "compile", lambda model, **_: model), (ThreadPoolExecutor, "submit", submit_there)):
+                (torch.backends.mps, "is_available", lambda: kind == "mps"), (torch, "autocast", Autocast),
+                (torch, "Generator", Generator)):
             stack.enter_context(mock.patch.object(where, name, value))
         stack.enter_context(mode)
         yield

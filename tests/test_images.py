@@ -141,10 +141,8 @@ def test_fid(tmp_path, monkeypatch):
     for name in ("folder", "images.npz", "adm.npz"):
         assert want > 1 and abs(images.frechet(*ours, *images.statistics(tmp_path / name)) / want - 1) < 1e-6
     assert images.frechet(*ours, *ours) < 1e-9
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "cut.npz").write_bytes((tmp_path / "adm.npz").read_bytes()[:500])
-    (tmp_path / "text.npz").write_text("404 not found")
-    for name, message in {"empty": "no images in this folder", "gone.npz": "gone",
-                          "cut.npz": "cannot be read as an .npz", "text.npz": "cannot be read as an .npz"}.items():
-        with pytest.raises((ValueError, OSError), match=message):
-            images.statistics(tmp_path / name)
+    whole = (tmp_path / "adm.npz").read_bytes()
+    for damaged in (whole[:500], b"404 not found"):
+        (tmp_path / "adm.npz").write_bytes(damaged)
+        with pytest.raises(ValueError, match="adm.npz cannot be read as an .npz file"):
+            images.statistics(tmp_path / "adm.npz")

@@ -73,11 +73,6 @@ def test_tokens_after_a_block():
     assert torch.equal(tokens, want) and torch.equal(out, model(z, t, y))
 
 
-def test_a_network_predicts_v_or_x():
-    with pytest.raises(AssertionError):
-        build_model("SiT-nano/2", 8, 1, 10, prediction="eps")
-
-
 def test_positions():
     """Row-major tokens; the first half of the channels depends on the column alone, the second on the row alone."""
     pos = sincos_2d(32, 5).view(5, 5, 32)

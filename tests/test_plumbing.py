@@ -112,6 +112,20 @@ def test_sweeps_compute_each_job_once(tmp_path):
     assert (tmp_path / "calls").read_text() == "xxxx"
 
 
+def sweep_in_process(rank, folder):
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE="2")
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(sweep.run_jobs(functools.partial(square, folder), [1, 2, 3], 2), f"{folder}/found{rank}")
+
+
+def test_processes_share_a_sweep_and_each_gets_all_results(tmp_path):
+    torch.multiprocessing.start_processes(sweep_in_process, (str(tmp_path),), 2, start_method="fork")
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"found{rank}")
+        assert [(job, int(r["square"])) for job, r in found.items()] == [(1, 1), (2, 4), (3, 9)]
+    assert (tmp_path / "calls").read_text() == "xxx"
+
+
 def test_a_worker_that_dies_ends_the_sweep():
     with pytest.raises(BrokenProcessPool):
         sweep.run_jobs(die, [1, 2], 2)

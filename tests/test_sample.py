@@ -1,12 +1,14 @@
 """Sampling against ODEs that can be solved by hand; the starting noise; the command."""
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from model import build_model
+from plumbing import images
 from plumbing.files import load_run
 from sample import Config, main, noise, predict_x, solve_ode, velocity
 
@@ -141,11 +143,23 @@ def test_the_command_writes_an_npz_that_holds_what_sampling_gives(tmp_path):
     run, out = write_run(tmp_path / "run"), tmp_path / "a.npz"
     main(Config(run=str(run), n=5, solver="heun", steps=3, batch=2, device="cpu", out=str(out)))
     with np.load(out) as archive:
-        images, labels, made = archive["arr_0"], archive["labels"], json.loads(str(archive["made"]))
+        found, labels, made = archive["arr_0"], archive["labels"], json.loads(str(archive["made"]))
     model = load_run(run)
     z1 = noise(range(5), (1, 8, 8))
     want = (127.5 * solve_ode(model, z1, torch.arange(5), solver="heun", steps=3)[-1] + 128).clamp(0, 255)
-    assert images.shape == (5, 8, 8, 3) and labels.tolist() == [0, 1, 2, 3, 4] and made["n"] == 5
-    assert np.abs(images[..., 0].astype(float) - want[:, 0].floor().numpy()).max() <= 1
-    with pytest.raises(ValueError, match="a.npz holds images of other settings"):
-        main(Config(run=str(run), n=5, solver="heun", steps=3, batch=2, device="cpu", out=str(out), seed=1))
+    assert found.shape == (5, 8, 8, 3) and labels.tolist() == [0, 1, 2, 3, 4] and made["n"] == 5
+    assert np.abs(found[..., 0].astype(float) - want[:, 0].floor().numpy()).max() <= 1
+
+
+def test_latents_are_decoded_and_belong_to_their_vae(tmp_path, monkeypatch):
+    run, vae = write_run(tmp_path / "run"), torch.nn.ConvTranspose2d(1, 3, 2, 2).requires_grad_(False)
+    vae.config, vae.decode = SimpleNamespace(scaling_factor=0.5), lambda z: SimpleNamespace(sample=vae(z))
+    monkeypatch.setattr(images, "load_vae", {"a/b": vae}.get)
+    cfg = Config(run=str(run), n=20, solver="euler", steps=2, device="cpu", vae="a/b", out=str(tmp_path / "a.npz"))
+    main(cfg)
+    latents = solve_ode(load_run(run), noise(range(20), (1, 8, 8)), torch.arange(20) % 10, solver="euler", steps=2)[-1]
+    want = images.to_uint8(vae(2 * latents)).numpy().astype(int)
+    assert want.shape == (20, 16, 16, 3) and np.abs(np.load(cfg.out)["arr_0"] - want).max() <= 1
+    vae.bias += 0.1
+    with pytest.raises(ValueError, match="a.npz holds images of other settings or weights"):
+        main(cfg)

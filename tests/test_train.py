@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_sample import Given
 from torch import nn
 
 import train
@@ -64,15 +65,6 @@ def torchrun(n, cfg):
 
 # ---- one step --------------------------------------------------------------------------------------------------------
 
-class Given(nn.Module):
-    def __init__(self, f, prediction):
-        super().__init__()
-        self.f, self.prediction = f, prediction
-
-    def forward(self, z, t, y):
-        return self.f(z, t)
-
-
 def test_loss_of_a_perfect_and_of_a_zero_model():
     x, eps, t = torch.randn(400, 1, 8, 8), torch.randn(400, 1, 8, 8), torch.rand(400)
     x[:] = x[0]                                              # one data point: v = (z - x)/t is known
@@ -80,9 +72,9 @@ def test_loss_of_a_perfect_and_of_a_zero_model():
     def loss(f, prediction):
         return train.Objective(Given(f, prediction))(x, None, t, eps)[0]
 
-    assert loss(lambda z, t: (z - x) / t[:, None, None, None], "v") < 1e-4
-    assert loss(lambda z, t: x, "x") == 0
-    assert torch.isclose(loss(lambda z, t: torch.zeros_like(z), "v"), (eps - x).square().mean())
+    assert loss(lambda z, t, y: (z - x) / t[:, None, None, None], "v") < 1e-4
+    assert loss(lambda z, t, y: x, "x") == 0
+    assert torch.isclose(loss(lambda z, t, y: torch.zeros_like(z), "v"), (eps - x).square().mean())
 
 
 def test_each_epoch_sees_every_image_once():

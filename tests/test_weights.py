@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from plumbing import weights
 from plumbing.files import load_run
@@ -75,8 +76,10 @@ def test_official_weights_give_the_velocity_of_the_paper(learn_sigma, tmp_path):
     raw = {name: value * 1.1 for name, value in state.items()}
     whole = {"model": raw, "ema": state, "opt": {}, "args": argparse.Namespace(lr=1e-4)}
     torch.save(whole, tmp_path / "sit.pt")
+    save_file(state, tmp_path / "sit.safetensors")
     want = -official_forward(state, z, 1 - t, y)
-    assert_velocity(load_run(tmp_path / "sit.pt"), want)
+    for file in ("sit.pt", "sit.safetensors"):
+        assert_velocity(load_run(tmp_path / file), want)
     assert_velocity(load_sit_weights(whole, "", ema=False), -official_forward(raw, z, 1 - t, y))
     for prefix in ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
         named = {prefix + name: value for name, value in state.items()}

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 T = torch.Tensor
-GETTERS = {getattr(T, name).__get__: name for name in ("device", "is_cuda", "is_mps", "is_cpu")}
+DEVICE = T.device.__get__
 BOTH = {T.copy_, T.to, T.cpu, T.type_as, T.data.__set__, T.grad.__set__,
         torch._has_compatible_shallow_copy_type}
 ON_HOST = {T.numpy, T.__array__}
@@ -53,17 +53,15 @@ class Elsewhere(TorchFunctionMode):
         return a
 
     def asked(self, device):
-        return isinstance(device, int) or torch.device(device).type == self.kind             # .to(0) is cuda:0
+        return torch.device(device).type == self.kind
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, T)]
         tensors = tensors[:1] if f is T.view_as else tensors     # of the second, only the shape counts
         places = [self.there(a) for a in tensors]
-        if f in GETTERS:
-            if not places[0]:
-                return f(*args)
-            return self.place if GETTERS[f] == "device" else GETTERS[f] == f"is_{self.kind}"
+        if f == DEVICE:
+            return self.place if places[0] else f(*args)
         if f is T.cpu:
             return args[0].clone() if places[0] else args[0]
         if f in ON_HOST and places[0]:
@@ -89,13 +87,13 @@ class Elsewhere(TorchFunctionMode):
             return self.asked(kwargs["device"]), args, kwargs | dict(device="cpu")
         if f is T.to and len(args) > 1 and isinstance(args[1], T):
             return places[1], args, kwargs
-        if f is T.to and len(args) > 1 and isinstance(args[1], str | int | torch.device):
+        if f is T.to and len(args) > 1 and isinstance(args[1], str | torch.device):
             return self.asked(args[1]), (args[0], "cpu", *args[2:]), kwargs
         return None, args, kwargs
 
     def need_one_place(self, f, args, tensors, places):
         mixed = any(places) and not all(p or a.ndim == 0 for a, p in zip(tensors, places, strict=True))
-        if f in (T.__getitem__, T.index_put_):               # indices may be on the CPU, where the data are not
+        if f is T.__getitem__:                               # indices may be on the CPU, where the data are not
             mixed = not places[0] and any(places)
         elif f is T.__setitem__:                             # by slices, it is a copy
             index = args[1] if isinstance(args[1], tuple) else args[1:2]

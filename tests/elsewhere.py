@@ -11,7 +11,6 @@ mistakes that only a machine with a GPU would show, show on all. What it does no
 kernels, torch.compile, calls that python does not see (the backward pass), several GPUs.
 """
 import contextlib
-from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import torch
@@ -20,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 T = torch.Tensor
-GETTERS = {getattr(T, name).__get__: name for name in ("device", "is_cuda", "is_mps", "is_cpu")}
+DEVICE = T.device.__get__
 BOTH = {T.copy_, T.to, T.cpu, T.type_as, T.data.__set__, T.grad.__set__,
         torch._has_compatible_shallow_copy_type}
 ON_HOST = {T.numpy, T.__array__}
@@ -54,17 +53,15 @@ class Elsewhere(TorchFunctionMode):
         return a
 
     def asked(self, device):
-        return isinstance(device, int) or torch.device(device).type == self.kind             # .to(0) is cuda:0
+        return torch.device(device).type == self.kind
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, T)]
         tensors = tensors[:1] if f is T.view_as else tensors     # of the second, only the shape counts
         places = [self.there(a) for a in tensors]
-        if f in GETTERS:
-            if not places[0]:
-                return f(*args)
-            return self.place if GETTERS[f] == "device" else GETTERS[f] == f"is_{self.kind}"
+        if f == DEVICE:
+            return self.place if places[0] else f(*args)
         if f is T.cpu:
             return args[0].clone() if places[0] else args[0]
         if f in ON_HOST and places[0]:
@@ -90,13 +87,13 @@ class Elsewhere(TorchFunctionMode):
             return self.asked(kwargs["device"]), args, kwargs | dict(device="cpu")
         if f is T.to and len(args) > 1 and isinstance(args[1], T):
             return places[1], args, kwargs
-        if f is T.to and len(args) > 1 and isinstance(args[1], str | int | torch.device):
+        if f is T.to and len(args) > 1 and isinstance(args[1], str | torch.device):
             return self.asked(args[1]), (args[0], "cpu", *args[2:]), kwargs
         return None, args, kwargs
 
     def need_one_place(self, f, args, tensors, places):
         mixed = any(places) and not all(p or a.ndim == 0 for a, p in zip(tensors, places, strict=True))
-        if f in (T.__getitem__, T.index_put_):               # indices may be on the CPU, where the data are not
+        if f is T.__getitem__:                               # indices may be on the CPU, where the data are not
             mixed = not places[0] and any(places)
         elif f is T.__setitem__:                             # by slices, it is a copy
             index = args[1] if isinstance(args[1], tuple) else args[1:2]
@@ -110,30 +107,19 @@ class Elsewhere(TorchFunctionMode):
 
 @contextlib.contextmanager
 def elsewhere(kind):
-    mode, autocast, load, submit = Elsewhere(kind), torch.autocast, torch.load, ThreadPoolExecutor.submit
+    mode, autocast = Elsewhere(kind), torch.autocast
 
     class Autocast(autocast):
         def __init__(self, device_type, *args, **kwargs):
             super().__init__("cpu" if device_type == kind else device_type, *args, **kwargs)
 
-    def load_there(*args, map_location="cpu", **kwargs):
-        out = load(*args, map_location="cpu", **kwargs)
-        return tree_map_only(T, mode.put, out) if mode.asked(map_location) else out
-
-    def submit_there(pool, f, *args):                        # a mode is of one thread alone
-        def run():
-            with mode:
-                return f(*args)
-        return submit(pool, run)
-    told = dict(is_available=True, device_count=1, current_device=0, is_bf16_supported=True, synchronize=None,
-                get_device_name="NVIDIA H100 80GB HBM3", mem_get_info=(70 * 10**9, 80 * 10**9), set_device=None,
-                max_memory_allocated=10**9, memory_allocated=0, reset_peak_memory_stats=None) if kind == "cuda" else {}
+    told = dict(is_available=True, get_device_name="NVIDIA H100 80GB HBM3",
+                mem_get_info=(70 * 10**9, 80 * 10**9)) if kind == "cuda" else {}
     with contextlib.ExitStack() as stack:
         for where, name, value in (
                 *((torch.cuda, k, lambda *_, v=v, **__: v) for k, v in told.items()),
-                (torch.backends.mps, "is_available", lambda: kind == "mps"), (T, "pin_memory", T.clone),
-                (torch, "autocast", Autocast), (torch, "Generator", Generator), (torch, "load", load_there),
-                (torch, "compile", lambda model, **_: model), (ThreadPoolExecutor, "submit", submit_there)):
+                (torch.backends.mps, "is_available", lambda: kind == "mps"), (torch, "autocast", Autocast),
+                (torch, "Generator", Generator)):
             stack.enter_context(mock.patch.object(where, name, value))
         stack.enter_context(mode)
         yield

@@ -3,6 +3,7 @@ comes out otherwise than on the CPU."""
 import dataclasses
 import runpy
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from test_experiments import ROOT, TINY
 
 import train
 from empirical_score import EmpiricalScore
-from plumbing.data import load_data, save_dataset
+from plumbing.data import feed_steps, load_data, save_dataset
 from plumbing.fast_score import FastEmpiricalScore
 
 
@@ -65,7 +66,7 @@ def test_the_empirical_score(kind, engine):
 
 
 def test_training(kind, tmp_path):
-    """The same weights as on the CPU, whose noise this device draws; with data that stay on the disk, too."""
+    """The same weights as on the CPU, whose noise this device draws."""
     data = load_data("digits")
     features = np.random.default_rng(0).normal(size=(len(data["x"]), 4, 6)).astype(np.float16)
     arrays = {k: np.array(data[k]) for k in ("x", "y", "x_heldout", "y_heldout")} | dict(features=features)
@@ -80,6 +81,27 @@ def test_training(kind, tmp_path):
     weights("there", steps=4)
     # a GPU computes in bfloat16
     assert (weights("there") - cpu).abs().max() < (0.02 if kind == "cuda" else 1e-5)
+
+
+def test_data_that_do_not_fit_a_gpu():
+    """Other processes read them, and a step gets the same rows as from data that lie on the GPU."""
+    arrays = [np.random.default_rng(0).normal(size=(30, 2)), np.arange(30)]
+    asked_here = []
+
+    def rows_of_step(step):
+        asked_here.append(step)
+        return np.arange(3 * step, 3 * step + 4)
+
+    def read():
+        batches = list(feed_steps(arrays, rows_of_step, range(2, 9), torch.device("cuda")))
+        assert all(a.device.type == "cuda" for _, batch in batches for a in batch)
+        return [(step, x.cpu().tolist(), y.cpu().tolist()) for step, (x, y) in batches]
+
+    with elsewhere("cuda"):
+        on_gpu = read()
+        assert asked_here == [step for step, _, _ in on_gpu] == list(range(2, 9))
+        with mock.patch.object(torch.cuda, "mem_get_info", lambda device: (1000, 80 * 10**9)):
+            assert read() == on_gpu and len(asked_here) == 7
 
 
 def run_script(script, *argv):

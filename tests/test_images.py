@@ -24,7 +24,7 @@ def test_pixels(tmp_path):
 
 
 def test_reading(tmp_path):
-    """Images of eight bits become RGB; others are refused, since Pillow would clip them. Hidden files do not count."""
+    """Images of eight bits become RGB. Hidden files do not count."""
     u, v = np.mgrid[:8, :256]
     colours = Image.fromarray(np.stack([40 + 20 * u, v, 255 - v], -1).astype(np.uint8))
     clear = colours.copy()
@@ -38,10 +38,6 @@ def test_reading(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("no image")
     assert [path.name for path in images.find_images(tmp_path)] == ["a.png", "b.tif", "c.png", "d.BMP"]
-    for kind in (np.uint16, np.int32, np.float32):
-        Image.fromarray(np.full((8, 8), 500, kind)).save(tmp_path / "f.tif")
-        with pytest.raises(ValueError, match="f.tif cannot be read as an image: its pixels are of mode"):
-            images.read_rgb(tmp_path / "f.tif")
 
 
 def draw(index):
@@ -145,10 +141,8 @@ def test_fid(tmp_path, monkeypatch):
     for name in ("folder", "images.npz", "adm.npz"):
         assert want > 1 and abs(images.frechet(*ours, *images.statistics(tmp_path / name)) / want - 1) < 1e-6
     assert images.frechet(*ours, *ours) < 1e-9
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "cut.npz").write_bytes((tmp_path / "adm.npz").read_bytes()[:500])
-    (tmp_path / "text.npz").write_text("404 not found")
-    for name, message in {"empty": "no images in this folder", "gone.npz": "gone",
-                          "cut.npz": "cannot be read as an .npz", "text.npz": "cannot be read as an .npz"}.items():
-        with pytest.raises((ValueError, OSError), match=message):
-            images.statistics(tmp_path / name)
+    whole = (tmp_path / "adm.npz").read_bytes()
+    for damaged in (whole[:500], b"404 not found"):
+        (tmp_path / "adm.npz").write_bytes(damaged)
+        with pytest.raises(ValueError, match="adm.npz cannot be read as an .npz file"):
+            images.statistics(tmp_path / "adm.npz")

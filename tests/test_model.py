@@ -73,20 +73,6 @@ def test_tokens_after_a_block():
     assert torch.equal(tokens, want) and torch.equal(out, model(z, t, y))
 
 
-def test_bad_names_and_shapes():
-    for name in ("SiT-S", "SiT-Q/2", "SiT-S/x", "SiT-S/0", "SiT-S/2-conv", "UNet-Q", "UNet-S-xx", "UNet-", "vit", ""):
-        with pytest.raises(ValueError, match="unknown model"):
-            build_model(name, 32, 4, 10)
-    with pytest.raises(ValueError, match="divisible by 3, not 32"):
-        build_model("SiT-nano/3", 32, 4, 10)
-    with pytest.raises(ValueError, match="divisible by 4"):
-        build_model("UNet-S", 30, 4, 10)
-    with pytest.raises(ValueError, match="images of shape"):
-        build_model("SiT-nano/2", 8, 1, 10)(torch.zeros(1, 3, 8, 8), 0.5)
-    with pytest.raises(AssertionError):
-        build_model("SiT-nano/2", 8, 1, 10, prediction="eps")
-
-
 def test_positions():
     """Row-major tokens; the first half of the channels depends on the column alone, the second on the row alone."""
     pos = sincos_2d(32, 5).view(5, 5, 32)

@@ -1,4 +1,4 @@
-"""data/prepare.py writes what is in the files; a bad input ends in one line and changes nothing. No network.
+"""data/prepare.py writes what is in the files. No network.
 data/imagenet.py: the right latents in the right rows, after a kill, and on any number of processes."""
 import copy
 import gzip
@@ -162,42 +162,10 @@ def test_folder(box):
     assert np.allclose(loaded["x"][:, 0, 12, 0] * 127.5 + 127.5, np.multiply(kept, 10), atol=1e-3)
 
 
-def edit(name, change):
-    return lambda src: (src / name).write_bytes(change((src / name).read_bytes()))
-
-
-BAD = [  # a data set, what to do to a good folder, what the line must say
-    ("mnist", lambda src: (src / YT).unlink(), f"{YT}: missing"),
-    ("mnist", edit(X, lambda b: b[:-1]), f"{X} and {Y} are damaged, or do not fit"),
-    ("mnist", edit(X, lambda b: b""), f"{X} and {Y} are damaged"),
-    ("mnist", edit(YT, lambda b: b[:-1]), f"{XT} and {YT} are damaged"),
-    ("mnist", edit(Y, lambda b: b[:-1] + b"\x0a"), "y of .* labels in 0 .. 9, not . .. 10"),
-    ("mnist", lambda src: (src / X).rename(src / f"{X}.gz"), f"{X}.gz: cannot be read whole"),
-    ("cifar10", edit("c.tar.gz", lambda b: b[:len(b) // 2]), "c.tar.gz: cannot be read whole"),
-    ("cifar10", edit("c.tar.gz", lambda b: b[:-8] + bytes(4) + b[-4:]), "c.tar.gz: cannot be read whole .*CRC"),
-    ("cifar10", edit("c.tar.gz", lambda b: gzip.compress(b"hello " * 1000)), "no tar file is in it"),
-    ("cifar10", lambda src: write_tar(src / "c.tar.gz", {}), r"data_batch_5.bin of \[0, 0, 0, 0, 0\] bytes"),
-    ("cifar10", lambda src: (src / "c.tar.gz").unlink(), "--source .*c.tar.gz: there is no such"),
-    ("folder", lambda src: None, "src: no images in this folder"),
-    ("folder", lambda src: write(src, {"a.png": b"junk"}), "a.png cannot be read as an image"),
-    ("folder", lambda src: Image.new("L", (9, 9)).save(src / "a.png"), "1 images, expected at least 6"),
-    ("imagenet", lambda src: None, "src: no images in this folder"),
-    ("imagenet", lambda src: write(src, {"n01/a.txt": b""}), "src: no images in this folder"),
-    ("imagenet", lambda src: write(src, {"n00/n01/a.png": b""}), "a.png does not lie in a class folder"),
-    ("imagenet", lambda src: write(src, {"n00/a.png": b"", "n01/a.txt": b""}), "n01: no images in this folder"),
-    ("imagenet", lambda src: write(src, {"n00/a.png": b"", "b.png": b""}), "b.png does not lie in a class folder")]
-
-
-@pytest.mark.parametrize("name, change, message", BAD)
-def test_bad_input(box, name, change, message):
-    src = write(box / "src", mnist_files()[0] if name == "mnist" else {})
-    src.mkdir(exist_ok=True)
-    write_tar(src / "c.tar.gz", cifar_files()) if name == "cifar10" else None
-    change(src)
-    older = write(box / "t/out", {"x.npy": b"older"})
-    with pytest.raises((ValueError, OSError), match=message):
-        run(name, source=src / "c.tar.gz" if name == "cifar10" else src, out=older)
-    assert [p.name for p in (box / "t").rglob("*") if p.is_file()] == ["x.npy"]
+def test_a_gz_that_holds_no_tar(box):
+    # It is not in test_bad_input.py, since tarfile's reason takes five lines.
+    with pytest.raises(ValueError, match="c.tar.gz: no tar file is in it"):
+        run("cifar10", source=write(box, {"c.tar.gz": gzip.compress(b"hello " * 1000)}) / "c.tar.gz")
 
 
 def test_the_download(box, monkeypatch):

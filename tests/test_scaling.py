@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_sample import Given
 
 import exp_scaling
 from exp_scaling import PRESETS, Wiener, compare_at_equal_L, compare_ends, measure_models
@@ -25,16 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = dataclasses.replace(PRESETS["laptop"], n_points=40, n_times=4, n_images=200, workers=1)
 
 
-class Constant:
-    """Predict the same image everywhere."""
-
-    prediction = "x"
-
-    def __init__(self, image):
-        self.image = image
-
-    def __call__(self, z, t, y):
-        return self.image.expand(z.shape)
+def constant(image):
+    """Return a network that predicts the same image everywhere."""
+    return Given(lambda z, t, y: image.expand(z.shape), "x")
 
 
 # ---- Figure 3: data -------------------------------------------------------------------------------------------------
@@ -57,7 +51,7 @@ def test_leaves_cover_the_image_and_differ_in_texture_alone():
 def test_error_to_a_single_point_is_exact():
     """With one training image, x_* is that image everywhere: a constant network errs by |c - x|^2 / d."""
     x, c = np.full((50, 1, 4, 4), 2.0, np.float32), torch.linspace(-1, 1, 16).view(1, 4, 4)
-    found = measure_models(SMALL, dict(x=x, y=np.zeros(50, np.int64), meta=dict(num_classes=1)), [Constant(c)], "cpu")
+    found = measure_models(SMALL, dict(x=x, y=np.zeros(50, np.int64), meta=dict(num_classes=1)), [constant(c)], "cpu")
     for region in ("sup", "ext", "common"):
         assert np.abs(found[f"{region} error"] - (c - 2).square().mean()).max() < 1e-4
         assert np.abs(found[f"{region} star"] - 4).max() < 1e-4
@@ -69,7 +63,7 @@ def test_terms_are_those_of_brute_force():
     x, y = torch.randn(60, 1, 2, 2), torch.arange(60) % 2
     model = Wiener(torch.eye(4), 3)
     data = dict(x=x.numpy(), y=y.numpy(), meta=dict(num_classes=2))
-    found = measure_models(SMALL, data, [model, Constant(x[0])], "cpu")
+    found = measure_models(SMALL, data, [model, constant(x[0])], "cpu")
     z, labels = exp_scaling.noised_points(SMALL, data, "cpu")
     want = torch.zeros(40, dtype=torch.float64)
     for z_t, t in zip(z.double().flatten(2), exp_scaling.times(SMALL), strict=True):
@@ -252,13 +246,3 @@ def test_figure_3_trains_measures_and_draws_then_takes_given_weights(tmp_path):
     assert sorted((folder / "runs").iterdir()) == before
     results = json.loads((folder / "results.json").read_text())
     assert len(results["claims"]) == 3 and len(results["arrays"]["fig3"]["sup"]) == 2
-
-
-@pytest.mark.parametrize("args, words", [
-    (("--n-points", "1000", "--n-images", "50"), "n_points must lie between 2 and 50"),
-    (("--model-path", "a.pt", "nowhere.pt", "--data", "digits"), "a.pt"),
-    (("--model-path", "a.pt"), "two networks or more, small to large"),
-])
-def test_mistakes_are_one_line(tmp_path, args, words):
-    done = run(*TINY, "--lengths", "1", "--out", str(tmp_path), *args)
-    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr

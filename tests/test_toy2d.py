@@ -114,7 +114,6 @@ def test_the_file_runs_alone_and_draws_from_its_results(tmp_path):
     assert made == [(tmp_path / name).read_bytes() for name in ("results.json", "fig9.png", "fig_repa2d.png")]
 
 
-@pytest.mark.parametrize("argv, message", [("--lr=0", "lr must be positive"), ("--lr=1e30", "MLP diverged")])
-def test_bad_input_is_one_line(argv, message, tmp_path):
-    done = command(argv, f"--out={tmp_path / 'out'}")
-    assert done.returncode == 1 and message in done.stderr and done.stderr.splitlines()[-1].startswith("error: ")
+def test_bad_input_is_one_line(tmp_path):
+    done = command("--lr=0", f"--out={tmp_path / 'out'}")
+    assert done.returncode == 1 and done.stderr == "error: lr must be positive, not 0.0\n"

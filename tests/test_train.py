@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_sample import Given
 from torch import nn
 
 import train
@@ -21,17 +22,20 @@ from plumbing.files import load_run, lock_folder
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A small data set in the project's layout: 50 images of 8 x 8 in 4 classes, and a teacher's features."""
-    folder = tmp_path_factory.mktemp("data") / "toy"
+def write_toy(folder, **changes):
+    """Write a small data set: 50 images of 8 x 8 in 4 classes, and a teacher's features. Return its folder."""
     rng = np.random.default_rng(0)
     y = np.arange(50) % 4
     x = np.clip(0.3 * rng.standard_normal((50, 1, 8, 8)) + (y / 2 - 0.75)[:, None, None, None], -1, 1)
     arrays = dict(x=x.astype(np.float32), y=y, x_heldout=x[:9].astype(np.float32), y_heldout=y[:9],
                   features=rng.standard_normal((50, 4, 5)).astype(np.float16))
-    sets.save_dataset(folder, arrays, dict(name="toy", num_classes=4))
+    sets.save_dataset(folder, arrays | changes, dict(name="toy", num_classes=4))
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_toy(tmp_path_factory.mktemp("data") / "toy")
 
 
 def config(folder, out, **changes):
@@ -61,15 +65,6 @@ def torchrun(n, cfg):
 
 # ---- one step --------------------------------------------------------------------------------------------------------
 
-class Given(nn.Module):
-    def __init__(self, f, prediction):
-        super().__init__()
-        self.f, self.prediction = f, prediction
-
-    def forward(self, z, t, y):
-        return self.f(z, t)
-
-
 def test_loss_of_a_perfect_and_of_a_zero_model():
     x, eps, t = torch.randn(400, 1, 8, 8), torch.randn(400, 1, 8, 8), torch.rand(400)
     x[:] = x[0]                                              # one data point: v = (z - x)/t is known
@@ -77,9 +72,9 @@ def test_loss_of_a_perfect_and_of_a_zero_model():
     def loss(f, prediction):
         return train.Objective(Given(f, prediction))(x, None, t, eps)[0]
 
-    assert loss(lambda z, t: (z - x) / t[:, None, None, None], "v") < 1e-4
-    assert loss(lambda z, t: x, "x") == 0
-    assert torch.isclose(loss(lambda z, t: torch.zeros_like(z), "v"), (eps - x).square().mean())
+    assert loss(lambda z, t, y: (z - x) / t[:, None, None, None], "v") < 1e-4
+    assert loss(lambda z, t, y: x, "x") == 0
+    assert torch.isclose(loss(lambda z, t, y: torch.zeros_like(z), "v"), (eps - x).square().mean())
 
 
 def test_each_epoch_sees_every_image_once():
@@ -231,10 +226,6 @@ def test_weights_to_start_from_and_weights_that_are_kept(data, tmp_path):
     short = train.train(config(data, tmp_path / "short", steps=2))
     kept = torch.cat([v.flatten().double() for v in load_run(one / "ema_2.pt").state_dict().values()])
     assert torch.equal(kept, weights(short)) and (one / "ema_4.pt").exists() and not (one / "ema_6.pt").exists()
-    with pytest.raises(ValueError, match="does not fit the model"):
-        train.train(config(data, tmp_path / "bad", init=str(one), model="SiT-micro/4"))
-    with pytest.raises(ValueError, match="predicts v, this run x"):
-        train.train(config(data, tmp_path / "bad", init=str(one), prediction="x"))
     # to go on, the weights that a run started from are not needed again
     shutil.rmtree(one)
     train.train(config(data, two, init=str(one), lr=1e-30, steps=2))
@@ -256,37 +247,6 @@ def test_folders_of_runs(data, tmp_path):
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(data="nowhere"), "no data set at"),
-    (dict(batch=10, accum=3), "is not divisible"),
-    (dict(steps=0), "steps must be at least 1"),
-    (dict(lr=float("nan")), "Invalid learning rate: nan"),
-    (dict(model="SiT-huge/4"), "unknown model 'SiT-huge/4'"),
-    (dict(model="SiT-nano/3"), "divisible by 3, not 8"),
-    (dict(device="cuda:9" if not torch.cuda.is_available() else "tpu"), "not available"),
-    (dict(repa=1.0, repa_depth=3), "block 3 of a SiT, but SiT-nano/4 has 2"),
-    (dict(repa=1.0, repa_depth=1, model="UNet-nano-conv"), "a SiT, but UNet-nano-conv has 0"),
-    (dict(repa=1.0, repa_depth=1, model="SiT-nano/2"), r"features.npy beside x.npy of .* \(50, 16, dim\)"),
-])
-def test_bad_configs(data, tmp_path, changes, message):
-    with pytest.raises((ValueError, OSError), match=message):
-        train.train(config(data, tmp_path / "bad", **changes))
-    assert not (tmp_path / "bad" / "ckpt.pt").exists()
-
-
-def test_another_config_or_other_data_do_not_resume(data, tmp_path):
-    run = train.train(config(data, tmp_path / "a", steps=2))
-    before = (run / "ckpt.pt").read_bytes()
-    other = tmp_path / "toy"
-    shutil.copytree(data, other)
-    np.save(other / "x.npy", np.load(other / "x.npy") * 0.9)
-    for changes, message in ((dict(lr=0.5), "with lr = 0.003, not 0.5"), (dict(steps=1), "at step 2, past the 1"),
-                             (dict(data=str(other)), "other data")):
-        with pytest.raises(ValueError, match=message):
-            train.train(config(changes.pop("data", data), run, **changes))
-    assert (run / "ckpt.pt").read_bytes() == before
-
-
 def test_diverged_training_keeps_the_last_checkpoint(data, tmp_path):
     run = train.train(config(data, tmp_path / "a", steps=4))
     kept = weights(run)
@@ -296,18 +256,6 @@ def test_diverged_training_keeps_the_last_checkpoint(data, tmp_path):
     with pytest.raises(ValueError, match="the loss is (nan|inf) at step .*: it diverged"):
         train.train(config(data, run, steps=60, lr=1e30, log_every=30, save_every=2))
     assert torch.equal(weights(run), kept)
-
-
-def test_damaged_checkpoints_are_refused(data, tmp_path):
-    run = train.train(config(data, tmp_path / "a", steps=2))
-    whole = (run / "ckpt.pt").read_bytes()
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 255
-    for damaged in (whole[:len(whole) // 2], bytes(flipped), b"junk"):
-        (run / "ckpt.pt").write_bytes(damaged)
-        with pytest.raises(ValueError, match="ckpt.pt"):
-            train.train(config(data, run))
-        assert (run / "ckpt.pt").read_bytes() == damaged
 
 
 def test_one_run_has_one_writer(data, tmp_path):

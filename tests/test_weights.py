@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from plumbing import weights
 from plumbing.files import load_run
@@ -75,8 +76,10 @@ def test_official_weights_give_the_velocity_of_the_paper(learn_sigma, tmp_path):
     raw = {name: value * 1.1 for name, value in state.items()}
     whole = {"model": raw, "ema": state, "opt": {}, "args": argparse.Namespace(lr=1e-4)}
     torch.save(whole, tmp_path / "sit.pt")
+    save_file(state, tmp_path / "sit.safetensors")
     want = -official_forward(state, z, 1 - t, y)
-    assert_velocity(load_run(tmp_path / "sit.pt"), want)
+    for file in ("sit.pt", "sit.safetensors"):
+        assert_velocity(load_run(tmp_path / file), want)
     assert_velocity(load_sit_weights(whole, "", ema=False), -official_forward(raw, z, 1 - t, y))
     for prefix in ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
         named = {prefix + name: value for name, value in state.items()}
@@ -88,29 +91,6 @@ def test_repa_weights_have_our_time_and_sign():
     args = argparse.Namespace(path_type="linear", prediction="v")
     for source in (state | {"projectors.0.0.weight": torch.zeros(3, 32)}, {"ema": state, "args": args}):
         assert_velocity(load_sit_weights(source, ""), official_forward(state, z, t, y))
-
-
-def test_weights_that_predict_no_velocity_are_refused():
-    args = argparse.Namespace(path_type="Linear", prediction="score")
-    with pytest.raises(ValueError, match="it.pt: its args say path linear and prediction score"):
-        load_sit_weights({"ema": official_state(), "args": args}, "it.pt")
-
-
-def without(state, key):
-    return {name: value for name, value in state.items() if not name.startswith(key)}
-
-
-@pytest.mark.parametrize("change, message", [
-    (lambda s: without(s, "blocks.1."), r"not the weights of an official SiT \(KeyError\(\(1, 32\)\)\)"),
-    (lambda s: without(s, "final_layer.linear.weight"), "not the weights of .*'final_layer.linear.weight'"),
-    (lambda s: without(s, "pos_embed"), "not the weights of .*'pos_embed'"),
-    (lambda s: s | {"blocks.0.attn.q_norm.weight": torch.zeros(1)}, 'Unexpected key.*"blocks.0.attn.q_norm.weight"'),
-    (lambda s: s | {"blocks.0.attn.proj.weight": torch.zeros(32, 31)}, r"blocks.0.attn.proj.weight.*\[32, 31\]"),
-    (lambda s: s | {"x_embedder.proj.weight": torch.zeros(32, 16)}, "not the weights of")])
-def test_other_weights_are_refused(change, message):
-    with pytest.raises(ValueError, match=f"^w.pt.* {message}") as e:
-        load_sit_weights(change(official_state()), "w.pt")
-    assert "\n" not in str(e.value)
 
 
 class Hub(torch.nn.Linear):

@@ -107,7 +107,7 @@ def read_cifar10(source):
     """Return images (N, 3, 32, 32) and labels of training, then of test, in uint8."""
     path, arrays = source / "cifar-10-binary.tar.gz" if source.is_dir() else source, []
     try:
-        with tarfile.open(fileobj=io.BytesIO(unzip(path))) as tar:
+        with tarfile.open(fileobj=io.BytesIO(unzip(path)), mode="r:") as tar:
             files = {Path(m.name).name: tar.extractfile(m).read() for m in tar if m.name.endswith(".bin")}
     except tarfile.TarError as error:
         raise ValueError(f"{path}: no tar file is in it ({error})") from None

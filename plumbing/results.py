@@ -118,8 +118,8 @@ def run_experiment(script, cfg, measure, plot):
     if path.exists() and read_json(path).get("script") != script:
         raise ValueError(f"{path} is not of {script}: give another --out")
     if not cfg.redraw:
-        folder.mkdir(parents=True, exist_ok=True)
         device, started = device_name(pick_device(cfg.device)), time.time()
+        folder.mkdir(parents=True, exist_ok=True)
         rows, arrays = measure(cfg)
         if count_processes()[0]:
             return

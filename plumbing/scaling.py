@@ -12,7 +12,7 @@ from model import build_model
 from plumbing.cli import count_flops
 from plumbing.data import load_data, model_sizes, write_once
 from plumbing.results import BLUE, GREY, ORANGE, new_figure, paired_change, save_figure
-from plumbing.stand_ins import SIDE, few_digits, leaves, small_digits
+from plumbing.stand_ins import SIDE, few_digits, leaves, pick_rows, small_digits
 
 # The paper's E^sup and E^ext: SiT-S, B and L after 200K, 300K and 400K iterations, and SiT-XL. One SiT-B is hidden.
 PAPER_SUP = (0.18843, 0.18789, 0.18750, 0.1866, 0.18567, 0.18494, 0.18432, 0.18374, 0.18340)
@@ -59,6 +59,7 @@ def plan_fig3(cfg, folder):
     kinds = list(itertools.product(cfg.lengths, cfg.models))
     plan = []
     for name, data in image_sets(cfg, folder).items():
+        pick_rows(cfg, load_data(data))                      # too many points show here, before the training
         used, seeds = ([kinds[0], kinds[-1]], 1) if plan else (kinds, cfg.seeds)
         for seed in range(seeds):
             plan.append((name, [Job(data, model, steps, seed) for steps, model in used]))

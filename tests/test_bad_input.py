@@ -4,6 +4,7 @@ A row of MISTAKES holds a function that prepares a call in a folder and returns 
 expression for the line. Mistakes that need a process of their own are tested beside the script.
 """
 import argparse
+import gzip
 from dataclasses import replace
 from functools import partial
 
@@ -197,6 +198,7 @@ MISTAKES = [
         ("mnist", lambda src: (src / MNIST_X).rename(src / f"{MNIST_X}.gz"), f"{MNIST_X}.gz: cannot be read whole"),
         ("cifar10", edit("c.tar.gz", half), "c.tar.gz: cannot be read whole"),
         ("cifar10", lambda src: write_tar(src / "c.tar.gz", {}), r"data_batch_5.bin of \[0, 0, 0, 0, 0\] bytes"),
+        ("cifar10", edit("c.tar.gz", lambda content: gzip.compress(b"hello" * 999)), "c.tar.gz: no tar file is in it"),
         ("cifar10", remove("c.tar.gz"), "--source .*c.tar.gz: there is no such"),
         ("folder", lambda src: None, "src: no images in this folder"),
         ("folder", lambda src: write(src, {"a.png": b"junk"}), "a.png cannot be read as an image"),

@@ -162,12 +162,6 @@ def test_folder(box):
     assert np.allclose(loaded["x"][:, 0, 12, 0] * 127.5 + 127.5, np.multiply(kept, 10), atol=1e-3)
 
 
-def test_a_gz_that_holds_no_tar(box):
-    # It is not in test_bad_input.py, since tarfile's reason takes five lines.
-    with pytest.raises(ValueError, match="c.tar.gz: no tar file is in it"):
-        run("cifar10", source=write(box, {"c.tar.gz": gzip.compress(b"hello " * 1000)}) / "c.tar.gz")
-
-
 def test_the_download(box, monkeypatch):
     files, arrays = mnist_files()
     sums = {}

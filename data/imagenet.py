@@ -97,8 +97,7 @@ def features(dino, images):
     """Return DINOv2's patch tokens (B, 256, D) of images (B, 256, 256, 3) uint8, normalised and resized as in REPA."""
     x = images.permute(0, 3, 1, 2).float() / 255
     x = (x - x.new_tensor(MEAN)[:, None, None]) / x.new_tensor(STD)[:, None, None]
-    # 16 x 16 patches of 14 pixels: one for each token of SiT-*/2
-    x = F.interpolate(x, (224, 224), mode="bicubic")
+    x = F.interpolate(x, (224, 224), mode="bicubic")  # 16 x 16 patches of 14 pixels: one for each token of SiT-*/2
     # past the final norm; the first token is the class token
     return dino(x).last_hidden_state[:, 1:]
 
@@ -110,7 +109,7 @@ def fingerprint(paths, *more):
 
 
 def encode_shard(file, paths, copies, encoders, cfg, device):
-    """Write what each encoder makes of these images, or of each and its flip. Raise ValueError if one is damaged."""
+    """Write what each encoder makes of these images, or of each and its flip; or return what is wrong with them."""
     made, wrong = {name: [] for name in encoders}, []
     for images, reasons in DataLoader(Images(paths), batch_size=cfg.batch, num_workers=cfg.workers):
         images = images.to(device)
@@ -119,23 +118,22 @@ def encode_shard(file, paths, copies, encoders, cfg, device):
         for name, encoder in encoders.items():
             made[name].append(encoder(images).half().cpu())
         wrong += [reason for reason in reasons if reason]
-    if wrong:
-        print(*wrong, sep="\n", flush=True)
-        raise ValueError(f"{len(wrong)} images cannot be read (listed above): mend or remove them, and start again")
-    with write_whole(file) as f:
-        np.savez(f, **{name: torch.cat(batches).numpy() for name, batches in made.items()})
+    arrays = {name: torch.cat(batches).numpy() for name, batches in made.items()}
+    if not all(np.isfinite(values).all() for values in arrays.values()):
+        wrong.append(f"{file.stem}: not finite in float16, with {paths[0]} to {paths[-1]}: is a network damaged?")
+    if not wrong:
+        with write_whole(file) as f:
+            np.savez(f, **arrays)
+    return wrong
 
 
 def merge(shards, name, rows, path):
     """Write array `name` of all shards, so many rows, as one .npy, shard by shard."""
-    start = 0
-    for file, _ in shards:
-        with np.load(file) as arrays:
-            values = arrays[name]
-        if start == 0:
-            merged = np.lib.format.open_memmap(path, "w+", values.dtype, (rows, *values.shape[1:]))
-        merged[start:start + len(values)] = values
-        start += len(values)
+    with open(path, "wb") as f:
+        shape = (rows, *np.load(shards[0][0])[name].shape[1:])
+        np.lib.format.write_array_header_1_0(f, dict(descr="<f2", fortran_order=False, shape=shape))
+        for file, _ in shards:
+            f.write(np.load(file)[name].tobytes())
 
 
 def write_meta(folder, meta):
@@ -181,8 +179,12 @@ def prepare(cfg, out):
         parts[part] = shards, labels, copies
         jobs += [(file, piece, copies) for file, piece in shards]
     todo = [job for job in jobs[rank::world] if not job[0].exists()]
+    wrong = []
     for job in tqdm(todo, "encoding", unit="shard", disable=None if rank == 0 else True):
-        encode_shard(*job, encoders, cfg, device)
+        wrong += encode_shard(*job, encoders, cfg, device)
+    if wrong:
+        print(*wrong, sep="\n", flush=True)
+        raise ValueError(f"{len(wrong)} images cannot be read (listed above): mend or remove them, and start again")
     wait_for_all()
     if rank == 0:
         meta = dict(name="imagenet", source=str(cfg.source), num_classes=len(classes), classes=classes, made=made,

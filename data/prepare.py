@@ -9,8 +9,7 @@ data/<name>/, or --out, then holds
     x.npy, x_heldout.npy    (N, C, H, W) float32 in [-1, 1]; of imagenet (N, 4, 32, 32) float16 latents
     y.npy, y_heldout.npy    (N,) int64 labels
     meta.json               name, source, num_classes, classes, shape, scaling, and the sha256 of these files
-MNIST and CIFAR-10 hold out their test images, a folder every tenth image, imagenet those of --heldout. You download
-ImageNet yourself, since it comes with an agreement. The sets mnist5k and digits need no preparation.
+MNIST and CIFAR-10 hold out their test images, a folder every tenth image, imagenet those of --heldout.
 """
 import gzip
 import io
@@ -68,7 +67,7 @@ def download(name):
         if not (folder / file).exists():
             try:
                 download_url_to_file(address + file, folder / file, sha256)
-            except RuntimeError as error:
+            except (RuntimeError, OSError) as error:
                 raise ValueError(f"{address + file}: {error}: get it elsewhere, and pass --source") from None
     return folder
 
@@ -78,7 +77,6 @@ def unzip(path):
     try:
         return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except Exception as error:
-        # a damaged file raises OSError, EOFError or zlib.error
         raise ValueError(f"{path}: cannot be read whole ({error})") from None
 
 

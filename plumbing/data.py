@@ -4,8 +4,8 @@ import contextlib
 import functools
 import hashlib
 import os
+import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +23,12 @@ EMBEDDED = ("mnist5k", "digits", "photos")
 def new_folder(folder):
     """Yield an empty folder to write to. At the end it takes the place of `folder`, or after an error is gone."""
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work:
-        new, old = Path(work) / "new", Path(work) / "old"
-        new.mkdir()
+    work = folder.with_name(f".{folder.name}.new")
+    new, old = work / "new", work / "old"
+    # what a kill left there
+    shutil.rmtree(work, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
         yield new
         if folder.exists():
             os.replace(folder, old)
@@ -36,6 +38,8 @@ def new_folder(folder):
             if old.exists():
                 os.replace(old, folder)
             raise
+    finally:
+        shutil.rmtree(work)
 
 
 def save_dataset(folder, arrays, meta):

@@ -22,11 +22,13 @@ from plumbing.cli import check_at_least, wait_for_all
 from plumbing.files import checkpoint_path, write_whole
 from plumbing.weights import checksum, decode, load_vae, optional_import
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
 
 def find_images(folder):
     """Return the image files in a folder and below it, sorted. Hidden files and folders do not count."""
     paths = map(Path, glob.glob(f"{glob.escape(str(folder))}/**", recursive=True))
-    images = sorted(path for path in paths if path.suffix.lower() in Image.registered_extensions() and path.is_file())
+    images = sorted(path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file())
     if not images:
         raise ValueError(f"{folder}: no images in this folder")
     return images
@@ -169,6 +171,8 @@ def save_samples(cfg, sample, model, device, rank, world):
     # A wrong reference or a missing package shows here, before hours of sampling.
     reference = statistics(cfg.fid) if cfg.fid and rank == 0 else None
     vae = load_vae(cfg.vae).to(device) if cfg.vae else None
+    if vae and vae.config.latent_channels != model.in_channels:
+        raise ValueError(f"{cfg.vae} decodes {vae.config.latent_channels} channels, the model has {model.in_channels}")
     labels = torch.arange(cfg.n) % model.num_classes if cfg.label is None else torch.full((cfg.n,), cfg.label)
 
     def draw(index):

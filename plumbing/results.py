@@ -45,7 +45,7 @@ def over_seeds(samples, statistic=np.median):
     """
     intervals = []
     for sample in samples:
-        is_fraction = np.asarray(sample).dtype == bool
+        is_fraction = statistic is np.mean and np.asarray(sample).dtype == bool
         intervals.append(wilson_interval(sample) if is_fraction else bootstrap_interval(sample, statistic))
     lows, highs = zip(*intervals, strict=True)
     return float(np.mean([statistic(sample) for sample in samples])), (min(lows), max(highs))

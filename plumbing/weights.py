@@ -66,7 +66,7 @@ def reverse_time_and_sign(model):
 def load_sit_weights(checkpoint, path, ema=True):
     """Return official SiT or REPA weights, the dict in the file `path`, as a SiT in this project's time and sign.
 
-    Raise ValueError if the weights are no official SiT's, or predict no velocity.
+    Raise ValueError if the weights are no official SiT's, or if their arguments name another path or prediction.
     """
     state, args = unwrap(checkpoint, ema)
     target = str(args.get("path_type", "linear")).lower(), args.get("prediction", "v")
@@ -89,12 +89,19 @@ def optional_import(module, name, option):
         return getattr(importlib.import_module(module), name)
     except (ImportError, RuntimeError) as error:
         package = module.split(".")[0].replace("_", "-")
-        raise ImportError(f"{option} needs {package}: pip install {package}, see docs/scale.md ({error})") from error
+        # with its version named, pip leaves this torch as it is
+        version = torch.__version__.split("+")[0]
+        raise ImportError(f"{option} needs {package}: pip install {package} torch=={version}, see docs/scale.md "
+                          f"({error})") from error
 
 
 def pretrained(kind, name):
     """Return a network of an optional package, from a folder or by its name on the hub, ready to use."""
-    model, report = kind.from_pretrained(name, output_loading_info=True)
+    try:
+        model, report = kind.from_pretrained(name, output_loading_info=True)
+    except Exception as error:
+        # missing, offline or damaged: each library raises errors of its own
+        raise ValueError(f"{name} cannot be loaded as {kind.__name__}: {error!r}") from error
     if report["missing_keys"]:
         raise ValueError(f"{name} lacks weights of {kind.__name__}: {min(report['missing_keys'])}")
     return model.eval().requires_grad_(False)

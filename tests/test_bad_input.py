@@ -113,7 +113,6 @@ def the_call(folder, call):
 # ---- mistakes --------------------------------------------------------------------------------------------------------
 
 CLASSES = np.arange(12) % 3
-NO_GPU = "cuda:9" if not torch.cuda.is_available() else "tpu"
 MNIST_X, MNIST_Y, _, TEST_Y = mnist_files()[0]
 
 def edit(name, change):
@@ -144,7 +143,6 @@ MISTAKES = [
     # the empirical score
     *((the_score, dict(ask=ask), message) for ask, message in [
         (lambda E, z: E.score(z, 0.0), r"t must be one number or 24 in \(0, 1\], not torch.Size\(\[\]\) from 0.0"),
-        (lambda E, z: E.score(z, 1.5), r"in \(0, 1\]"),
         (lambda E, z: E.score(z, float("nan")), r"in \(0, 1\]"),
         (lambda E, z: E.score(z, torch.full((5,), 0.5)), "t must be one number or 24"),
         (lambda E, z: E.score(z * torch.nan, 0.5), "finite"),
@@ -169,7 +167,6 @@ MISTAKES = [
     (the_solver, dict(model=Given(gaussian_velocity, "x"), t_grid=[1.0, 5e-4, 0.0]), "one time below"),
     (the_solver, dict(solver="rk4"), "unknown solver 'rk4'"),
     # data sets
-    (a_data_set, dict(x=X[0]), "x.npy must be floating point of shape"),
     (a_data_set, dict(x=X.astype(np.uint8)), "x.npy must be floating point"),
     (a_data_set, dict(x=X[:, :, :, :3]), "x.npy must be floating point of shape"),
     (a_data_set, dict(x=X[:0], y=CLASSES[:0]), r"x.npy must be floating point of shape .* not float32 \(0, 1, 4, 4\)"),
@@ -188,8 +185,6 @@ MISTAKES = [
     (a_data_set, dict(damage=remove("meta.json")), "No such file.*meta.json"),
     (a_data_set, dict(then=lambda data: exp_freedom.load_images(exp_freedom.Config(data=data), "cpu")),
      "set has no x_heldout.npy"),
-    (a_data_set, dict(then=lambda data: exp_shells.measure(exp_shells.Config(
-        network=train.Config(data=data), overlap_class=0))), "data has no x_heldout.npy"),
     # data/prepare.py
     *((prepared, dict(name=name, damage=damage), message) for name, damage, message in [
         ("mnist", remove(TEST_Y), f"{TEST_Y}: missing"),
@@ -207,21 +202,16 @@ MISTAKES = [
         ("folder", lambda src: Image.new("L", (9, 9)).save(src / "a.png"), "1 images, expected at least 6"),
         ("folder", lambda src: write(src, {"../out/notes.txt": b"mine"}), "holds other files than a data set"),
         ("imagenet", lambda src: write(src, {"n00/n01/a.png": b""}), "a.png does not lie in a class folder"),
-        ("imagenet", lambda src: write(src, {"n00/a.png": b"", "n01/a.txt": b""}), "n01: no images in this folder"),
-        ("imagenet", lambda src: write(src, {"n0/a.png": b"", "b.png": b""}), "b.png does not lie in a class folder")]),
+        ("imagenet", lambda src: write(src, {"n00/a.png": b"", "n01/a.txt": b""}), "n01: no images in this folder")]),
     # training
-    (training, dict(data="nowhere"), "no data set at"),
     (training, dict(batch=10, accum=3), "is not divisible"),
     (training, dict(steps=0), "steps must be at least 1"),
     (training, dict(ema=1.5), "ema must lie in 0 .. 1, not 1.5"),
     (training, dict(lr=float("nan")), "Invalid learning rate: nan"),
-    (training, dict(model="SiT-huge/4"), "unknown model 'SiT-huge/4'"),
-    (training, dict(device=NO_GPU), "not available"),
     (training, dict(repa=1.0, repa_depth=3), "block 3 of a SiT, but SiT-nano/4 has 2"),
     (training, dict(repa=1.0, repa_depth=1, model="UNet-nano-conv"), "a SiT, but UNet-nano-conv has 0"),
     (training, dict(repa=1.0, repa_depth=1, model="SiT-nano/2"), r"features.npy beside x.npy of .* \(50, 16, dim\)"),
     (training, dict(repa=1.0, repa_depth=1, features=np.ones((50, 4, 5), int)), "features.npy .* not int64"),
-    (training, dict(repa=1.0, repa_depth=1, features=np.ones((50, 4))), r"features.npy .* not float64 \(50, 4\)"),
     (resumed, dict(lr=0.5), "with lr = 0.003, not 0.5"),
     (resumed, dict(steps=1), "at step 2, past the 1"),
     (resumed, dict(damage=edit("toy/x.npy", lambda content: content[:-4] + bytes(4))), "other data"),
@@ -240,14 +230,12 @@ MISTAKES = [
      "w.pt: its args say path linear and prediction x, expected linear and v"),
     (official, dict(change=without("blocks.1")), r"w.pt: not the weights of an official SiT \(KeyError\(\(1, 32\)\)\)"),
     (official, dict(change=plus("blocks.0.q.weight", 1)), 'w.pt .* Unexpected key.*"blocks.0.q.weight"'),
-    (official, dict(change=plus("x_embedder.proj.bias", 31)), r"w.pt .* x_embedder.proj.bias.*\[31\]"),
     (official, dict(change=plus("x_embedder.proj.weight", 32, 16)), "w.pt: not the weights of"),
     # sampling
     (the_sampler, dict(n=0), "n must be at least 1"),
     (the_sampler, dict(label=10), "label 10 is none"),
     (the_sampler, dict(run="nowhere"), "no checkpoint"),
     (the_sampler, dict(out="a.jpg"), "--out a.jpg: expected NAME.npz"),
-    (the_sampler, dict(fid="x"), "expected NAME.npz, for FID"),
     (the_sampler, dict(in_channels=4, out="a.npz"), "samples latents of 4 channels: give their autoencoder, --vae"),
     # experiments
     (measured, dict(write_weights=trained, y=np.arange(50)[::-1] % 4), r"ckpt.pt was not trained on .* \(1, 8, 4\)"),
@@ -255,7 +243,6 @@ MISTAKES = [
     (measured, dict(write_weights=write_run, y=np.zeros(50, int)), "--overlap-class has fewer than two images"),
     (experiment, dict(script=exp_freedom, per_class=60),
      "ratio 8 needs 480 images of each class, 1617 are too few: lower per_class"),
-    (experiment, dict(script=exp_freedom, n_seeds=1), "n_seeds must be at least 2, not 1"),
     (experiment, dict(script=exp_scaling, model_path=("a.pt",)), "two networks or more, small to large"),
     (the_call, dict(call=lambda folder: stand_ins.pick_rows(exp_scaling.Config(n_points=1000), dict(x=X))),
      "n_points must lie between 2 and 12"),

@@ -2,9 +2,11 @@
 import dataclasses
 import functools
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -39,6 +41,9 @@ def test_the_interval_over_seeds_covers_that_of_each():
     for sample in samples:
         a, b = results.bootstrap_interval(sample, np.mean)
         assert low <= a < b <= high
+    # of 50 that are all true, 1.92 may still be false by Wilson's interval, and no bootstrap would say so
+    mean, (low, high) = results.over_seeds([np.ones(50, dtype=bool)], np.mean)
+    assert mean == high == 1 and abs(low - 50 / (50 + 1.96**2)) < 1e-4
 
 
 @pytest.mark.parametrize("ours, ci95, options, verdict", [
@@ -129,6 +134,27 @@ def test_processes_share_a_sweep_and_each_gets_all_results(tmp_path):
 def test_a_worker_that_dies_ends_the_sweep():
     with pytest.raises(BrokenProcessPool):
         sweep.run_jobs(die, [1, 2], 2)
+
+
+def beat(folder, job):
+    for _ in range(600):
+        (Path(folder) / str(job)).write_text(str(time.time()))
+        time.sleep(0.1)
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    """If they lived on, they would hold the locks of their runs against the next command."""
+    job = functools.partial(beat, str(tmp_path))
+    parent = multiprocessing.get_context("spawn").Process(target=sweep.run_jobs, args=(job, [1, 2], 2))
+    parent.start()
+    while len(list(tmp_path.iterdir())) < 2 and parent.is_alive():
+        time.sleep(0.1)
+    parent.kill()
+    parent.join()
+    time.sleep(1)
+    beats = [path.read_text() for path in sorted(tmp_path.iterdir())]
+    time.sleep(1)
+    assert len(beats) == 2 and beats == [path.read_text() for path in sorted(tmp_path.iterdir())]
 
 
 def write_set(folder, **changes):

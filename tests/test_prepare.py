@@ -171,11 +171,6 @@ def test_the_download(box, monkeypatch):
     monkeypatch.setitem(prepare.DOWNLOADS, "mnist", ((box / "web").as_uri() + "/", sums))
     run("mnist")
     assert_written(box / "data/mnist", arrays)
-    shutil.rmtree(box / "data")
-    sums[f"{X}.gz"] = "0" * 64
-    with pytest.raises(ValueError, match="invalid hash .* pass --source"):
-        run("mnist")
-    assert not (box / "data/mnist").exists()
 
 
 def test_the_command(tmp_path):
@@ -273,10 +268,10 @@ def test_bad_images_are_listed(images, tmp_path, capsys):
     encode(images, tmp_path / "good")
     (images / "n01/aa.JPEG").write_bytes((images / "n01/b.JPEG").read_bytes()[:9000])
     (images / "n02/text.JPEG").write_text("404 not found")
-    with pytest.raises(ValueError, match="1 images cannot be read .*start again"):
+    with pytest.raises(ValueError, match="2 images cannot be read .*start again"):
         encode(images, tmp_path / "o")
     out = capsys.readouterr().out
-    assert f"{images}/n01/aa.JPEG cannot be read as an image: image file is truncated" in out
+    assert f"{images}/n01/aa.JPEG cannot be read as an image: image file is truncated" in out and "text.JPEG" in out
     assert not (tmp_path / "o").exists()
     (images / "n01/aa.JPEG").unlink()
     (images / "n02/text.JPEG").unlink()

@@ -153,7 +153,8 @@ def test_the_command_writes_an_npz_that_holds_what_sampling_gives(tmp_path):
 
 def test_latents_are_decoded_and_belong_to_their_vae(tmp_path, monkeypatch):
     run, vae = write_run(tmp_path / "run"), torch.nn.ConvTranspose2d(1, 3, 2, 2).requires_grad_(False)
-    vae.config, vae.decode = SimpleNamespace(scaling_factor=0.5), lambda z: SimpleNamespace(sample=vae(z))
+    vae.config = SimpleNamespace(scaling_factor=0.5, latent_channels=1)
+    vae.decode = lambda z: SimpleNamespace(sample=vae(z))
     monkeypatch.setattr(images, "load_vae", {"a/b": vae}.get)
     cfg = Config(run=str(run), n=20, solver="euler", steps=2, device="cpu", vae="a/b", out=str(tmp_path / "a.npz"))
     main(cfg)

@@ -36,9 +36,9 @@ from plumbing.data import get_images, labels_in_turn, load_data, model_sizes
 from plumbing.fast_score import make_score
 from plumbing.files import load_run
 from plumbing.results import bootstrap_interval, claim, finding, paired_change, student_interval
-from plumbing.scaling import plan_fig3, plan_fig7
+from plumbing.scaling import measurement_key, name_run, plan_fig3, plan_fig7
 from plumbing.stand_ins import SIDE, Judge, draw_fields, pick_rows
-from plumbing.sweep import cached, measurement_key, name_run, run_jobs
+from plumbing.sweep import cached, run_jobs
 from sample import noise, predict_x, solve_ode, velocity
 
 TRAINING = functools.partial(train.Config, batch=64, label_dropout=0.0, grid=False, save_every=10**6)
@@ -350,7 +350,7 @@ def measure_student(cfg, folder, judge, job):
 def compare_at_equal_L(one, two):
     """Return the distance of recipe one over that of recipe two at equal L, for each seed; and the range of common L.
 
-    one, two: (seeds, checkpoints, 3). Eq. (5): distance = f(L). We fit a line to each seed, and compare at its middle.
+    one, two: (seeds, checkpoints, 3). Eq. (5): distance = f(L). A line for each seed gives f in the middle of the range.
     """
     L_one, L_two = one[..., 1].mean(0), two[..., 1].mean(0)
     low = max(L_one.min(), L_two.min())

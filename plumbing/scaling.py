@@ -1,7 +1,9 @@
 """The networks that exp_scaling.py trains, and its figures, drawn from results.json alone."""
+import dataclasses
 import functools
+import hashlib
 import itertools
-from dataclasses import dataclass
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from matplotlib import colormaps
 from model import build_model
 from plumbing.cli import count_flops
 from plumbing.data import load_data, model_sizes, write_once
+from plumbing.files import checkpoint_path
 from plumbing.results import BLUE, GREY, ORANGE, new_figure, paired_change, save_figure
 from plumbing.stand_ins import SIDE, few_digits, leaves, pick_rows, small_digits
 
@@ -21,7 +24,7 @@ PAPER_EXT = (0.53337, 0.53374, 0.53395, 0.53441, 0.53475, 0.53489, 0.53512, 0.53
 # ----------------------------------------------------------------------------------------------------------------------
 # The networks
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Job:
     data: str  # the folder of a data set
     model: str  # a name of model.py
@@ -79,6 +82,19 @@ def plan_fig7(cfg, folder, models, repa=0.0):
     for seed in range(cfg.seeds7):
         jobs += [Job(data, model, steps, seed, repa) for model in models]
     return jobs
+
+
+def name_run(settings):
+    """Return a name for the run of a train.Config: readable, and with a hash of all its fields."""
+    text = json.dumps(dataclasses.asdict(settings), sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{Path(settings.data).name}_{settings.model.replace('/', '-')}_{settings.steps}_{digest}"
+
+
+def measurement_key(cfg, data, *runs):
+    """Return all that a measurement of these runs depends on, for `cached`."""
+    files = [(str(run), checkpoint_path(run).stat().st_mtime) for run in runs]
+    return dict(data=data["fingerprint"], runs=files, n=cfg.n_points, times=cfg.n_times, seed=cfg.seed, fast=cfg.fast)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

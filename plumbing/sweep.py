@@ -1,5 +1,4 @@
 """Sweeps of many small networks: several train at once, each is kept by what it depends on."""
-import dataclasses
 import functools
 import hashlib
 import json
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from plumbing.cli import count_processes, setup_processes
-from plumbing.files import checkpoint_path, read_weights, save_checkpoint
+from plumbing.files import read_weights, save_checkpoint
 
 
 def cached(folder, key, compute):
@@ -82,16 +81,3 @@ def run_grid(f, settings, seeds, workers, folder, key):
 
 def run_cached(f, folder, key, job):
     return cached(folder, key | dict(job=job), functools.partial(f, job))
-
-
-def name_run(settings):
-    """Return a name for the run of a train.Config: readable, and with a hash of all its fields."""
-    text = json.dumps(dataclasses.asdict(settings), sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return f"{Path(settings.data).name}_{settings.model.replace('/', '-')}_{settings.steps}_{digest}"
-
-
-def measurement_key(cfg, data, *runs):
-    """Return all that a measurement of these runs depends on, for `cached`."""
-    files = [(str(run), checkpoint_path(run).stat().st_mtime) for run in runs]
-    return dict(data=data["fingerprint"], runs=files, n=cfg.n_points, times=cfg.n_times, seed=cfg.seed, fast=cfg.fast)

@@ -350,7 +350,7 @@ def measure_student(cfg, folder, judge, job):
 def compare_at_equal_L(one, two):
     """Return the distance of recipe one over that of recipe two at equal L, for each seed; and the range of common L.
 
-    one, two: (seeds, checkpoints, 3). Eq. (5): distance = f(L). A line for each seed gives f in the middle of the range.
+    one, two: (seeds, checkpoints, 3). Eq. (5): distance = f(L). We fit f, a line for each seed, and compare mid-range.
     """
     L_one, L_two = one[..., 1].mean(0), two[..., 1].mean(0)
     low = max(L_one.min(), L_two.min())

@@ -26,7 +26,8 @@ class EmpiricalScore:
 
     def __init__(self, x, y=None, device=None, chunk=4096):
         self.x = x
-        self.y = torch.tensor([] if y is None else y.tolist())
+        labels = [] if y is None else y.tolist()
+        self.y = torch.tensor(labels)
         self.N = len(x)
         if self.N == 0 or len(self.y) not in (0, self.N):
             raise ValueError(f"the data must be N >= 1 points and N labels or none, not {self.N} and {len(self.y)}")
@@ -35,7 +36,10 @@ class EmpiricalScore:
         self.device = torch.device(device or x.device)
         if self.device.type == "mps":
             self.device = torch.device("cpu")                                       # MPS has no float64
-        self.centre = sum(points.sum(0) for _, points in self.chunks()) / self.N    # (D,)
+        total = 0
+        for _, points in self.chunks():
+            total = total + points.sum(0)
+        self.centre = total / self.N                                                # (D,)
         self.D = len(self.centre)
 
     def softmax_mean(self, z, t, rows):
@@ -43,22 +47,18 @@ class EmpiricalScore:
         # We divide all weights by exp(top), where top is the largest logit so far, so that no exponential overflows.
         # When a chunk has a larger logit, top grows, and what we have summed so far shrinks by the same factor.
         top = torch.full_like(t, -torch.inf)                                        # (B, 1)
-        total = 0
-        squares = 0
-        weighted = 0
+        total = squares = weighted = 0
         for _, points in self.chunks(rows):
             distances = self.distances(z, t, points)                                # (B, n)
             logits = -(distances / t).square() / 2
-            chunk_top = logits.amax(1, keepdim=True)
-            new_top = torch.maximum(top, chunk_top)
+            new_top = torch.maximum(top, logits.amax(1, keepdim=True))
             shrink = (top - new_top).exp()
             w = (logits - new_top).exp()
             total = shrink * total + w.sum(1, keepdim=True)
             squares = shrink**2 * squares + w.square().sum(1, keepdim=True)
             weighted = shrink * weighted + w @ points                               # (B, D)
             top = new_top
-        size = total**2 / squares
-        return weighted / total, size
+        return weighted / total, total**2 / squares
 
     def distances(self, z, t, points):
         """Return |z - (1 - t) x_i| = alpha |z / alpha - x_i|, alpha = 1 - t, (B, n): no x_i depends on t."""
@@ -69,15 +69,21 @@ class EmpiricalScore:
         points = points - self.centre
         return alpha * torch.cdist(z, points)
 
-    def mean_and_size(self, z, t, y=None):
-        """Return x_*(z, t) (B, *shape) and the effective number of points (B,): 1 if one has all the weight."""
+    def in_float64(self, z, t, y):
+        """Return z (B, D), t (B, 1), x_* (B, D) and the effective number of points (B, 1), all float64."""
         z64, t64 = self.queries(z, t)
         x_star = torch.empty_like(z64)
         size = torch.empty_like(t64)
         for b, rows in self.groups(y, len(z)):
             x_star[b], size[b] = self.softmax_mean(z64[b], t64[b], rows)
+        return z64, t64, x_star, size
+
+    def mean_and_size(self, z, t, y=None):
+        """Return x_*(z, t) (B, *shape) and the effective number of points (B,): 1 if one has all the weight."""
+        _, _, x_star, size = self.in_float64(z, t, y)
         x_star = x_star.view_as(z)
-        return as_query(x_star, z), as_query(size.flatten(), z)
+        size = size.flatten()
+        return as_query(x_star, z), as_query(size, z)
 
     def posterior_mean(self, z, t, y=None):
         """Return x_*(z, t), (B, *shape)."""
@@ -85,17 +91,13 @@ class EmpiricalScore:
 
     def score(self, z, t, y=None):
         """Return s_*(z, t), the gradient of log p_t at z, (B, *shape).  Eq. (2)"""
-        z64, t64 = self.queries(z, t)
-        x_star = self.posterior_mean(z64.view_as(z), t, y)  # not of z: the answer has the query's dtype, float64
-        x_star = x_star.flatten(1)
+        z64, t64, x_star, _ = self.in_float64(z, t, y)
         s_star = ((1 - t64) * x_star - z64) / t64**2
         return as_query(s_star.view_as(z), z)
 
     def velocity(self, z, t, y=None):
         """Return v_*(z, t), (B, *shape)."""
-        z64, t64 = self.queries(z, t)
-        x_star = self.posterior_mean(z64.view_as(z), t, y)  # not of z: the answer has the query's dtype, float64
-        x_star = x_star.flatten(1)
+        z64, t64, x_star, _ = self.in_float64(z, t, y)
         v_star = (z64 - x_star) / t64
         return as_query(v_star.view_as(z), z)
 
@@ -105,8 +107,8 @@ class EmpiricalScore:
         def noisy_logits(distances, t):
             noise = torch.empty_like(distances, device="cpu").exponential_(generator=generator)
             gumbel = -noise.log().to(self.device)  # minus the log of an exponential variable is Gumbel noise
-            return gumbel - (distances / t).square() / 2
-
+            logits = -(distances / t).square() / 2
+            return logits + gumbel
         z64, t64 = self.queries(z, t)
         draw = torch.zeros_like(t64).long()
         for b, rows in self.groups(y, len(z)):
@@ -118,7 +120,6 @@ class EmpiricalScore:
         def closeness(distances, t):
             r = distances / (t * self.D**0.5)  # near 1 for the x_i that z was made from, as |eps| is near sqrt(D)
             return -(r - 1).abs()
-
         z64, t64 = self.queries(z, t)
         _, index = self.best_points(closeness, z64, t64)
         index = index.flatten()
@@ -130,7 +131,6 @@ class EmpiricalScore:
         """Return the squared distances of x (B, *shape) to its k nearest points, ascending, and their rows: (B, k)."""
         def nearness(distances, t):
             return -distances
-
         if k > self.N:
             raise ValueError(f"k must be at most {self.N}, the number of data points")
         x64, t64 = self.queries(x, 1.0)  # queries() refuses t = 0, which we want here: pass 1, and make it 0

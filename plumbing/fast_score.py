@@ -13,6 +13,7 @@ Near t = 1 all points count. We strike none there, and are no faster than Empiri
 r_star, nearest and draws are those of EmpiricalScore. tests/test_fast_score.py searches for data that break the bound.
 """
 import contextlib
+import dataclasses
 import math
 
 import torch
@@ -39,6 +40,17 @@ def exact_float32(device):
             yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@dataclasses.dataclass
+class Survivors:
+    """What is not struck: the points that may weigh more than TAU / N of the heaviest."""
+    rows: torch.Tensor  # (n,), of all points that were compared
+    kept: torch.Tensor  # (B, n), true where a query may need a point
+
+    def needed_by(self, queries):
+        """Return the rows of the points that at least one of the queries (b,) may need."""
+        return self.rows[self.kept[queries].any(0).cpu()]
 
 
 class FastEmpiricalScore(EmpiricalScore):
@@ -77,19 +89,19 @@ class FastEmpiricalScore(EmpiricalScore):
             return mean, size, bound
         mean = torch.empty_like(z)
         size = torch.empty_like(t)
-        kept = self.screen(z, t, everyone)
-        spread = kept.sum(1) > len(everyone) / TOGETHER
+        survivors = self.screen(z, t, everyone)
+        spread = survivors.kept.sum(1) > len(everyone) / TOGETHER
         if spread.any():
             mean[spread], size[spread] = super().softmax_mean(z[spread], t[spread], rows)
         (few,) = torch.where(~spread)
         for b in few.split(TOGETHER) if len(few) else ():
-            survivors = everyone[kept[b].any(0).cpu()]
-            mean[b], size[b] = super().softmax_mean(z[b], t[b], survivors)
-            bound[b] = (len(everyone) - len(survivors)) * TAU / self.N
+            needed = survivors.needed_by(b)
+            mean[b], size[b] = super().softmax_mean(z[b], t[b], needed)
+            bound[b] = (len(everyone) - len(needed)) * TAU / self.N
         return mean, size, bound
 
     def screen(self, z, t, rows):
-        """Return which of the points `rows` may weigh more than TAU / N of the heaviest, (B, n). All others do not."""
+        """Return the Survivors among the points `rows`, for each query."""
         alpha = 1 - t
         q = z - alpha * self.centre32.double()
         d2, slip = self.float32_distances(q, alpha, rows)
@@ -101,7 +113,7 @@ class FastEmpiricalScore(EmpiricalScore):
         # In float32 the limit must not be smaller.
         limit = (limit + 2.0**-22 * limit.abs()).float()
         # What has overflowed to nan is not struck.
-        return ~(d2 > limit)
+        return Survivors(rows, ~(d2 > limit))
 
     def float32_distances(self, q, alpha, rows):
         """Return |q - alpha x|^2 - |q|^2 in float32 (B, n), and its slip (B, 1), for x about the centre.

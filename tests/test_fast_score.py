@@ -77,7 +77,7 @@ def screening(x, y=None, **options):
 
 def kept_points(E, z, t):
     """Return which points of all survive for each query, (B, N)."""
-    return E.screen(*E.queries(z, t), torch.arange(E.N))
+    return E.screen(*E.queries(z, t), torch.arange(E.N)).kept
 
 
 def lengths_of(E, x, z, t):

@@ -4,9 +4,6 @@
     python sample.py --run out/laptop_mnist5k_UNet-tiny-2-conv --w 4      # with classifier-free guidance
     torchrun --nproc_per_node=4 -- sample.py --run SiT-XL-2-256x256.pt --vae stabilityai/sd-vae-ft-ema --n 50000 \
         --out samples.npz --fid VIRTUAL_imagenet256_labeled.npz     # official weights, for FID; resumes
-
-The paper's solver is dopri5 with absolute tolerance 1e-6 and relative tolerance 1e-3 (C.1). It chooses its steps by an
-error norm over the whole batch, so that a sample depends a little on its batch: keep --batch fixed to compare.
 """
 from dataclasses import dataclass
 from itertools import pairwise
@@ -49,7 +46,10 @@ def predict_x(model, z, t, y):
 # Three solvers of dz/dt = f(t, z): z at every time of a descending grid, (T, B, C, H, W)
 
 def euler(f, z, times):
-    """Take one step along the velocity from each time to the next."""
+    """Take one step along the velocity from each time to the next. Twice as many steps halve the error.
+
+    f(t, z) returns the velocity at z (B, C, H, W). The path starts from z at times[0]; times (T,) descend.
+    """
     path = [z]
     for t, t_next in pairwise(times):
         z = z + (t_next - t) * f(t, z)
@@ -58,7 +58,8 @@ def euler(f, z, times):
 
 
 def heun(f, z, times):
-    """Take each step with the mean of the velocities at its start and at its end."""
+    """Take each step with the mean of the velocities at its start and at its end. Twice as many steps, which call f
+    twice each, make the error four times smaller."""
     path = [z]
     for t, t_next in pairwise(times):
         v = f(t, z)
@@ -69,10 +70,15 @@ def heun(f, z, times):
 
 
 def dopri5(f, z, times, atol, rtol):
-    """Take adaptive steps of Dormand and Prince's order 5, and interpolate between them to the times of the grid."""
+    """Take steps of order 5 by Dormand and Prince, and interpolate between them to the times of the grid.
+
+    The paper's solver (C.1). It tries a step again, shorter, if two formulas differ by more than atol + rtol |z|, in a
+    norm over the whole batch. So a sample depends a little on its batch: keep --batch fixed to compare.
+    """
+    # MPS has no float64; without step_t the solver steps past the end, to t < 0, and interpolates back
     clock = torch.float32 if z.device.type == "mps" else torch.float64
-    # without step_t the solver steps past the end, to t < 0, and interpolates back
-    return odeint(f, z, times, method="dopri5", atol=atol, rtol=rtol, options=dict(step_t=times[-1:], dtype=clock))
+    options = dict(step_t=times[-1:], dtype=clock)
+    return odeint(f, z, times, method="dopri5", atol=atol, rtol=rtol, options=options)
 
 
 def add_equal_steps(t_grid, steps):
@@ -129,16 +135,13 @@ def noise(index, shape, seed=0):
     return torch.stack(draws)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The command
-
 @dataclass
 class Config:
     run: str = tyro.MISSING  # a run's folder as train.py prints it, or a file of official SiT weights
     n: int = 64  # how many images
     label: int | None = None  # one class; default: all in turn
     w: float = 1.0  # guidance; 1 is none
-    solver: Literal["dopri5", "heun", "euler"] = "dopri5"  # see the top of this file
+    solver: Literal["dopri5", "heun", "euler"] = "dopri5"  # see above, in this file
     steps: int = 50  # steps of heun and euler
     batch: int = 64  # images at a time; dopri5's steps depend on it
     seed: int = 0  # image i of a seed is always the same

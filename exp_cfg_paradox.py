@@ -25,12 +25,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from plumbing import results
-from plumbing.cli import check_at_least, pick_device, run_command
+from plumbing.cli import check_at_least, pick_device, run_command, setup_processes
 from plumbing.data import get_images, labels_in_turn, load_data
 from plumbing.fast_score import make_score
+from plumbing.sweep import run_jobs
 from plumbing.training import load_networks
 from sample import noise, solve_ode, velocity
 from train import PRESETS as NETWORKS
@@ -89,28 +89,23 @@ def measure_gaps(E, models, points, t):
     """Return the sizes of both gaps in both regions, {"empirical, supervision": (seeds, n, T), ...}, and the cosine
     between the learned gaps of the first and the last network at the same points, {region: (n, T)}.
 
-    points[region] holds (z (T, n, C, H, W), y (n,)) for each network.
+    points[region] holds (z (T, n, C, H, W), y (n,)) for each network. Processes of torchrun share the times.
     """
     sizes, cosines = {}, {}
     for region in REGIONS:
-        empirical, learned, cosine = [], [], []
-        for j, tj in enumerate(tqdm(t, region, disable=None, leave=False)):
-            at_t = [(z[j], y) for z, y in points[region]]
-            empirical.append([empirical_gap(E, z, tj, y).norm(dim=1) for z, y in at_t])
-            gaps = [learned_gap(model, z, tj, y) for model, (z, y) in zip(models, at_t, strict=True)]
-            learned.append([gap.norm(dim=1) for gap in gaps])
+        def at_time(k, region=region):
+            at_t = [(z[k], y) for z, y in points[region]]
+            empirical = [empirical_gap(E, z, t[k], y).norm(dim=1) for z, y in at_t]
+            gaps = [learned_gap(model, z, t[k], y) for model, (z, y) in zip(models, at_t, strict=True)]
+            learned = [gap.norm(dim=1) for gap in gaps]
             z, y = at_t[0]
-            other = learned_gap(models[-1], z, tj, y)
-            cosine.append(torch.cosine_similarity(gaps[0], other, dim=1))
-        sizes[f"empirical, {region}"] = stack(empirical)
-        sizes[f"learned, {region}"] = stack(learned)
-        cosines[region] = torch.stack(cosine, dim=1).numpy()
+            other = learned_gap(models[-1], z, t[k], y)
+            cosine = torch.cosine_similarity(gaps[0], other, dim=1)
+            return torch.stack(empirical), torch.stack(learned), cosine                     # (seeds, n) twice, (n,)
+        found = run_jobs(at_time, range(len(t)), workers=1)
+        parts = [torch.stack(values, dim=-1).numpy() for values in zip(*found.values(), strict=True)]
+        sizes[f"empirical, {region}"], sizes[f"learned, {region}"], cosines[region] = parts
     return sizes, cosines
-
-
-def stack(values):
-    """Return lists of T lists of one tensor (n,) per seed as an array (seeds, n, T)."""
-    return torch.stack([torch.stack(at_t) for at_t in values], dim=2).numpy()
 
 
 def median_difference(pairs):
@@ -154,7 +149,8 @@ def make_rows(sizes, cosines, t):
 def measure(cfg):
     """Return rows and arrays: both gaps in both regions, at all times."""
     check_at_least(cfg, n=2, n_times=2, seeds=1)
-    data, device = load_data(cfg.network.data), pick_device(cfg.device)
+    data = load_data(cfg.network.data)
+    _, _, device = setup_processes(pick_device(cfg.device))
     models = load_networks(train, cfg, data, device)
     E = make_score(data, device, cfg.fast)
     t = np.linspace(1 / cfg.n_times, 1, cfg.n_times)

@@ -16,8 +16,7 @@ Exercises; the answers are in the table that is printed last.
 1. python exp_shells.py --overlap-class 1      Are the shells of all classes apart until the same t? See "come apart".
 2. In measure and leave_shells, give make_score dict(x=data["x_heldout"], y=data["y_heldout"]) in place of data. Only
    training points are outside now. So does r_* say something about the network, or about the data set?
-3. python exp_shells.py --network.data digits --network.steps 500      A shell is thin only in many dimensions; here
-   there are 64. See when half of the trajectories are outside.
+3. python exp_shells.py --network.data digits --network.steps 500   In 64 dimensions, when are half outside, and why?
 """
 import dataclasses
 from typing import Literal
@@ -25,14 +24,14 @@ from typing import Literal
 import numpy as np
 import scipy.stats
 import torch
-from tqdm import tqdm
 
 from plumbing import results
-from plumbing.cli import check_at_least, pick_device, run_command
+from plumbing.cli import check_at_least, pick_device, run_command, setup_processes
 from plumbing.data import get_images, labels_in_turn, load_data
 from plumbing.fast_score import make_score
 from plumbing.files import load_run
 from plumbing.images import to_uint8
+from plumbing.sweep import run_jobs
 from plumbing.training import load_networks
 from sample import noise, solve_ode
 from train import PRESETS as NETWORKS
@@ -53,7 +52,7 @@ class Config:
     n: int = 100  # trajectories of each network, and as many noised images of each kind
     n_times: int = 50  # times t = 1/n_times, 2/n_times .. 1
     overlap_class: int = 3  # the class whose shells are compared pair by pair
-    other_sets: tuple[str, ...] = ("digits", "photos")  # small networks are trained on them, too, for other d; or none
+    other_sets: tuple[str, ...] = ("digits", "photos")  # for other d: a small network is trained on each; or none
     fast: bool = False  # the certified engine of plumbing/fast_score.py for the empirical score
     seed: int = 0  # of the points, the noise and the trajectories
     device: str = "auto"  # auto, cpu, cuda, mps
@@ -109,11 +108,12 @@ def noised(x, t, seed):
 
 
 def r_star_of(E, path, t):
-    """Return r_* (n, T) of images at times t (T,), path (T, n, C, H, W)."""
-    r = []
-    for z, tj in zip(path, tqdm(t, "r_*", disable=None), strict=True):
-        r.append(E.r_star(z, tj)[0])
-    return torch.stack(r, dim=1).cpu().double().numpy()
+    """Return r_* (n, T) of images at times t (T,), path (T, n, C, H, W). Processes of torchrun share the times."""
+    def at_time(k):
+        r, _ = E.r_star(path[k], t[k])
+        return r.cpu().double()
+    found = run_jobs(at_time, range(len(t)), workers=1)
+    return torch.stack([*found.values()], dim=1).numpy()
 
 
 def leave_shells(cfg, data, model, label, n, t, device):
@@ -136,14 +136,17 @@ def leave_shells(cfg, data, model, label, n, t, device):
 def memorization(E, model, x, y, seed):
     """Noise images x (n, C, H, W) to MEMO_TIMES and sample them back. Return whether x is the training image nearest to
     the result (C.4), (n, T), and the first image, noisy and sampled, (T, 2, C, H, W)."""
-    hits, pictures = [], []
-    for z, t in zip(noised(x, MEMO_TIMES, seed), MEMO_TIMES, strict=True):
-        _, out = solve_ode(model, z, y, [t, 0.0], solver="heun", steps=15)
+    path = noised(x, MEMO_TIMES, seed)
+    def at_time(k):
+        _, out = solve_ode(model, path[k], y, [MEMO_TIMES[k], 0.0], solver="heun", steps=15)
         back = (out - x).flatten(1).square().sum(dim=1)
         nearest, _ = E.nearest(out, 1)
-        hits.append(back <= nearest[:, 0] * (1 + 1e-4))
-        pictures.append(torch.stack([z[0], out[0]]))
-    return torch.stack(hits, dim=1).cpu().double().numpy(), torch.stack(pictures)
+        is_hit = back <= nearest[:, 0] * (1 + 1e-4)
+        pair = torch.stack([path[k, 0], out[0]])
+        return is_hit.cpu(), pair.cpu()
+    found = run_jobs(at_time, range(len(MEMO_TIMES)), workers=1)
+    hits, pictures = zip(*found.values(), strict=True)
+    return torch.stack(hits, dim=1).double().numpy(), torch.stack(pictures)
 
 
 def make_rows(r, paths, t, d, apart, hits, exact):
@@ -175,7 +178,8 @@ def make_rows(r, paths, t, d, apart, hits, exact):
 def measure(cfg):
     """Return rows and arrays."""
     check_at_least(cfg, n=2, n_times=2, seeds=1)
-    data, device = load_data(cfg.network.data), pick_device(cfg.device)
+    data = load_data(cfg.network.data)
+    _, _, device = setup_processes(pick_device(cfg.device))
     if np.sum(data["y"] == cfg.overlap_class) < 2:
         raise ValueError("the class of --overlap-class has fewer than two images")
     if "x_heldout" not in data:
@@ -184,7 +188,6 @@ def measure(cfg):
     E = make_score(data, device, cfg.fast)
     t = np.linspace(1 / cfg.n_times, 1, cfg.n_times)
     rng = np.random.default_rng(cfg.seed)
-
     def pick(part):
         rows = rng.permutation(len(data[part]))[:cfg.n]
         return get_images(data, rows, device, part)
@@ -192,10 +195,8 @@ def measure(cfg):
     runs = [leave_shells(cfg, data, model, cfg.overlap_class, cfg.n, t, device) for model in models]
     paths, apart = [run["r"] for run in runs], runs[0]["apart"]
     # differs from the paper, which shows training points alone beside trajectories: these controls take no path
-    r = {}
     kinds = dict(training=pick("x")[0], heldout=pick("x_heldout")[0], generated=runs[0]["images"])
-    for name, x in kinds.items():
-        r[name] = r_star_of(E, noised(x, t, cfg.seed + 1), t)
+    r = {name: r_star_of(E, noised(x, t, cfg.seed + 1), t) for name, x in kinds.items()}
     # Fig 4: from z_t back to t = 0, by the networks and by the exact score
     x, y = pick("x")
     def exact_x(z, t, y):
@@ -204,7 +205,6 @@ def measure(cfg):
     found = [memorization(E, model, x, y, cfg.seed) for model in (*models, exact_x)]
     *hits, exact = [hits for hits, _ in found]
     rows = make_rows(r, paths, t, E.D, apart, hits, exact)
-    # the same times in other dimensions, with a small network, trained in less than a minute
     for name in cfg.other_sets:
         network = NetworkConfig(data=name, model="SiT-micro/4", steps=300, ema=0.99, grid=False, device=cfg.device)
         small = load_run(train(network), device)

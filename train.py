@@ -161,8 +161,7 @@ def train(cfg, alone=False):  # noqa: C901 (the loop is told in one piece)
     Every process of a torchrun calls this. alone: one quiet process, for sweeps of many small networks.
     """
     device = cli.pick_device(cfg.device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    rank, world, device = (0, 1, device) if alone else cli.setup_processes(device, backend)
+    rank, world, device = (0, 1, device) if alone else cli.setup_processes(device)
     training.check_training(cfg, world)
     data, run = load_data(cfg.data), training.run_folder(cfg, PRESETS[cfg.preset], MAY_CHANGE)
     lock = lock_folder(run) if rank == 0 else None                       # one writer, until `lock` is forgotten

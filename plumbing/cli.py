@@ -72,7 +72,7 @@ def count_processes():
     return rank, world
 
 
-def setup_processes(device, backend="gloo"):
+def setup_processes(device):
     """Return (rank, number of processes, device of this process). Under torchrun, each process takes its own GPU."""
     rank, world = count_processes()
     if world > 1 and device.type == "cuda":
@@ -83,6 +83,7 @@ def setup_processes(device, backend="gloo"):
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         # the slowest process may come hours after the fastest
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=7))
     return rank, world, device
 

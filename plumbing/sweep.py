@@ -59,9 +59,9 @@ def run_jobs(f, jobs, workers):
         found = {job: result for part in parts for job, result in part.items()}
         return {job: found[job] for job in jobs}
     if workers == 1:
-        return {job: f(job) for job in tqdm(jobs, "networks", disable=None, leave=False)}
+        return {job: f(job) for job in tqdm(jobs, disable=None, leave=False)}
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
-        results = tqdm(pool.map(f, jobs), "networks", len(jobs), disable=None, leave=False)
+        results = tqdm(pool.map(f, jobs), total=len(jobs), disable=None, leave=False)
         return dict(zip(jobs, results, strict=True))
 
 

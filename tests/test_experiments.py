@@ -34,9 +34,10 @@ PICTURES = dict(exp_shells={"fig1b.png", "fig4.png", "fig1b_dimensions.png"}, ex
                 exp_freedom={"fig5.png", "fig5_mechanism.png"})
 
 
-def run(script, *argv, cwd=ROOT, **env):
-    return subprocess.run([sys.executable, Path(cwd) / f"{script}.py", *map(str, argv)], capture_output=True, text=True,
-                          cwd=cwd, env=os.environ | dict(OMP_NUM_THREADS="1") | env)
+def run(script, *argv, launcher=(), cwd=ROOT, **env):
+    command = [sys.executable, *launcher, Path(cwd) / f"{script}.py", *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd,
+                          env=os.environ | dict(OMP_NUM_THREADS="1") | env)
 
 
 @pytest.fixture(scope="module", params=sorted(TINY))
@@ -80,6 +81,15 @@ def test_run_twice_it_is_the_same(tiny, tmp_path):
     done = run(script, *argv, f"--out={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr[-3000:]
     assert untimed(tmp_path / "out" / "results.json") == untimed(out / "results.json")
+
+
+def test_two_processes_find_what_one_does(tiny, tmp_path):
+    """They share the networks, or the times at which the score is asked."""
+    script, argv, out = tiny
+    launcher = "-m torch.distributed.run --nproc_per_node=2 --standalone --".split()
+    done = run(script, *argv, f"--out={tmp_path}", launcher=launcher)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert untimed(tmp_path / "results.json") == untimed(out / "results.json")
 
 
 @pytest.mark.parametrize("script", sorted(TINY))

@@ -162,8 +162,7 @@ MISTAKES = [
         ("SiT-nano/4", "divisible by 4, not 30"), ("UNet-S", "divisible by 4")]),
     (the_call, dict(call=lambda folder: build_model("SiT-pico/2", 8, 1, 10)(torch.zeros(1, 3, 8, 8), 0.5)),
      "images of shape"),
-    *((the_solver, dict(t_grid=grid), "descend") for grid in (
-        [0.0, 1.0], [1.0], [1.2, 0.0], [0.5, 0.5], [0.5, -0.1])),
+    *((the_solver, dict(t_grid=grid), "descend") for grid in ([0.0, 1.0], [1.0], [1.2, 0.0], [0.5, 0.5], [0.5, -0.1])),
     (the_solver, dict(model=Given(gaussian_velocity, "x"), t_grid=[1.0, 5e-4, 0.0]), "one time below"),
     (the_solver, dict(solver="rk4"), "unknown solver 'rk4'"),
     # data sets
@@ -205,6 +204,7 @@ MISTAKES = [
         ("imagenet", lambda src: write(src, {"n00/a.png": b"", "n01/a.txt": b""}), "n01: no images in this folder")]),
     # training
     (training, dict(batch=10, accum=3), "is not divisible"),
+    (training, dict(device="tpu"), "device 'tpu' is not available here: expected auto, cuda, mps or cpu"),
     (training, dict(steps=0), "steps must be at least 1"),
     (training, dict(ema=1.5), "ema must lie in 0 .. 1, not 1.5"),
     (training, dict(lr=float("nan")), "Invalid learning rate: nan"),
@@ -241,8 +241,7 @@ MISTAKES = [
     (measured, dict(write_weights=trained, y=np.arange(50)[::-1] % 4), r"ckpt.pt was not trained on .* \(1, 8, 4\)"),
     (measured, dict(write_weights=write_run), r"ckpt.pt was not trained on .* \(1, 8, 10\)"),
     (measured, dict(write_weights=write_run, y=np.zeros(50, int)), "--overlap-class has fewer than two images"),
-    (experiment, dict(script=exp_freedom, per_class=60),
-     "ratio 8 needs 480 images of each class, 1617 are too few: lower per_class"),
+    (experiment, dict(script=exp_freedom, per_class=60), "ratio 8 needs 480 images of each class, 1617 are too few"),
     (experiment, dict(script=exp_scaling, model_path=("a.pt",)), "two networks or more, small to large"),
     (the_call, dict(call=lambda folder: stand_ins.pick_rows(exp_scaling.Config(n_points=1000), dict(x=X))),
      "n_points must lie between 2 and 12"),

@@ -30,8 +30,7 @@ from plumbing import results
 from plumbing.cli import check_at_least, pick_device, run_command, setup_processes
 from plumbing.data import get_images, labels_in_turn, load_data
 from plumbing.fast_score import make_score
-from plumbing.sweep import run_jobs
-from plumbing.training import load_networks
+from plumbing.runs import load_networks, run_jobs
 from sample import noise, solve_ode, velocity
 from train import PRESETS as NETWORKS
 from train import Config as NetworkConfig

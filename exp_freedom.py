@@ -33,7 +33,7 @@ from plumbing.cli import check_at_least, pick_device, run_command, setup_process
 from plumbing.data import get_images, labels_in_turn, load_data, model_sizes
 from plumbing.fast_score import FaissScore, FastEmpiricalScore
 from plumbing.images import to_uint8
-from plumbing.sweep import run_grid
+from plumbing.runs import run_grid
 from sample import T_MIN, noise, solve_ode
 from train import PRESETS as NETWORKS
 from train import Config as NetworkConfig

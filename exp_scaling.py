@@ -36,9 +36,9 @@ from plumbing.data import get_images, labels_in_turn, load_data, model_sizes
 from plumbing.fast_score import make_score
 from plumbing.files import load_run
 from plumbing.results import bootstrap_interval, claim, finding, paired_change, student_interval
+from plumbing.runs import cached, run_jobs
 from plumbing.scaling import measurement_key, name_run, plan_fig3, plan_fig7
 from plumbing.stand_ins import SIDE, Judge, draw_fields, pick_rows
-from plumbing.sweep import cached, run_jobs
 from sample import noise, predict_x, solve_ode, velocity
 
 TRAINING = functools.partial(train.Config, batch=64, label_dropout=0.0, grid=False, save_every=10**6)

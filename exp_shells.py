@@ -31,8 +31,7 @@ from plumbing.data import get_images, labels_in_turn, load_data
 from plumbing.fast_score import make_score
 from plumbing.files import load_run
 from plumbing.images import to_uint8
-from plumbing.sweep import run_jobs
-from plumbing.training import load_networks
+from plumbing.runs import load_networks, run_jobs
 from sample import noise, solve_ode
 from train import PRESETS as NETWORKS
 from train import Config as NetworkConfig
@@ -128,8 +127,9 @@ def leave_shells(cfg, data, model, label, n, t, device):
     members = torch.from_numpy(data["x"][is_member])
     pairs = torch.pdist(members.flatten(1).double())
     apart = time_apart(pairs[pairs > 0].min().item())
-    d2, _ = E.nearest(images, 1)
-    distance = d2.sqrt().median().item() / np.sqrt(E.D)
+    d2, _ = E.nearest(images)
+    median = d2.sqrt().median().item()
+    distance = median / np.sqrt(E.D)
     return dict(r=r, images=images, d=E.D, leave=time_of_leaving(r, t, E.D), apart=apart, distance=distance)
 
 
@@ -140,7 +140,7 @@ def memorization(E, model, x, y, seed):
     def at_time(k):
         _, out = solve_ode(model, path[k], y, [MEMO_TIMES[k], 0.0], solver="heun", steps=15)
         back = (out - x).flatten(1).square().sum(dim=1)
-        nearest, _ = E.nearest(out, 1)
+        nearest, _ = E.nearest(out)
         is_hit = back <= nearest[:, 0] * (1 + 1e-4)
         pair = torch.stack([path[k, 0], out[0]])
         return is_hit.cpu(), pair.cpu()
@@ -200,7 +200,7 @@ def measure(cfg):
     # Fig 4: from z_t back to t = 0, by the networks and by the exact score
     x, y = pick("x")
     def exact_x(z, t, y):
-        return E.posterior_mean(z, t.item(), y)
+        return E.posterior_mean(z, t, y)
     exact_x.prediction = "x"
     found = [memorization(E, model, x, y, cfg.seed) for model in (*models, exact_x)]
     *hits, exact = [hits for hits, _ in found]

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model import build_model
-from plumbing import cli, training
+from plumbing import cli, runs
 from plumbing.data import feed_steps, get_images, load_data, model_sizes
 from plumbing.files import lock_folder
 from plumbing.images import save_grid
@@ -162,15 +162,15 @@ def train(cfg, alone=False):  # noqa: C901 (the loop is told in one piece)
     """
     device = cli.pick_device(cfg.device)
     rank, world, device = (0, 1, device) if alone else cli.setup_processes(device)
-    training.check_training(cfg, world)
-    data, run = load_data(cfg.data), training.run_folder(cfg, PRESETS[cfg.preset], MAY_CHANGE)
+    runs.check_training(cfg, world)
+    data, run = load_data(cfg.data), runs.run_folder(cfg, PRESETS[cfg.preset], MAY_CHANGE)
     lock = lock_folder(run) if rank == 0 else None                       # one writer, until `lock` is forgotten
 
     # Build the network, what it minimises, the average of its weights, and the optimizer.
     torch.manual_seed(cfg.seed)
     model_args = dict(name=cfg.model, **model_sizes(data), prediction=cfg.prediction)
     model = build_model(**model_args).to(device)
-    feature_dim = training.check_repa(cfg, data, model) if cfg.repa else None
+    feature_dim = runs.check_repa(cfg, data, model) if cfg.repa else None
     objective = Objective(model, cfg.repa_depth, feature_dim).to(device)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     trainable = [p for p in objective.parameters() if p.requires_grad]
@@ -181,13 +181,13 @@ def train(cfg, alone=False):  # noqa: C901 (the loop is told in one piece)
     if cfg.repa:
         parts["projector"] = objective.projector
     identity = dict(config=dataclasses.asdict(cfg), model_args=model_args, fingerprint=data["fingerprint"])
-    first_step = training.restore(run, parts, identity, MAY_CHANGE)
+    first_step = runs.restore(run, parts, identity, MAY_CHANGE)
     if cfg.init and first_step == 0:
-        training.load_initial(cfg.init, model)
+        runs.load_initial(cfg.init, model)
         average.load_state_dict(model.state_dict())
     millions = sum(p.numel() for p in trainable) / 1e6
     about = f"{cfg.model}, {millions:.2f}M parameters, {len(data['x']):,} images of {cfg.data}"
-    log = training.RunLog(about, run, cfg, model_args, device, world, first_step, quiet=alone or rank > 0)
+    log = runs.RunLog(about, run, cfg, model_args, device, world, first_step, quiet=alone or rank > 0)
 
     # Several processes average their gradients. A GPU runs the forward pass in bfloat16.
     loss_fn = torch.compile(objective) if cfg.compile else objective
@@ -231,7 +231,7 @@ def train(cfg, alone=False):  # noqa: C901 (the loop is told in one piece)
         logs, saves = is_last or done % cfg.log_every == 0, is_last or is_kept or done % cfg.save_every == 0
         if not (logs or saves):
             continue
-        loss = training.mean_over_processes(running / (done - last_log), world)
+        loss = runs.mean_over_processes(running / (done - last_log), world)
         if not math.isfinite(loss):
             raise ValueError(f"the loss is {loss} at step {done}, lr {learning_rate(cfg, step):g}: it diverged. The "
                              "last checkpoint is from before; try a smaller --lr")
@@ -240,7 +240,7 @@ def train(cfg, alone=False):  # noqa: C901 (the loop is told in one piece)
             log.write(step=done, loss=loss, heldout_loss=tested, lr=learning_rate(cfg, step))
             running, last_log = 0.0, done
         if saves and rank == 0:
-            training.save_run(run, parts, identity, done, keep=is_kept)
+            runs.save_run(run, parts, identity, done, keep=is_kept)
             if cfg.grid:
                 draw_samples(average, shape, num_classes, device, run / "samples.png")
     if world > 1:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import train
-from plumbing import cli, files, results, sweep
+from plumbing import cli, files, results, runs
 from plumbing import data as sets
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,7 +100,7 @@ def square(folder, job):
         with open(Path(folder) / "calls", "a") as f:
             f.write("x")
         return dict(square=np.array([job**2]), threads=torch.get_num_threads())
-    return sweep.cached(folder, dict(job=job), compute)
+    return runs.cached(folder, dict(job=job), compute)
 
 
 def die(job):
@@ -109,7 +109,7 @@ def die(job):
 
 def test_sweeps_compute_each_job_once(tmp_path):
     for workers in (2, 1):
-        found = sweep.run_jobs(functools.partial(square, str(tmp_path)), [1, 2, 3], workers)
+        found = runs.run_jobs(functools.partial(square, str(tmp_path)), [1, 2, 3], workers)
         assert {job: int(r["square"]) for job, r in found.items()} == {1: 1, 2: 4, 3: 9}
         assert {int(r["threads"]) for r in found.values()} == {1}
     assert (tmp_path / "calls").read_text() == "xxx"
@@ -120,7 +120,7 @@ def test_sweeps_compute_each_job_once(tmp_path):
 def sweep_in_process(rank, folder):
     os.environ |= dict(RANK=str(rank), WORLD_SIZE="2")
     torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save(sweep.run_jobs(functools.partial(square, folder), [1, 2, 3], 2), f"{folder}/found{rank}")
+    torch.save(runs.run_jobs(functools.partial(square, folder), [1, 2, 3], 2), f"{folder}/found{rank}")
 
 
 def test_processes_share_a_sweep_and_each_gets_all_results(tmp_path):
@@ -133,7 +133,7 @@ def test_processes_share_a_sweep_and_each_gets_all_results(tmp_path):
 
 def test_a_worker_that_dies_ends_the_sweep():
     with pytest.raises(BrokenProcessPool):
-        sweep.run_jobs(die, [1, 2], 2)
+        runs.run_jobs(die, [1, 2], 2)
 
 
 def beat(folder, job):
@@ -145,7 +145,7 @@ def beat(folder, job):
 def test_workers_end_with_a_killed_parent(tmp_path):
     """If they lived on, they would hold the locks of their runs against the next command."""
     job = functools.partial(beat, str(tmp_path))
-    parent = multiprocessing.get_context("spawn").Process(target=sweep.run_jobs, args=(job, [1, 2], 2))
+    parent = multiprocessing.get_context("spawn").Process(target=runs.run_jobs, args=(job, [1, 2], 2))
     parent.start()
     while len(list(tmp_path.iterdir())) < 2 and parent.is_alive():
         time.sleep(0.1)

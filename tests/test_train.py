@@ -232,7 +232,7 @@ def test_weights_to_start_from_and_weights_that_are_kept(data, tmp_path):
 
 
 def test_folders_of_runs(data, tmp_path):
-    from plumbing.training import run_folder
+    from plumbing.runs import run_folder
 
     def name(cfg):
         return run_folder(cfg, train.PRESETS[cfg.preset], train.MAY_CHANGE).name

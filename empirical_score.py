@@ -1,12 +1,12 @@
-"""The exact empirical score: the function that denoising score matching asks a network to learn (Section 2).
+"""The exact empirical score: what denoising score matching asks a network to learn (Section 2 of arXiv:2510.01378).
 
-Training picks a data point x_i, draws noise eps, and shows the network the noisy point z = (1 - t) x_i + t eps. Given z
-alone, x_i can be any of the N data points. The noise is Gaussian, so Bayes' rule gives the probability of each:
+Training picks one of N data points x_i at random, draws eps ~ N(0, I), and shows the network z = (1 - t) x_i + t eps.
+Given z alone, x_i can be any of them. The noise is Gaussian, so Bayes' rule gives the probability of each:
 
     w_i(z, t) = softmax_i( -|z - (1 - t) x_i|^2 / (2 t^2) )         the posterior weight of data point i
     x_*(z, t) = sum_i w_i x_i                                       the posterior mean, the best guess of the clean x
 
-The score and the velocity that minimise the training loss follow from x_*:
+The score grad_z log p_t(z) and the velocity E[eps - x_i | z] that minimise the training loss follow from x_*:
     s_*(z, t) = ((1 - t) x_* - z) / t^2                             the empirical score, Eq. (2)
     v_*(z, t) = (z - x_*) / t                                       the empirical velocity
 
@@ -21,7 +21,7 @@ class EmpiricalScore:
     """Answer exact questions about the noisy versions of N data points.
     x (N, *shape): tensor, array or memory map, read `chunk` points at a time and never copied whole. y (N,): labels.
     Queries: z (B, *shape), t a number or (B,) in (0, 1], y (B,) or None. With y, a query uses data of its class.
-    Results have the dtype and the device of z, and no gradient. Bad input raises ValueError.
+    Results are on the device of z, have its dtype (rows: int64), and no gradient. Bad z, t or y raise ValueError.
     """
 
     def __init__(self, x, y=None, device=None, chunk=4096):
@@ -39,17 +39,17 @@ class EmpiricalScore:
         total = 0
         for _, points in self.chunks():
             total = total + points.sum(0)
-        self.centre = total / self.N                                                # (D,)
+        self.centre = total / self.N                                                # (D,), D numbers make a point
         self.D = len(self.centre)
 
     def softmax_mean(self, z, t, rows):
         """Return x_* (B, D) and the effective number of points 1 / sum_i w_i^2 (B, 1) of the data points `rows`."""
-        # We divide all weights by exp(top), where top is the largest logit so far, so that no exponential overflows.
-        # When a chunk has a larger logit, top grows, and what we have summed so far shrinks by the same factor.
+        # We divide each exp(logit) by exp(top), where top is the largest logit so far, so that nothing overflows.
+        # When a chunk has a larger logit, top grows by some g, and what we have summed so far shrinks by exp(-g).
         top = torch.full_like(t, -torch.inf)                                        # (B, 1)
         total = squares = weighted = 0
         for _, points in self.chunks(rows):
-            distances = self.distances(z, t, points)                                # (B, n)
+            distances = self.distances(z, t, points)                                # (B, n), n points in a chunk
             logits = -(distances / t).square() / 2
             new_top = torch.maximum(top, logits.amax(1, keepdim=True))
             shrink = (top - new_top).exp()
@@ -61,10 +61,10 @@ class EmpiricalScore:
         return weighted / total, total**2 / squares
 
     def distances(self, z, t, points):
-        """Return |z - (1 - t) x_i| = alpha |z / alpha - x_i|, alpha = 1 - t, (B, n): no x_i depends on t."""
+        """Return |z - (1 - t) x_i| (B, n) as alpha |z / alpha - x_i|, alpha = 1 - t: one cdist serves every t."""
         # At t = 1 we cannot divide by alpha. An alpha of 1e-12 instead changes no distance by more than 1e-12 |x_i|.
         alpha = (1 - t).clamp(min=1e-12)
-        # cdist loses digits if the data lie far from the origin. We move the origin to their mean, the centre.
+        # cdist expands |a - b|^2, which loses digits far from the origin. We move the origin to the data's mean.
         z = z / alpha - self.centre
         points = points - self.centre
         return alpha * torch.cdist(z, points)
@@ -90,7 +90,7 @@ class EmpiricalScore:
         return self.mean_and_size(z, t, y)[0]
 
     def score(self, z, t, y=None):
-        """Return s_*(z, t), the gradient of log p_t at z, (B, *shape).  Eq. (2)"""
+        """Return s_*(z, t), the gradient at z of log p_t, the density of z (of class y), (B, *shape).  Eq. (2)"""
         z64, t64, x_star, _ = self.in_float64(z, t, y)
         s_star = ((1 - t64) * x_star - z64) / t64**2
         return as_query(s_star.view_as(z), z)
@@ -103,10 +103,10 @@ class EmpiricalScore:
 
     def sample_posterior(self, z, t, y=None, generator=None):
         """Return the row of one data point per query (B,), drawn with the probabilities w_i. generator: on the CPU."""
-        # Gumbel's trick: if the g_i are Gumbel noise, the i with the largest logit_i + g_i is such a draw.
+        # Gumbel's trick: with independent Gumbel noise g_i, the i with the largest logit_i + g_i is such a draw.
         def noisy_logits(distances, t):
             noise = torch.empty_like(distances, device="cpu").exponential_(generator=generator)
-            gumbel = -noise.log().to(self.device)  # minus the log of an exponential variable is Gumbel noise
+            gumbel = -noise.log().to(self.device)  # minus log of an exponential variable, rate 1
             logits = -(distances / t).square() / 2
             return logits + gumbel
         z64, t64 = self.queries(z, t)
@@ -119,7 +119,7 @@ class EmpiricalScore:
         """Return the r_i = |z - (1 - t) x_i| / (t sqrt D) closest to 1 over all data, and its i, both (B,).  Eq. (4)"""
         def closeness(distances, t):
             r = distances / (t * self.D**0.5)  # near 1 for the x_i that z was made from, as |eps| is near sqrt(D)
-            return -(r - 1).abs()
+            return -(r - 1).abs()  # on which side of 1 it is, we find below
         z64, t64 = self.queries(z, t)
         _, index = self.best_points(closeness, z64, t64)
         index = index.flatten()
@@ -160,7 +160,7 @@ class EmpiricalScore:
 
     def points(self, rows):
         """Return the data points `rows` (n,) as float64 (n, D)."""
-        points = torch.as_tensor(self.x[rows.cpu().numpy()])
+        points = torch.as_tensor(self.x[rows.cpu().numpy()]).detach()  # a memory map takes NumPy's indices
         points = points.flatten(1).to(self.device)
         return points.double()
 
@@ -172,13 +172,13 @@ class EmpiricalScore:
             t = torch.tensor(t, dtype=torch.float64)
         in_range = (t > 0) & (t <= 1)
         if t.shape not in ((), (len(z),)) or not in_range.all():
-            raise ValueError(f"t must be one number or {len(z)} in (0, 1], not {t.shape} from {t.min()}")
+            raise ValueError(f"t must be one number or {len(z)} in (0, 1], not {t.tolist()}")
         z = z.detach().flatten(1).to(self.device)
-        t = t.expand(len(z)).to(self.device)
+        t = t.detach().expand(len(z)).to(self.device)
         return z.double(), t.double()[:, None]
 
     def groups(self, y, B):
-        """Yield (which queries, rows): the queries of one class look at the data points of that class."""
+        """Yield (which queries, rows): the queries of a class, and its data points. Without y: all, None for all."""
         if y is None:
             yield slice(B), None
             return
@@ -196,5 +196,5 @@ def as_query(result, z):
     """Return a float64 result in the dtype and on the device of the query z."""
     rounded = result.to(z.dtype)
     if not rounded.isfinite().all():
-        raise ValueError(f"the answer is nan or too large for {z.dtype}: pass z.float()")
+        raise ValueError(f"the answer is nan or too large for {z.dtype}: pass z.double(), or a larger t")
     return rounded.to(z.device)

@@ -1,9 +1,10 @@
 """Sampling: follow the ODE dz/dt = v_theta(z, t) from noise at t = 1 down to an image at t = 0.
+Between an image x and noise eps, z = (1 - t) x + t eps. The network predicts eps - x, the velocity, from z, t and y.
 
     python sample.py --run out/laptop_mnist5k_UNet-tiny-2-conv       # writes a grid of samples beside the checkpoint
     python sample.py --run out/laptop_mnist5k_UNet-tiny-2-conv --w 4      # with classifier-free guidance
     torchrun --nproc_per_node=4 -- sample.py --run SiT-XL-2-256x256.pt --vae stabilityai/sd-vae-ft-ema --n 50000 \
-        --out samples.npz --fid VIRTUAL_imagenet256_labeled.npz     # official weights, for FID; resumes
+        --out samples.npz --fid VIRTUAL_imagenet256_labeled.npz     # official weights; the same command goes on
 """
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,13 +18,13 @@ from plumbing.cli import pick_device, run_command, setup_processes
 from plumbing.files import load_run
 from plumbing.images import save_samples
 
-T_MIN = 1e-3  # where the solver stops dividing by t, with x-prediction
+T_MIN = 1e-3  # with x-prediction, v = (z - x)/t: where the solver stops, before it divides by 0
 
 
 def velocity(model, z, t, y, w=1.0):
-    """Return v_theta(z, t) (B, C, H, W); y (B,) labels, or None for the unconditional v_u.
+    """Return v_theta(z, t) (B, C, H, W) at one time t; y (B,) labels, or None for the unconditional v_u.
 
-    w != 1 guides: v_c + (w - 1)(v_c - v_u), which is guidance of the score (Example 3.1), since v is linear in it.
+    w != 1 guides: v_c + (w - 1)(v_c - v_u), v_c with y. So it guides the score (Example 3.1), of which v is affine.
     """
     if w != 1 and y is not None:
         v_c = velocity(model, z, t, y)
@@ -46,7 +47,7 @@ def predict_x(model, z, t, y):
 # Three solvers of dz/dt = f(t, z): z at every time of a descending grid, (T, B, C, H, W)
 
 def euler(f, z, times):
-    """Take one step along the velocity from each time to the next. Twice as many steps halve the error.
+    """Take one step along the velocity from each time to the next. Twice as many steps about halve the error.
 
     f(t, z) returns the velocity at z (B, C, H, W). The path starts from z at times[0]; times (T,) descend.
     """
@@ -58,8 +59,8 @@ def euler(f, z, times):
 
 
 def heun(f, z, times):
-    """Take each step with the mean of the velocities at its start and at its end. Twice as many steps, which call f
-    twice each, make the error four times smaller."""
+    """Take each step with the mean of the velocities at its start and at its end, so f is called twice a step.
+    Twice as many steps make the error about four times smaller."""
     path = [z]
     for t, t_next in pairwise(times):
         v = f(t, z)
@@ -72,11 +73,11 @@ def heun(f, z, times):
 def dopri5(f, z, times, atol, rtol):
     """Take steps of order 5 by Dormand and Prince, and interpolate between them to the times of the grid.
 
-    The paper's solver (C.1). It tries a step again, shorter, if two formulas differ by more than atol + rtol |z|, in a
-    norm over the whole batch. So a sample depends a little on its batch: keep --batch fixed to compare.
+    The paper's solver (C.1). It tries a step again, shorter, if two formulas differ by more than atol + rtol |z|, in
+    root mean square over the whole batch. So a sample depends a little on its batch: keep --batch fixed to compare.
     """
-    # MPS has no float64; without step_t the solver steps past the end, to t < 0, and interpolates back
-    clock = torch.float32 if z.device.type == "mps" else torch.float64
+    clock = torch.float32 if z.device.type == "mps" else torch.float64   # MPS has no float64
+    # without step_t the solver steps past the end, to t < 0, and interpolates back
     options = dict(step_t=times[-1:], dtype=clock)
     return odeint(f, z, times, method="dopri5", atol=atol, rtol=rtol, options=options)
 
@@ -103,12 +104,12 @@ def solve_ode(model, z1, y, t_grid=None, w=1.0, solver="dopri5", steps=50, atol=
     def f(t, z):
         return velocity(model, z, t, y, w)
 
-    # with x-prediction, v = (z - x)/t is 0/0 at t = 0: stop just before, and let one Euler step land on x itself
+    # with x-prediction, v = (z - x)/t is 0/0 at t = 0: stop at T_MIN, and let one Euler step go to the end, at 0 to x
     stops_early = model.prediction == "x" and t_grid[-1] < T_MIN
     end = t_grid[-1].item()
     if stops_early:
         if t_grid[-2] <= T_MIN:
-            raise ValueError(f"with x-prediction, t_grid may hold one time below {T_MIN}, the last")
+            raise ValueError(f"with x-prediction, no time of t_grid but the last may be {T_MIN} or less")
         t_grid = torch.cat([t_grid[:-1], t_grid.new_tensor([T_MIN])])
     if solver == "dopri5":
         path = dopri5(f, z1, t_grid, atol, rtol)
@@ -126,7 +127,7 @@ def solve_ode(model, z1, y, t_grid=None, w=1.0, solver="dopri5", steps=50, atol=
 def noise(index, shape, seed=0):
     """Return the starting noise (B, *shape) of the images number `index`.
 
-    Each image has a generator of its own, so that image i is the same in any batch and on any number of processes.
+    Each image has a generator of its own, so that its noise is the same in any batch and on any number of processes.
     """
     draws = []
     for i in index:
@@ -144,7 +145,7 @@ class Config:
     solver: Literal["dopri5", "heun", "euler"] = "dopri5"  # see above, in this file
     steps: int = 50  # steps of heun and euler
     batch: int = 64  # images at a time; dopri5's steps depend on it
-    seed: int = 0  # image i of a seed is always the same
+    seed: int = 0  # of the starting noise, which is always the same for image i
     ema: bool = True  # the averaged weights; --no-ema takes the raw ones
     device: str = "auto"  # auto, cpu, cuda, mps
     vae: str = ""  # autoencoder that turns latents into images: a folder, or a name on the Hugging Face hub

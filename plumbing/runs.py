@@ -191,10 +191,10 @@ def follow_parent():
 
 
 def run_jobs(f, jobs, workers):
-    """Return {job: f(job)}, `workers` at once in processes of one thread each; 1: in this process, for a GPU.
+    """Return {job: f(job)}, in order; `workers` at once in processes of one thread each; 1: in this one, for a GPU.
 
-    f keeps its results on the disk (see `cached`), so that the same command goes on after an interrupt. Under torchrun
-    every process takes its share. f is a function of a module, or a functools.partial of one; jobs are hashable.
+    Under torchrun every process takes its share and gets all results: f returns them on the CPU. What f keeps on the
+    disk (see `cached`) outlasts an interrupt. For workers > 1, f is a module's function or a functools.partial of one.
     """
     jobs = list(jobs)
     rank, world = count_processes()

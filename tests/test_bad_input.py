@@ -142,7 +142,7 @@ def plus(name, *shape):
 MISTAKES = [
     # the empirical score
     *((the_score, dict(ask=ask), message) for ask, message in [
-        (lambda E, z: E.score(z, 0.0), r"t must be one number or 24 in \(0, 1\], not torch.Size\(\[\]\) from 0.0"),
+        (lambda E, z: E.score(z, 0.0), r"t must be one number or 24 in \(0, 1\], not 0.0"),
         (lambda E, z: E.score(z, float("nan")), r"in \(0, 1\]"),
         (lambda E, z: E.score(z, torch.full((5,), 0.5)), "t must be one number or 24"),
         (lambda E, z: E.score(z * torch.nan, 0.5), "finite"),
@@ -150,7 +150,7 @@ MISTAKES = [
         (lambda E, z: E.score(z[:, :1], 0.5), r"of shape \(B, \*\(3, 4, 4\)\)"),
         (lambda E, z: E.score(z, 0.5, torch.full((24,), 99)), "no data point has label 99"),
         (lambda E, z: E.score(z, 0.5, torch.zeros(5)), "there are 24 queries, but 5 labels"),
-        (lambda E, z: E.score(z.half(), 1e-3), r"too large for torch.float16: pass z.float\(\)"),
+        (lambda E, z: E.score(z.half(), 1e-3), r"too large for torch.float16: pass z.double\(\)"),
         (lambda E, z: EmpiricalScore(E.x * torch.nan).score(z, 0.5), "the answer is nan"),
         (lambda E, z: E.nearest(z, 601), "k must be at most 600"),
         (lambda E, z: EmpiricalScore(E.x[:0]), "N >= 1"),
@@ -163,7 +163,7 @@ MISTAKES = [
     (the_call, dict(call=lambda folder: build_model("SiT-pico/2", 8, 1, 10)(torch.zeros(1, 3, 8, 8), 0.5)),
      "images of shape"),
     *((the_solver, dict(t_grid=grid), "descend") for grid in ([0.0, 1.0], [1.0], [1.2, 0.0], [0.5, 0.5], [0.5, -0.1])),
-    (the_solver, dict(model=Given(gaussian_velocity, "x"), t_grid=[1.0, 5e-4, 0.0]), "one time below"),
+    (the_solver, dict(model=Given(gaussian_velocity, "x"), t_grid=[1.0, 5e-4, 0.0]), "no time of t_grid but the last"),
     (the_solver, dict(solver="rk4"), "unknown solver 'rk4'"),
     # data sets
     (a_data_set, dict(x=X.astype(np.uint8)), "x.npy must be floating point"),

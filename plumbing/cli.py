@@ -83,7 +83,8 @@ def setup_processes(device):
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         # the slowest process may come hours after the fastest
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        with_nccl = device.type == "cuda" and dist.is_nccl_available()
+        backend = "cpu:gloo,cuda:nccl" if with_nccl else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=7))
     return rank, world, device
 

@@ -201,7 +201,8 @@ def run_jobs(f, jobs, workers):
     if world > 1:
         setup_processes(torch.device("cpu"))
         parts = [None] * world
-        dist.all_gather_object(parts, {job: f(job) for job in jobs[rank::world]})
+        share = tqdm(jobs[rank::world], disable=None if rank == 0 else True, leave=False)
+        dist.all_gather_object(parts, {job: f(job) for job in share})
         found = {job: result for part in parts for job, result in part.items()}
         return {job: found[job] for job in jobs}
     if workers == 1:

@@ -5,8 +5,8 @@
     z_t = (1 - t) x + t eps       # t = 0 is data, t = 1 is noise: the same in every file of this project
     v = dz_t/dt = eps - x         # what the networks predict by default
 
-A label y = num_classes is the *null label*, which tells the network no class: it gives the unconditional score.
-Training replaces a tenth of the labels by it, so that one network knows both (classifier-free guidance).
+A label y = num_classes is the *null label*, which tells the network no class: it predicts the unconditional v.
+By default, training replaces a tenth of the labels by it: one network knows both (classifier-free guidance).
 Sources: SiT, Ma et al. 2024 (arXiv 2401.08740); DiT, Peebles & Xie 2023; ADM, Dhariwal & Nichol 2021.
 """
 import math
@@ -19,39 +19,39 @@ from torch import nn
 
 
 def sinusoid(t, dim):
-    """(B,) -> (B, dim): [cos | sin] of t times dim/2 frequencies, spaced geometrically from 1 down to 1/10,000."""
+    """(B,) -> (B, dim): [cos | sin] of t times the dim/2 frequencies 10,000^(-k / (dim/2)), k = 0 .. dim/2 - 1."""
     freqs = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angle = t[:, None] * freqs                               # (B, dim/2)
     return torch.cat([angle.cos(), angle.sin()], 1)
 
 
 class TimeEmbedding(nn.Module):
-    """t (B,) -> (B, width), never in bfloat16. `scale` is 1 in SiT and 1000 in ADM, which counted steps."""
+    """t (B,) -> (B, width) in float32: bfloat16 keeps two digits of t. `scale`: 1 in official SiTs, else 1000."""
     def __init__(self, freq_dim, width, scale):
         super().__init__()
         self.scale = scale
         self.mlp = nn.Sequential(nn.Linear(freq_dim, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
-        with torch.autocast("cpu" if t.is_meta else t.device.type, enabled=False):
+        with torch.autocast("cpu" if t.is_meta else t.device.type, enabled=False):  # meta: shapes without numbers
             waves = sinusoid(t * self.scale, self.mlp[0].in_features)
             return self.mlp(waves.to(self.mlp[0].weight))
 
 
 def named(**modules):
-    """Return modules in sequence that keep their names, under which the official weights are stored."""
+    """Return modules in sequence under names of our choice: in SiT the official ones, to load its weights."""
     return nn.Sequential(OrderedDict(modules))
 
 
 def zero(module):
-    """Return the module with all weights zero: the branch that ends here adds nothing at first."""
+    """Return the module with weights and biases 0: a branch that ends here adds nothing at first."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
 
 
 class Denoiser(nn.Module):
-    """What both networks offer: input_size, in_channels, num_classes, and `prediction`, "v" or "x"."""
+    """What both networks share. `prediction`, "v" or "x", changes nothing here: it tells what the output stands for."""
     def __init__(self, input_size, in_channels, num_classes, prediction, divisor):
         super().__init__()
         assert prediction in ("v", "x")
@@ -74,16 +74,16 @@ class Denoiser(nn.Module):
 
 
 def sincos_2d(width, side):
-    """Return (1, side^2, width) fixed positions: a half of the channels each for sin and cos of column and row."""
+    """Return fixed positions (1, side^2, width): sin and cos of the column, then sin and cos of the row."""
     freqs = 1 / 10_000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angle = torch.arange(side)[:, None] * freqs              # (side, width/4)
-    waves = torch.cat([angle.sin(), angle.cos()], 1)     # (side, width/2)
-    column, row = waves.repeat(side, 1), waves.repeat_interleave(side, dim=0)
+    waves = torch.cat([angle.sin(), angle.cos()], 1)         # (side, width/2)
+    column, row = waves.repeat(side, 1), waves.repeat_interleave(side, dim=0)    # (side^2, width/2) each
     return torch.cat([column, row], dim=1).float()[None]
 
 
 def modulated_norm(x, shift, scale):
-    """Return LayerNorm of tokens x (B, T, width), scaled and shifted by scale and shift (B, width)."""
+    """Return LayerNorm of tokens x (B, T, width), times 1 + scale, plus shift; both (B, width)."""
     x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
     return x * (1 + scale[:, None]) + shift[:, None]
 
@@ -105,7 +105,7 @@ class Attention(nn.Module):
 
 
 class SiTBlock(nn.Module):
-    """A transformer block: two branches whose norms take shift and scale, and whose results take a gate, from c."""
+    """A transformer block. c, time plus label, sets shift and scale of both norms, and a gate for both branches."""
     def __init__(self, width, heads, gelu):
         super().__init__()
         self.attn = Attention(width, heads)
@@ -123,7 +123,7 @@ class SiTBlock(nn.Module):
 
 
 class SiT(Denoiser):
-    """Scalable Interpolant Transformer: patches, tokens, blocks. Names are the official code's, to load its weights."""
+    """Scalable Interpolant Transformer: patches become T tokens. Names are the official code's, to load its weights."""
     def __init__(self, depth, width, heads, patch, input_size, in_channels, num_classes, prediction,
                  time_scale=1.0, gelu="tanh"):
         super().__init__(input_size, in_channels, num_classes, prediction, patch)
@@ -143,11 +143,11 @@ class SiT(Denoiser):
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
                 nn.init.zeros_(m.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))     # a view: this fills the weight itself
         nn.init.zeros_(self.x_embedder.proj.bias)
         for m in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(m.weight, std=0.02)
-        # adaLN-Zero: every block starts as the identity, and the network as the constant 0
+        # adaLN-Zero: all gates are 0, so every block starts as the identity, and the network as the constant 0
         for block in self.blocks:
             zero(block.adaLN_modulation[1])
         zero(self.final_layer.adaLN_modulation[1])
@@ -168,7 +168,7 @@ class SiT(Denoiser):
         x = self.final_layer.linear(modulated_norm(x, shift, scale))          # (B, T, p*p*C)
         p = self.patch
         side = self.input_size // p
-        x = x.view(-1, side, side, p, p, self.in_channels)   # (B, row, col, p, q, c)
+        x = x.view(-1, side, side, p, p, self.in_channels)   # (B, row, column, row in patch, column in patch, C)
         out = x.permute(0, 5, 1, 3, 2, 4).reshape(z.shape)
         return out if tokens_after is None else (out, tokens)
 
@@ -201,7 +201,7 @@ class AttentionBlock(nn.Module):
         self.attn = Attention(width, max(1, width // head_dim))
         zero(self.attn.proj)
 
-    def forward(self, x, emb):
+    def forward(self, x, emb):                               # emb is not used: it is called like a ResBlock
         tokens = self.norm(x).flatten(2).transpose(1, 2)     # (B, H*W, C)
         h = self.attn(tokens).transpose(1, 2)
         return x + h.reshape(x.shape)
@@ -219,7 +219,7 @@ class UNet(Denoiser):
         self.y_embedder = named(embedding_table=nn.Embedding(num_classes + 1, emb_dim))
 
         def stage(c_in, c_out, level):
-            """Return a residual block, and attention at the resolutions that have it."""
+            """Return a residual block, then attention if attention_at holds 2**level, how much smaller images are."""
             blocks = nn.ModuleList([ResBlock(c_in, c_out, emb_dim, groups)])
             if 2**level in attention_at:
                 blocks.append(AttentionBlock(c_out, groups, head_dim))
@@ -228,7 +228,7 @@ class UNet(Denoiser):
         self.stem = nn.Conv2d(in_channels * patch**2, channels, 3, padding=1)
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
-        skips = [channels]                                   # of what the way up will be fed with
+        skips = [channels]                                   # channels of each skip connection, for the way up
         c = channels
         for level, m in enumerate(mult):
             for _ in range(res_blocks):
@@ -249,7 +249,7 @@ class UNet(Denoiser):
                 self.up.append(blocks)
         out = zero(nn.Conv2d(c, in_channels * patch**2, 3, padding=1))
         self.head = nn.Sequential(nn.GroupNorm(groups, c), nn.SiLU(), out)
-        # convolutions are a third faster where a pixel's channels lie side by side in memory
+        # on a CPU, convolutions are faster where a pixel's channels lie side by side in memory
         self.to(memory_format=torch.channels_last)
 
     def forward(self, z, t, y=None):
@@ -270,7 +270,7 @@ class UNet(Denoiser):
         return F.pixel_shuffle(self.head(h), self.patch)
 
 
-# depth, width, heads: the paper's sizes, and small ones for a laptop. A name keeps its heads: no shape tells them.
+# depth, width, heads: the paper's sizes, and small ones. Keep a name's heads: no shape in a checkpoint tells them.
 SIT_SIZES = {
     "S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16), "1x32": (1, 32, 2),
     "pico": (1, 24, 2), "nano": (2, 32, 2), "mini": (2, 48, 3), "micro": (3, 64, 4), "tiny": (3, 96, 3),
@@ -286,7 +286,7 @@ def build_model(name, input_size, in_channels, num_classes, prediction="v"):
     shape = (input_size, in_channels, num_classes, prediction)
     options = {}
     if kind == "SiT" and size in SIT_SIZES and patch and not conv:
-        # the official scale of time starts slowly, and its GELU takes a CPU four times as long
+        # a short training learns time slowly at the official scale; a CPU computes the tanh GELU slowly
         if size not in PAPER:
             options = dict(time_scale=1000.0, gelu="none")
         return SiT(*SIT_SIZES[size], int(patch), *shape, **options)
@@ -296,5 +296,5 @@ def build_model(name, input_size, in_channels, num_classes, prediction="v"):
         if conv:
             options["attention_at"] = ()
         return UNet(UNET_CHANNELS[size], *shape, int(patch or 1), **options)
-    raise ValueError(f"unknown model {name!r}: expected SiT-<size>/<patch>, UNet-<size> or UNet-<size>-conv, with a "
+    raise ValueError(f"unknown model {name!r}: expected SiT-<size>/<patch> or UNet-<size>[/<patch>][-conv], with a "
                      "size of the tables in model.py, such as SiT-tiny/4 or UNet-S")

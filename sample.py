@@ -1,5 +1,5 @@
 """Sampling: follow the ODE dz/dt = v_theta(z, t) from noise at t = 1 down to an image at t = 0.
-Between an image x and noise eps, z = (1 - t) x + t eps. The network predicts eps - x, the velocity, from z, t and y.
+Between an image x and noise eps, z = (1 - t) x + t eps. From z, t and y the network predicts eps - x or x.
 
     python sample.py --run out/laptop_mnist5k_UNet-tiny-2-conv       # writes a grid of samples beside the checkpoint
     python sample.py --run out/laptop_mnist5k_UNet-tiny-2-conv --w 4      # with classifier-free guidance

@@ -1,15 +1,15 @@
-"""Train a diffusion model by denoising score matching (Eq. 1 of the paper), the way every experiment does.
+"""Train a diffusion model by denoising score matching, Eq. (1): minimise the mean of |v_theta(z, t, y) - (eps - x)|^2.
 
-    python train.py                                     # 4,500 real digits, about 4 minutes on 2 CPU cores
+    python train.py                                     # 4,500 real digits, about 3 minutes on 2 CPU cores
     torchrun --nproc_per_node=4 train.py                # the same update, each batch divided among 4 processes
     python train.py --preset gpu                        # MNIST on one GPU; first: python data/prepare.py mnist
     python train.py --model UNet-nano --steps 500       # any field of Config, below
 
-Writes out/<run>/: ckpt.pt (the same command resumes from it), log.jsonl (a line per log step), samples.png.
+Writes out/<run>/: ckpt.pt (the same command resumes from it), ema_<step>.pt (--keep), log.jsonl, samples.png.
 
-Everything random about step k (which images, which t, which noise, which labels are dropped) is a function of
-(seed, k, device), drawn for the whole batch; every process takes its slice. So N processes make the update of one, and
-a run that was interrupted goes on as if nothing had happened, without saving the state of any random generator.
+Everything random about step k (which images, t, noise and dropped labels) is a function of (seed, k, batch, device),
+drawn for the whole batch; every process takes its slice. So N processes make the update of one, up to rounding. On a
+CPU, a run that was interrupted goes on as if nothing had happened, without saving the state of any random generator.
 """
 import copy
 import dataclasses
@@ -37,26 +37,26 @@ class Config:
     preset: Literal["laptop", "gpu", "paper"] = "laptop"  # where the defaults of all other fields come from
     data: str = "mnist5k"  # a data set under data/, or a folder of the same layout
     model: str = "UNet-tiny/2-conv"  # SiT-<size>/<patch> or UNet-<size>[/<patch>][-conv]: see model.py
-    prediction: Literal["v", "x"] = "v"  # the network predicts the velocity eps - x, or the clean image x
+    prediction: Literal["v", "x"] = "v"  # v = eps - x, or the clean image x, whose squared error is t^2 times v's
     steps: int = 1200  # training iterations
     batch: int = 32  # images per step, over all processes together
-    accum: int = 1  # gradient accumulation: split each process's part of the batch so many times
+    accum: int = 1  # gradient accumulation: cut each process's part of the batch into so many micro-batches
     lr: float = 3e-3  # of AdamW, betas .9 and .999, without weight decay
     warmup: int = 100  # steps over which the learning rate rises to lr
     decay: float = 0.5  # part of the steps, at the end, over which the learning rate falls linearly to 0
-    ema: float = 0.999  # decay of the averaged weights
-    label_dropout: float = 0.1  # fraction of labels replaced by the null label, for the unconditional score
-    repa: float = 0.0  # weight of REPA's alignment loss; the data need a teacher's features.npy
-    repa_depth: int = 8  # the block whose tokens REPA aligns
+    ema: float = 0.999  # decay of the averaged weights, at most: at step k it is (1 + k)/(10 + k), if that is less
+    label_dropout: float = 0.1  # probability that a label becomes the null label, for the unconditional score
+    repa: float = 0.0  # weight of REPA's loss: pull tokens towards a teacher's features, features.npy of the data
+    repa_depth: int = 8  # number of the block, from 1, whose tokens REPA aligns; SiT only
     init: str = ""  # weights to start from: a run's folder, or official SiT weights (.pt, .safetensors)
-    compile: bool = False  # torch.compile, worth its minute on GPUs
+    compile: bool = False  # torch.compile: takes a minute at the start, meant for GPUs
     seed: int = 0  # of the weights, the batches and the noise
-    log_every: int = 100  # steps between log lines
+    log_every: int = 100  # steps between log lines; each checkpoint gets one, too
     save_every: int = 400  # steps between checkpoints, held-out losses and sample grids
     keep: tuple[int, ...] = ()  # steps whose averaged weights stay, as ema_<step>.pt
     grid: bool = True  # draw samples with every checkpoint
     device: str = "auto"  # auto, cpu, cuda, mps
-    out: str = ""  # folder of the run; default out/<preset>_<data>_<model>_<what differs from the preset>
+    out: str = ""  # folder of the run; default out/<preset>_<data>_<model>_<what else changes its weights>
 
 
 PRESETS = {
@@ -78,7 +78,7 @@ def epoch_order(epoch, n_images, seed):
 
 
 def step_indices(step, batch, n_images, seed):
-    """Return the rows (batch,) that step number `step` sees: every epoch is a new permutation, cut into batches."""
+    """Return the rows (batch,) of a step: a permutation per epoch, end to end, so a batch may straddle two epochs."""
     rows = []
     for position in range(step * batch, (step + 1) * batch):
         epoch, place = divmod(position, n_images)
@@ -124,7 +124,7 @@ class Objective(nn.Module):
 
 @torch.no_grad()
 def update_average(average, model, step, decay):
-    """Move the average towards the model's weights, with a short memory at first, which forgets the random start."""
+    """Move the average towards the model. At step k it spans k/9 steps, until decay is less: it forgets the start."""
     decay = min(decay, (1 + step) / (10 + step))
     for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
         mean.lerp_(weight, 1 - decay)
@@ -138,7 +138,7 @@ def learning_rate(cfg, step):
 
 @torch.no_grad()
 def heldout_loss(model, data, device):
-    """Return the loss on images that training never saw, with the same noise each time; None if none are held out."""
+    """Return the loss on held-out images, no label dropped, with the same noise each time; None without such images."""
     if "x_heldout" not in data:
         return None
     n = min(512, len(data["x_heldout"]))
@@ -151,14 +151,14 @@ def heldout_loss(model, data, device):
 # ----------------------------------------------------------------------------------------------------------------------
 # The run
 
-# fields in which a resumed run may differ from its checkpoint (on another kind of device, its noise is another)
+# fields in which a resumed run may differ from its checkpoint: steps only if decay = 0; another device, other noise
 MAY_CHANGE = ("preset", "out", "device", "compile", "log_every", "save_every", "steps", "keep", "grid", "accum")
 
 
 def train(cfg, alone=False):  # noqa: C901 (the loop is told in one piece)
     """Train, or resume, or find the run finished; return its folder. Raise ValueError for a bad config or divergence.
 
-    Every process of a torchrun calls this. alone: one quiet process, for sweeps of many small networks.
+    Under torchrun every process calls this. alone: ignore torchrun, and print and log nothing, for sweeps.
     """
     device = cli.pick_device(cfg.device)
     rank, world, device = (0, 1, device) if alone else cli.setup_processes(device)
@@ -189,7 +189,7 @@ def train(cfg, alone=False):  # noqa: C901 (the loop is told in one piece)
     about = f"{cfg.model}, {millions:.2f}M parameters, {len(data['x']):,} images of {cfg.data}"
     log = runs.RunLog(about, run, cfg, model_args, device, world, first_step, quiet=alone or rank > 0)
 
-    # Several processes average their gradients. A GPU runs the forward pass in bfloat16.
+    # Several processes average their gradients. CUDA multiplies in bfloat16; weights, loss and Adam stay in float32.
     loss_fn = torch.compile(objective) if cfg.compile else objective
     if world > 1:
         loss_fn = DistributedDataParallel(loss_fn, [device.index] if device.type == "cuda" else None)
@@ -202,14 +202,14 @@ def train(cfg, alone=False):  # noqa: C901 (the loop is told in one piece)
     def rows_of_step(step):
         return step_indices(step, cfg.batch, len(data["x"]), cfg.seed)[mine]
 
-    arrays = [data[name] for name in ("x", "y", "features") if name != "features" or cfg.repa]
+    arrays = [data[name] for name in (("x", "y", "features") if cfg.repa else ("x", "y"))]
     batches = feed_steps(arrays, rows_of_step, range(first_step, cfg.steps), device)
-    running, last_log = 0.0, first_step                      # sum of the losses since the last log line; its step
+    running, last_log = 0.0, first_step                      # sum of squared errors since the last log line; its step
     for step, (x, y, *features) in log.bar(batches):
         t, eps, drop = (a[mine] for a in step_noise(step, (cfg.batch, *shape), cfg.seed, device))
         y = torch.where(drop < cfg.label_dropout, num_classes, y)        # num_classes is the null label
 
-        # Go forward and backward, a micro-batch at a time. Processes average their gradients with the last one only.
+        # Go forward and backward, a micro-batch at a time. Processes exchange gradients in the last backward pass.
         for start in range(0, per_process, micro):
             part = slice(start, start + micro)
             exchange = world == 1 or start + micro == per_process
@@ -227,18 +227,17 @@ def train(cfg, alone=False):  # noqa: C901 (the loop is told in one piece)
 
         # At some steps, log the loss, save a checkpoint, and draw samples.
         done = step + 1
-        is_last, is_kept = done == cfg.steps, done in cfg.keep
-        logs, saves = is_last or done % cfg.log_every == 0, is_last or is_kept or done % cfg.save_every == 0
-        if not (logs or saves):
+        is_kept = done in cfg.keep
+        saves = is_kept or done == cfg.steps or done % cfg.save_every == 0
+        if not (saves or done % cfg.log_every == 0):
             continue
         loss = runs.mean_over_processes(running / (done - last_log), world)
         if not math.isfinite(loss):
-            raise ValueError(f"the loss is {loss} at step {done}, lr {learning_rate(cfg, step):g}: it diverged. The "
-                             "last checkpoint is from before; try a smaller --lr")
-        if logs:
-            tested = heldout_loss(average, data, device) if saves and rank == 0 else None
-            log.write(step=done, loss=loss, heldout_loss=tested, lr=learning_rate(cfg, step))
-            running, last_log = 0.0, done
+            raise ValueError(f"the loss is {loss} at step {done}, lr {learning_rate(cfg, step):g}: it diverged. Try a "
+                             "smaller --lr: that is a new run, which may start by --init from an earlier checkpoint")
+        tested = heldout_loss(average, data, device) if saves and rank == 0 else None
+        log.write(step=done, loss=loss, heldout_loss=tested, lr=learning_rate(cfg, step))
+        running, last_log = 0.0, done
         if saves and rank == 0:
             runs.save_run(run, parts, identity, done, keep=is_kept)
             if cfg.grid:
@@ -250,7 +249,7 @@ def train(cfg, alone=False):  # noqa: C901 (the loop is told in one piece)
 
 
 def draw_samples(model, shape, num_classes, device, path):
-    """Draw four samples of each of the first ten classes, always from the same noise."""
+    """Draw 40 samples, the first ten classes in turn, always from the same noise."""
     z1, y = noise(range(40), shape).to(device), torch.arange(40, device=device) % min(10, num_classes)
     save_grid(solve_ode(model, z1, y, solver="heun", steps=25)[-1], path)
 

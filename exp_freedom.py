@@ -1,22 +1,22 @@
-"""Figure 5: without the freedom to extrapolate, a model memorizes (claim C3, Experiment 4.3, C.7).
+"""Figure 5: without the freedom to extrapolate, a model memorizes (claim C3; Experiment 4.3, Appendix C.7).
 
-Two nested sets of images play two roles. D_score defines the target, the posterior mean x_* of the empirical score.
+Two nested sets of images play two roles. D_score defines the target, the posterior mean x_* of its empirical score.
 D_region defines where the network is asked for it, the supervision region:
 
     L = E |x_theta(z_t, t) - x_*(z_t, t)|^2,    z_t = (1 - t) x + t eps with x from D_region,    x_* over D_score
 
 A larger D_region does not change the target, only where it is asked for: at noisy images that are not in D_score, too.
-There x_* is still made of images of D_score alone, mostly of one. A network that has to learn this will copy them.
+There x_* is still made of images of D_score alone, at small t nearly of one. A network that learns this copies them.
 
     python exp_freedom.py                       # 18 small networks, 4 minutes on 2 CPU cores
     python exp_freedom.py --target sampled      # the paper's own target (C.7); or faiss, its way to find it
 
-What you should see. The claim asks how often a sample is nearer to D_score than a held-out real image: at ratio 1, less
-than half of the time; at 8, more. The gate: a nearest-neighbour judge is .9 times as good on samples as on real images.
+What you should see. P(nearer): how often a sample's calibrated l2 to D_score is below a held-out real image's. A new
+real image has .5. At ratio |D_region| / |D_score| = 1 P is below; at 8, above. Gate: a judge knows ratio 1's digits.
 
-1. python exp_freedom.py --threshold .15    Does the claim hang on what we call a copy? See Figure 5c.
-2. python exp_freedom.py --target sampled   Does an image drawn from the posterior do as well as x_*? See the table.
-3. In fig5_mechanism.png, left: which line falls up to ratio 4, and which one rises all the way?
+1. python exp_freedom.py --threshold .15    Figure 5c: ratio 1, then real images, then 2, 4, 8. Does this order hold?
+2. python exp_freedom.py --target sampled --out out/sampled     Does an image drawn from the posterior do as well?
+3. In fig5_mechanism.png, left: which of the two lines closes most of the gap? Can it explain the copies on the right?
 """
 import copy
 import functools
@@ -39,17 +39,17 @@ from train import PRESETS as NETWORKS
 from train import Config as NetworkConfig
 from train import learning_rate, step_indices, step_noise, update_average
 
-# Read off Fig. 5c: the fraction of copies at these ratios, by a threshold that the paper does not give.
+# Read off Fig. 5c: copies at these ratios, by a threshold that the paper does not give. Between them we interpolate.
 PAPER_RATIOS = (1, 2, 4, 8, 25.6)
 PAPER = {
     "sit": (0.08, 0.41, 0.76, 0.82, 0.85),
     "unet": (0, 0.01, 0.05, 0.59, 0.80)}
 NEARER = "P(nearer than a real image)"
 FINDINGS = {
-    "dsm": f"plain training on the largest region: {NEARER}",
+    "dsm": f"plain training on the largest region (real images: .5): {NEARER}",
     "smallest": "smallest region: error to x_* at held-out images, over that at images of D_score",
-    "largest": "largest region: the same",
-    "agree": "from the same noise, two seeds in the largest region find the same image",
+    "largest": "largest region: the same ratio of errors",
+    "agree": "largest region: samples whose nearest image two seeds share, from the same noise",
 }
 
 
@@ -57,22 +57,22 @@ FINDINGS = {
 class Config:
     preset: Literal["laptop", "gpu", "paper"] = "laptop"  # where the defaults of all other fields come from
     data: str = "digits"  # a data set under data/, or a folder of the same layout
-    # the networks: of train.py's fields, the hyperparameters of plain training, and `keep`, steps to measure after
+    # of train.py's fields only these count: model, steps, batch, lr, warmup, decay, ema, and `keep`, when to measure
     sit: NetworkConfig = field(default_factory=lambda: NetworkConfig(
         model="SiT-micro/4", steps=1000, batch=64, lr=8e-3, warmup=50, decay=0.5, keep=(125, 250, 500)))
     unet: NetworkConfig = field(default_factory=lambda: NetworkConfig(
         model="UNet-pico", steps=400, batch=64, lr=8e-3, warmup=50, decay=0.5))
     target: Literal["exact", "sampled", "faiss"] = "exact"  # x_*, or an image drawn from its posterior
-    per_class: int = 19  # images of each class in D_score
+    per_class: int = 19  # images of each class in D_score, which needs 50 in all
     ratios: tuple[float, ...] = (1, 2, 4, 8)  # |D_region| / |D_score|, ascending from 1
     n_seeds: int = 2  # networks of each kind: other weights, batches and noise, the same images
     n_samples: int = 256  # images that each generates
-    threshold: float = 0.25  # ours: the picture calls a sample a copy if its calibrated l2 is below
+    threshold: float = 0.25  # ours, for the picture alone: a sample is called a copy if its calibrated l2 is below
     workers: int = 2  # networks trained at once, one thread each; 1: in this process, for a GPU
     fast: bool = False  # the certified engine of plumbing/fast_score.py for the empirical score
     seed: int = 0  # of the choice of images; the networks have the seeds from here on
     device: str = "cpu"  # auto, cpu, cuda, mps; the laptop's networks are at home on a CPU
-    redraw: bool = False  # draw the figures again from results.json, and measure nothing
+    redraw: bool = False  # draw results.json again as it was measured: no other field counts
     out: str = ""  # folder of the results and networks; default out/exp_freedom/<preset>
 
 
@@ -88,11 +88,8 @@ PRESETS = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The two sets of images; how we compare a network with D_score; one network; all networks; the figures
-
 def choose_subsets(y, per_class, ratio, seed):
-    """Return the rows of D_score and of D_region: per_class and ratio * per_class images of each class of y (N,)."""
+    """Return rows of D_score and D_region: per_class and ratio * per_class images of each class of y (N,), or all."""
     rng = np.random.default_rng(seed)
     labels = np.unique(y)
     wanted = round(per_class * ratio)
@@ -112,7 +109,7 @@ def load_images(cfg, device):
         raise ValueError(f"{cfg.data} has no x_heldout.npy: we compare with real images that are held out")
     score, _ = choose_subsets(data["y"], cfg.per_class, cfg.ratios[-1], cfg.seed)
     held = np.arange(len(data["x_heldout"]))[:1000]
-    # the judge does not know D_score, or it would recognise every copy
+    # the judge knows no image of D_score, so that no copy is recognised merely as itself
     rest = np.setdiff1d(np.arange(len(data["x"])), score)
     judge = np.random.default_rng(cfg.seed).permutation(rest)[:20_000]
     return (data,
@@ -122,7 +119,7 @@ def load_images(cfg, device):
 
 
 def calibrated_l2(E, x):
-    """Return |x - x_1|^2 over its mean for the 50 nearest images (B,), 0 for a copy, and the row of x_1.  C.7"""
+    """Return |x - x_1|^2 / mean_i |x - x_i|^2 (B,), x_i the 50 nearest images, 0 for a copy; and the row of x_1. C.7"""
     d2, index = E.nearest(x, 50)                             # (B, 50), ascending
     return d2[:, 0] / d2.mean(1), index[:, 0]
 
@@ -135,7 +132,7 @@ def recognise(x, x_judge, y_judge):
 
 @torch.no_grad()
 def error_to_target(model, E, x, y):
-    """Return |x_theta - x_*|^2 per dimension at noised images x (B, C, H, W), a mean over t from .2 to .7, (B,)."""
+    """Return |x_theta - x_*|^2 per dimension (B,), at images x (B, C, H, W) with noise, a mean over t from .2 to .7."""
     eps = noise(range(len(x)), x.shape[1:], seed=1).to(x.device)
     total = 0
     for t in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7):
@@ -145,7 +142,7 @@ def error_to_target(model, E, x, y):
 
 
 def find_target(kind, E, x, z, t, y, generator):
-    """Return the target of z: x_*, or an image drawn from its posterior, which has the same minimum; x for dsm.  C.7"""
+    """Return the target of z: x_*, or an image drawn from its posterior (same minimiser); for dsm, the clean x.  C.7"""
     if kind == "dsm":
         return x
     if kind == "exact":
@@ -167,7 +164,7 @@ def train_network(net, target, seed, data, region, E, device):
         t = t.clamp(min=T_MIN)
         z = torch.lerp(x, eps, t[:, None, None, None])       # (B, C, H, W)
         # differs from the paper, whose x_* averages all of D_score. Ours averages the class of x alone: at ratio 1,
-        # plain training with labels has the same minimum as this loss. We drop no labels, since we sample with labels.
+        # plain training with labels has the same minimiser as this loss. We drop no labels: we sample with labels.
         generator = torch.Generator().manual_seed(10**9 * (seed + 1) + step)
         wanted = find_target(target, E, x, z, t, y, generator)
         # differs from the paper: all t weigh the same. A loss on scores weighs by (1 - t)^2 / t^4: only small t count.
@@ -282,9 +279,11 @@ def plot(found, folder):
     for region, colour, label in (("outside", results.ORANGE, "held-out images"), ("inside", blue, "$D_{score}$")):
         error = np.mean(arrays["sit"][region], axis=(1, 2))
         left.plot(ratios, error, "o-", color=colour, label=label)
-    left.set(title="Error to $x_*$: held-out images come near", ylim=0,
+    left.set(title="Error to $x_*$: the two regions become alike", ylim=0,
              xlabel="$|D_{region}|\\,/\\,|D_{score}|$")
-    steps = [*cfg["sit"]["keep"], cfg["sit"]["steps"]]
+    n_kept = is_copy["sit"].shape[2]
+    network = cfg["sit"]
+    steps = sorted({*network["keep"], network["steps"]})[:n_kept]
     for k, ratio in enumerate(ratios):
         copies = is_copy["sit"][k].mean((0, 2))             # (steps,)
         shade = (k + 1) / len(ratios)

@@ -2,19 +2,19 @@
 
 Both errors of Figure 3 are E_t |x_theta(z_t, t) - x_*(z_t, t)|^2 per dimension, with x_theta = z - t v_theta: E^sup on
 noised training points, E^ext along the model's own trajectories. The paper: better models have a smaller E^sup and a
-*larger* E^ext. How can that be?
+*larger* E^ext. How can that be? (C.5 writes v for x; in v E^ext would be infinite. See docs/differences.md.)
 
     |x_theta - x_*|^2 = |x_theta|^2 + |x_*|^2 - 2 <x_theta, x_*>
 
 Suppose a network learns new detail. At the same z, |x_theta|^2 grows by A, <x_theta, x_*> by rho A, x_* stays: the
-error changes by (1 - 2 rho) A. On training points rho is near 1, and the error falls. On trajectories x_* is mostly one
-training image. The noise on the discs of dead leaves is in no other image: rho < 1/2, the error rises. Digits share
-more. We measure rho at common z. Whether it decides along each network's own trajectories, too, Figure 3 has to show.
+error changes by (1 - 2 rho) A. On training points the fit makes E <x_theta, x_*> = E |x_theta|^2: rho is near 1. On
+trajectories x_* is made of training images. Ours are discs, "dead leaves"; a disc's noise is in no other image, so
+rho < 1/2, the error rises. Digits share more. We measure rho at the last network's z; on other z, x_* changes as well.
 REPA aligns features with a teacher's. Figure 6: where does it change a network? Figure 7: better samples at equal L?
 
-    python exp_scaling.py --only fig3           # 7 minutes on 2 CPU cores; fig6 and fig7 together take 4 more
+    python exp_scaling.py --only fig3           # 8 minutes on 2 CPU cores; fig6 and fig7 together take 5 more
 
-L = E |v_theta - v_*|^2 on noised training points. A gate (see measure_fig3, 6, 7) says if a claim can be judged here.
+L = E |v_theta - v_*|^2 on noised training points. Gates (measure_fig3, 6, claim_lower) say if a claim can be judged.
 1. python exp_scaling.py --only fig3 --textures 0      Does E^ext still rise, or fall? See rho.
 2. python exp_scaling.py --only fig3 --lengths 100 200 What if E^sup is above that of the best linear denoiser?
 3. python exp_scaling.py --only fig7 --n-student 4500  What is a teacher worth that saw the same images, and labels?
@@ -35,7 +35,7 @@ from plumbing.cli import check_at_least, count_flops, pick_device, run_command, 
 from plumbing.data import get_images, labels_in_turn, load_data, model_sizes
 from plumbing.fast_score import make_score
 from plumbing.files import load_run
-from plumbing.results import bootstrap_interval, claim, finding, paired_change, student_interval
+from plumbing.results import bootstrap_interval, claim, finding, pair_interval, paired_change, student_interval
 from plumbing.runs import cached, run_jobs
 from plumbing.scaling import measurement_key, name_run, plan_fig3, plan_fig7
 from plumbing.stand_ins import SIDE, Judge, draw_fields, pick_rows
@@ -51,7 +51,7 @@ class Config:
     model_path: tuple[str, ...] = ()  # SiT weights or runs, small to large, of --data: Figure 3 of these
     data: str = ""  # a data set in place of those made here
     network: train.Config = field(default_factory=functools.partial(
-        TRAINING, lr=8e-3, decay=1.0))  # Figure 3: its training; model, steps and seed are set below
+        TRAINING, lr=8e-3, decay=1.0))  # Figure 3: its training; jobs set data, model, steps, seed and repa
     models: tuple[str, ...] = ("SiT-pico/4", "SiT-1x32/4", "SiT-nano/4", "SiT-mini/4")  # Figure 3: small to large
     lengths: tuple[int, ...] = (500, 2000)  # Figure 3: training iterations; each length is a training of its own
     seeds: int = 3  # Figure 3: trainings of every network
@@ -82,7 +82,7 @@ PRESETS = {
     "gpu": Config("gpu", network=TRAINING(lr=1e-3, decay=1.0), lengths=(4000, 16_000),
                   models=("SiT-mini/4", "SiT-micro/4", "SiT-tiny/4", "SiT-S/4"),
                   n_points=500, n_samples=8192, workers=1, fast=True, device="auto"),
-    # differs from the paper: a judge of latents, not Inception
+    # differs from the paper: a judge of latents, not Inception; for Figure 7c fewer networks
     "paper": Config("paper", data="imagenet", network=train.PRESETS["paper"], network7=train.PRESETS["paper"],
                     models=("SiT-S/2", "SiT-B/2", "SiT-L/2", "SiT-XL/2"), lengths=(200_000, 300_000, 400_000), seeds=1,
                     n_points=1000, n_times=100, sits=("SiT-S/2", "SiT-B/2"), unets=("UNet-S", "UNet-B"),
@@ -91,7 +91,7 @@ PRESETS = {
 
 
 def train_network(network, folder, job):
-    """Train, resume or find the network of a job. Return its run, a folder named by all that the network depends on."""
+    """Train, resume or find the network of a job (data, model, steps, seed, weight of REPA). Return its run."""
     settings = dataclasses.replace(network, **dataclasses.asdict(job))
     settings.out = str(folder / "runs" / name_run(settings))
     return str(train.train(settings, alone=True))
@@ -117,8 +117,8 @@ def starting_noise(cfg, data, n, device):
 
 
 def trajectories(cfg, model, z1, y):
-    """Return z at all times on the way from noise z1, (T, B, C, H, W), by a step of Heun's each, and the images."""
-    # differs from the paper: dopri5, whose steps depend on the network and on the batch
+    """Return z at all times on the way from noise z1, (T, B, C, H, W), one step of Heun's apart, and the images."""
+    # differs from the paper: not dopri5, whose steps depend on the network and on the batch
     path = solve_ode(model, z1, y, [1.0, *reversed(times(cfg)), 0.0], solver="heun", steps=1)
     return path[1:-1].flip(0), path[-1]                      # without z1 and the images; t ascends
 
@@ -204,7 +204,7 @@ def measure_ladder(cfg):
 def compare_ends(found):
     """Return what changes from the first network to the last, with intervals: E^sup, E^ext, and rho on common points.
 
-    rho is the gain of <x_theta, x_*> over the gain of |x_theta|^2. It is a slope, and may be above 1.
+    found {term: (models, seeds, n)}. rho, the gain of <x_theta, x_*> over that of |x_theta|^2, may be above 1.
     """
     networks = {term: values[1:] for term, values in found.items()}      # the first is the linear denoiser
     weights = np.zeros(len(networks["sup error"]))
@@ -229,7 +229,7 @@ def measure_fig3(cfg, folder):
         cases = [(cfg.data, cfg.data, cfg.model_path)]
     else:
         plan = plan_fig3(cfg, folder)
-        jobs = [*itertools.chain(*(jobs for _, jobs in plan))][::-1]     # the slowest first: last, it would be alone
+        jobs = [*itertools.chain(*(jobs for _, jobs in plan))][::-1]     # a short one last: a long one would be alone
         runs = run_jobs(functools.partial(train_network, cfg.network, folder), jobs, cfg.workers)
         cases = [(name, jobs[0].data, tuple(map(runs.get, jobs))) for name, jobs in plan]
     measured = run_jobs(functools.partial(measure_runs, cfg, folder), cases, cfg.workers)
@@ -238,7 +238,7 @@ def measure_fig3(cfg, folder):
     arrays = scaling.describe_networks(cfg, cases[0][1], found[first]) | dict(ladder=measure_ladder(cfg))
     arrays["ends"] = {name: compare_ends(values) for name, values in found.items()}
 
-    # A network that is worse than a linear denoiser knows the spectrum alone: there is no detail yet to speak of.
+    # A network that is worse than a linear denoiser has not learned the spectrum: there is no detail yet to speak of.
     linear, *errors = arrays["table"]["sup error"]
     gate = (max(errors) < linear, f"needs E^sup of all networks below {linear:.3f}, the best linear denoiser's")
     ends = arrays["ends"]
@@ -246,10 +246,10 @@ def measure_fig3(cfg, folder):
     rows = [
         claim("fig3/sup", f"Fig 3: E^sup, {what}", "-0.0050", *ends[first]["sup"], high=0, gate=gate),
         claim("fig3/ext", f"Fig 3: E^ext, {what}", "+0.0025", *ends[first]["ext"], low=0, gate=gate),
-        finding("fig3/rho", "Fig 3: rho, the share of the new detail that x_* has as well", *ends[first]["rho"]),
+        finding("fig3/rho", "Fig 3: rho, gain of <x_theta, x_*> over gain of |x_theta|^2", *ends[first]["rho"]),
     ]
     if "digits" in ends:
-        text = f"Fig 3 on digits, where rho is {ends['digits']['rho'][0]:.2f}: E^ext, the same difference"
+        text = f"Fig 3 on digits, one seed, rho {ends['digits']['rho'][0]:.2f}: E^ext, the same difference"
         rows.append(finding("fig3/digits", text, *ends["digits"]["ext"]))
     return rows, arrays
 
@@ -269,7 +269,7 @@ def velocities(cfg, model, z, y):
 
 
 def split_change(base, aligned):
-    """Return by seed, (seeds, 3): mean squares of REPA's change, of what REPA does alone, and of another seed's change.
+    """Return by seed, (seeds, 3): the size of REPA's change, of what REPA does alone, and of another seed's change.
 
     base, aligned: v_theta without and with REPA, (seeds, ...). The change of a seed, r + a, is what REPA does, plus
     chance. Chance is independent between seeds: the mean product of two seeds' changes, (r + a)(r + b), is that of r^2.
@@ -296,8 +296,8 @@ def measure_fig6(cfg, folder):
     z, y, v_star = supervision(cfg, data, device)
     z1, labels = starting_noise(cfg, data, cfg.n_points, device)
     path, _ = trajectories(cfg, models[0], z1, labels)
-    # differs from the paper: velocities, on which we train. Scores differ by (1 - t) / t times as much, and the
-    # smallest t would outweigh all others.
+    # differs from the paper: one network's path for all, and velocities, on which we train. Scores differ by
+    # (1 - t) / t times as much, and the smallest t would outweigh all others.
     on_points = torch.stack([velocities(cfg, model, z, y) for model in models])
     on_path = torch.stack([velocities(cfg, model, path, labels) for model in models])
     base, aligned = on_points.chunk(2)                       # without REPA, with REPA: (seeds, T, n, C, H, W)
@@ -307,14 +307,14 @@ def measure_fig6(cfg, folder):
     of_path = split_change(base, aligned) / L
     ratios = of_path / of_points                             # (seeds, 3)
     repa_ratio, _, seed_ratio = ratios.T
-    resolved = student_interval(of_path[:, 1])[0] > 0
+    resolved = pair_interval(of_path[:, 1])[0] > 0
     gate = resolved, "the changes of the seeds have nothing in common: train longer, or raise lambdas"
     text = "Fig 6: change by REPA, trajectories over training points"
     ci95 = student_interval(repa_ratio)
     row = claim("fig6/ratio", text, "> 1", repa_ratio.mean(), ci95, low=1, gate=gate)
     # If this is as large, the ratio above says where networks differ, and nothing of REPA.
     control = finding("fig6/seed", "Fig 6: the same ratio of what another seed changes", seed_ratio.mean(),
-                      student_interval(seed_ratio))
+                      pair_interval(seed_ratio))
     return [row, control], dict(of_points=of_points, of_path=of_path)
 
 
@@ -348,7 +348,7 @@ def measure_student(cfg, folder, judge, job):
 
 
 def compare_at_equal_L(one, two):
-    """Return the distance of recipe one over that of recipe two at equal L, for each seed; and the range of common L.
+    """Return the distance of recipe one over that of recipe two at equal L, for each seed; and how much L they share.
 
     one, two: (seeds, checkpoints, 3). Eq. (5): distance = f(L). We fit f, a line for each seed, and compare mid-range.
     """
@@ -356,8 +356,8 @@ def compare_at_equal_L(one, two):
     low = max(L_one.min(), L_two.min())
     high = min(L_one.max(), L_two.max())
 
-    def distance(seed):
-        _, L, distances = seed.T
+    def distance(points):
+        _, L, distances = points.T
         line = np.polyfit(L, distances, 1)
         return np.polyval(line, (low + high) / 2)
     ratios = [distance(a) / distance(b) for a, b in zip(one, two, strict=True)]
@@ -402,7 +402,7 @@ def measure(cfg):
     """Measure the figures asked for. Return their rows, and {"fig3": arrays, ...}."""
     if cfg.model_path and not (cfg.only == "fig3" and cfg.data and len(cfg.model_path) > 1):
         raise ValueError("--model-path takes two networks or more, small to large, with their --data and --only fig3")
-    check_at_least(cfg, seeds=1, seeds7=2)
+    check_at_least(cfg, seeds=1, seeds7=3)
     folder = results.results_folder("exp_scaling", cfg)
     cfg.network.device = cfg.network7.device = cfg.device
     setup_processes(pick_device(cfg.device))

@@ -33,6 +33,15 @@ def student_interval(values):
     return tuple(map(float, scipy.stats.ttest_1samp(values, 0).confidence_interval()))
 
 
+def pair_interval(values):
+    """Return (low, high) of the mean of values (S,), each the mean over the pairs of one of S seeds with the others.
+
+    Two of them share a pair, so we take the jackknife's values, as if each seed had left in turn.
+    """
+    S = len(values)
+    return student_interval((2 * (S - 1) * values - S * values.mean()) / (S - 2))
+
+
 def wilson_interval(values):
     """Return (low, high) of the fraction of values (n,) that are true, by Wilson. It has a width even if all are."""
     return tuple(scipy.stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson"))

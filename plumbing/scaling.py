@@ -50,8 +50,7 @@ def image_sets(cfg, folder):
     for texture in cfg.textures:
         make = functools.partial(leaves, cfg.n_images, 16, texture, cfg.seed)
         sets[f"texture {texture:g}"] = data_folder(cfg, folder, f"leaves_{texture:g}_{cfg.n_images}_{cfg.seed}", make)
-    sets["digits"] = data_folder(cfg, folder, "digits_16", small_digits)
-    return sets
+    return sets | dict(digits=data_folder(cfg, folder, "digits_16", small_digits))
 
 
 def plan_fig3(cfg, folder):
@@ -64,24 +63,19 @@ def plan_fig3(cfg, folder):
     for name, data in image_sets(cfg, folder).items():
         pick_rows(cfg, load_data(data))                      # too many points show here, before the training
         used, seeds = ([kinds[0], kinds[-1]], 1) if plan else (kinds, cfg.seeds)
-        for seed in range(seeds):
-            plan.append((name, [Job(data, model, steps, seed) for steps, model in used]))
+        plan += [(name, [Job(data, model, steps, seed) for steps, model in used]) for seed in range(seeds)]
     return plan
 
 
 def plan_fig7(cfg, folder, models, repa=0.0):
     """Return the networks of a recipe: all models of the first seed, then those of the next.
 
-    They see a few digits without labels. Their teacher knows more, as DINOv2 does: all digits, warped, and the labels.
+    They see a few digits, no labels. Their teacher saw more images, as DINOv2 did, and labels, as DINOv2 did not.
     """
     settings = (cfg.digits, SIDE, cfg.n_student, cfg.n_teacher, cfg.seed)
-    name = "_".join(map(str, settings))
-    data = data_folder(cfg, folder, name, functools.partial(few_digits, *settings))
+    data = data_folder(cfg, folder, "_".join(map(str, settings)), functools.partial(few_digits, *settings))
     steps = max(cfg.network7.keep)
-    jobs = []
-    for seed in range(cfg.seeds7):
-        jobs += [Job(data, model, steps, seed, repa) for model in models]
-    return jobs
+    return [Job(data, model, steps, seed, repa) for seed, model in itertools.product(range(cfg.seeds7), models)]
 
 
 def name_run(settings):
@@ -120,19 +114,14 @@ def describe_networks(cfg, folder, found):
     for steps, model in itertools.product(cfg.lengths, cfg.models) if not cfg.model_path else ():
         names.append(f"{model}, {steps:,} steps")
         cost.append(steps * count_flops(functools.partial(build_model, model, **sizes), cfg.network.batch))
-    table = {term: values.mean((1, 2)) for term, values in found.items()}
-    arrays = dict(names=names, cost=cost, table=table | dict(calibration=table["sup both"] / table["sup theta"]))
+    arrays = dict(names=names, cost=cost, table={term: values.mean((1, 2)) for term, values in found.items()})
     for region in ("sup", "ext"):
         errors = found[f"{region} error"][1:]
-        level, arrays[region] = errors[0].mean(), []
-        for weights in np.eye(len(errors)) - np.eye(len(errors))[0]:
-            change, (low, high) = paired_change(errors, weights)
-            arrays[region].append([level + change, level + low, level + high])
+        each = np.eye(len(errors))
+        changes = [paired_change(errors, weights) for weights in each - each[0]]
+        arrays[region] = [errors[0].mean() + np.array([change, *ends]) for change, ends in changes]
     return arrays
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The figures
 
 def plot(results, folder):
     """Draw the figures that results.json has numbers for."""
@@ -141,9 +130,6 @@ def plot(results, folder):
     for name, arrays in results["arrays"].items():
         draw[name](arrays, folder, ours)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Figure 3
 
 def draw_fig3(arrays, folder, ours):
     """Draw the two panels of the paper, and E^ext over E^sup with the paper's own points as an inset."""
@@ -215,29 +201,24 @@ def draw_mechanism(arrays, folder):
         axes[1].annotate(label, (right, change), (6, -4), textcoords="offset points", backgroundcolor="white")
     axes[1].axhline(0, color=GREY, lw=1)
     axes[1].axvline(0.5, color=GREY, lw=1, ls="--")
-    axes[1].set(xlabel=r"$\rho$, the share of new detail that $x_*$ has too", ylabel=r"change of $E^{\rm ext}$",
+    axes[1].set(xlabel=r"$\rho$, what $x_\theta x_*$ gains per $x_\theta^2$", ylabel=r"change of $E^{\rm ext}$",
                 title="Theory: it rises left of the dashed line,\nand falls right of it")
     axes[1].margins(x=0.3)
     save_figure(fig, folder / "fig3_mechanism.png")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Figures 6 and 7
-
 def draw_fig6(arrays, folder, ours):
-    """Draw the levels of what changes, for REPA and for another seed."""
+    """Draw the levels of what changes, for REPA and for another seed, and a dot for each seed."""
     places = np.arange(3)
     fig, ax = new_figure(3.6)
     styles = (("of_points", -0.2, BLUE, "on training points"), ("of_path", 0.2, ORANGE, "on trajectories"))
     for name, shift, colour, label in styles:
         changes = 100 * np.array(arrays[name])               # (seeds, 3)
         ax.bar(places + shift, changes.mean(0), 0.38, color=colour, label=label)
-        # a dot for each seed
         ax.plot(places + shift, changes.T, "k.")
     ax.set_xticks(places, ["by REPA", "by REPA, in common\nwith other seeds", "by another seed,\nwithout REPA"])
-    ax.set_ylabel("change of the network, % of L")
-    ax.set_title(f"REPA changes the network {ours['fig6/ratio']:.2f} times as much on trajectories as on\n"
-                 f"training points, another seed {ours['fig6/seed']:.2f} times")
+    ax.set(ylabel="change of the network, % of L", title=f"REPA changes the network {ours['fig6/ratio']:.2f} times as "
+           f"much on trajectories as on\ntraining points, another seed {ours['fig6/seed']:.2f} times")
     ax.legend()
     save_figure(fig, folder / "fig6.png")
 
@@ -254,11 +235,9 @@ def draw_fig7(points, folder, ours):
     for ax, (row, names) in zip(axes, panels.items(), strict=True):
         for name in names:
             flops, L, distance = points[name].reshape(-1, 3).T
-            area = 10 + 110 * flops / most_flops
-            ax.scatter(L, distance, area, color=colours[name], alpha=0.4, lw=0)
+            ax.scatter(L, distance, 10 + 110 * flops / most_flops, color=colours[name], alpha=0.4, lw=0)
             ends = np.array([L.min(), L.max()])
-            line = np.polyval(np.polyfit(L, distance, 1), ends)          # Eq. (5)
-            ax.plot(ends, line, color=colours[name], label=name)
+            ax.plot(ends, np.polyval(np.polyfit(L, distance, 1), ends), color=colours[name], label=name)     # Eq. (5)
         ax.set_title(f"({row[4]}) {names[-1]}: {ours[row]:.2f} times\nthe distance at equal L")
         ax.set_xlabel("supervision loss L")
         ax.legend(loc="lower right")

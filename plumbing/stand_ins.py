@@ -1,5 +1,4 @@
 """What exp_scaling.py has in place of ImageNet, DINOv2 and Inception: made images, a teacher for REPA, and a judge."""
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -9,8 +8,7 @@ from plumbing.data import load_data
 from plumbing.images import frechet, gaussian
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Dead leaves: images whose detail no other image shares
-
+# Dead leaves: images of discs, half of which have noise that no other image shares
 
 def draw_leaves(n, side, seed, r_min=1.5):
     """Return the grey and the texture of n images, each (n, side, side).
@@ -19,8 +17,7 @@ def draw_leaves(n, side, seed, r_min=1.5):
     has its own grey, uniform in [-1, 1]. Half of the discs have white noise too, each of its own exponential strength.
     """
     rng = np.random.default_rng(seed)
-    grey = np.zeros((n, side, side), np.float32)
-    texture = np.zeros_like(grey)
+    grey, texture = np.zeros((2, n, side, side), np.float32)
     covered = np.zeros(grey.shape, bool)
     y, x = np.mgrid[0:side, 0:side] + 0.5
     todo = np.arange(n)                                      # images with a pixel that no disc covers
@@ -30,8 +27,7 @@ def draw_leaves(n, side, seed, r_min=1.5):
         radius = 1 / np.sqrt(u / side**2 + (1 - u) / r_min**2)
         centre_x, centre_y = rng.uniform(-radius, side + radius, (2, m))
         d2 = (x - centre_x[:, None, None])**2 + (y - centre_y[:, None, None])**2
-        visible = (d2 < radius[:, None, None]**2) & ~covered[todo]
-        which, row, column = np.nonzero(visible)
+        which, row, column = np.nonzero((d2 < radius[:, None, None]**2) & ~covered[todo])
         image = todo[which]
         strength = rng.exponential(1, m) * (rng.random(m) < 0.5)
         grey[image, row, column] = rng.uniform(-1, 1, m)[which]
@@ -44,7 +40,7 @@ def draw_leaves(n, side, seed, r_min=1.5):
 def leaves(n, side, texture, seed):
     """Return (arrays, meta) of a data set of dead leaves, without labels; mean 0, variance 1.
 
-    texture  factor of every disc's texture; 0: all discs are flat. Sets of one seed differ in nothing else.
+    texture  factor of every disc's texture; 0: all discs are flat. Sets of one seed differ in nothing else but scale.
     """
     grey, detail = draw_leaves(n, side, seed)
     x = grey + texture * detail
@@ -61,8 +57,7 @@ def draw_fields(n, side, seed):
     power = f.clamp(min=1 / side)**-2
     waves = torch.fft.fft2(torch.eye(side**2).view(-1, side, side), norm="ortho").flatten(1)
     moments = (waves * (power / power.mean()) @ waves.mH).real
-    generator = torch.Generator().manual_seed(seed)
-    white = torch.randn(side**2, n, generator=generator)
+    white = torch.randn(side**2, n, generator=torch.Generator().manual_seed(seed))
     x = (torch.linalg.cholesky(moments) @ white).T.reshape(n, 1, side, side)
     return dict(x=x.numpy(), y=np.zeros(n, np.int64)), moments, f
 
@@ -81,9 +76,8 @@ def pick_rows(cfg, data):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Small digits
+# Small digits, of SIDE x SIDE pixels
 
-# pixels along a side of the small digits
 SIDE = 8
 
 
@@ -114,8 +108,7 @@ def train_classifier(net, x, y, seed, warp=False, steps=800):
     for _ in range(steps):
         rows = rng.integers(len(x), size=128)
         images = torch.from_numpy(x[rows]).float()
-        if warp:
-            images = warp_images(images)
+        images = warp_images(images) if warp else images
         F.cross_entropy(net(images), torch.from_numpy(y[rows])).backward()
         optimizer.step()
         schedule.step()
@@ -132,11 +125,9 @@ class Teacher(nn.Module):
     def __init__(self, places, width=48):
         super().__init__()
         self.convolutions = nn.Sequential()
-        for layer in range(5):
-            channels = width if layer else 1
+        for channels in (1, width, width, width, width):
             self.convolutions.extend([nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.SiLU()])
-            if layer == 0:
-                self.convolutions.append(nn.AdaptiveAvgPool2d(places))
+        self.convolutions.insert(3, nn.AdaptiveAvgPool2d(places))
         self.head = nn.Linear(width, 10)
 
     def forward(self, x):
@@ -168,8 +159,7 @@ def few_digits(name, side, n_student, n_teacher, seed):
     train_classifier(teacher, x[seen], y[seen], seed, warp=True)
     x = x[rows[:n_student]]
     features = teacher.features(torch.from_numpy(x))
-    arrays = dict(x=x, y=np.zeros(n_student, np.int64), features=features.numpy())
-    return arrays, dict(num_classes=1)
+    return dict(x=x, y=np.zeros(n_student, np.int64), features=features.numpy()), dict(num_classes=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -178,7 +168,7 @@ def few_digits(name, side, n_student, n_teacher, seed):
 class Judge:
     """Measure the Frechet distance of images to those of a data set, in features of a network that tells its labels.
 
-    It is a perceptron, as different from the teacher as it can be: REPA must not teach what pleases the judge.
+    It is a perceptron, not a convolutional network like the teacher. But both learned the labels of the same digits.
     """
 
     def __init__(self, name, side, seed):

@@ -33,6 +33,15 @@ def test_intervals():
     assert results.bootstrap_interval(np.ones(5)) == (1.0, 1.0)
 
 
+def test_the_interval_over_pairs_is_the_jackknifes():
+    v = np.random.default_rng(0).standard_normal(5)
+    pairs = (v - v[:, None])**2
+    rows = pairs.sum(1) / 4
+    without = [np.delete(np.delete(pairs, s, 0), s, 1).sum() / 12 for s in range(5)]
+    values = 5 * rows.mean() - 4 * np.array(without)
+    assert np.allclose(results.pair_interval(rows), results.student_interval(values))
+
+
 def test_the_interval_over_seeds_covers_that_of_each():
     rng = np.random.default_rng(0)
     samples = [rng.standard_normal(50), 3 + rng.standard_normal(50)]

@@ -5,14 +5,14 @@
 A "bad" sample blends the two points that are close in the plane but not in angle: -.2 and .2. A "good" sample blends
 two points of one angle: .2 and 1. "PAT, purely by improving extrapolation, enables generating dramatically better
 samples": at one supervision loss L, a model that knows angles makes good / (good + bad) larger. It knows them by P1,
-diffusion in polar space; P2, kernel regression on polar features; P3, a network with f(a z) = a f(z); or REPA, where a
-hidden layer predicts the angle. L = E_t E_{p_t} |x_theta - x_*|^2 / variance of D is 0 for a perfect fit.
+diffusion in polar space; P2, kernel regression on polar features; P3, f(a z) = a f(z), a > 0 (our guess); or REPA: a
+hidden layer predicts cos theta. L = E |x_theta - x_*|^2 / variance of D; x_theta guesses x, x_* = E[x | z_t] is best.
 
-    python exp_toy2d.py         # one minute; figures in out/exp_toy2d/laptop/; needs no other file of the project
-You should see fewer orange-red samples on the right, and with stronger REPA. A row counts if its baseline makes more
-bad samples than evenly spread points, and if the losses are equal (P1's are of two problems). P3's f is our guess.
+    python exp_toy2d.py         # one minute; figures in out/exp_toy2d/laptop/, which the next run overwrites
+You should see fewer orange-red dots on the right (P3: hardly), and with stronger REPA. A row counts if its baseline's
+share is below that of evenly spread points, 6/7, and if both L are equal within 25% (P1's are of two problems).
 1. python exp_toy2d.py --bandwidth 2      Why does P2's row leave its regime? What does a kernel this wide blend?
-2. python exp_toy2d.py --steps 200        Do angles help before a network fits? See L and the shares of P1 and REPA.
+2. python exp_toy2d.py --steps 200 --short 60    Do angles help before a network fits? See P1's and REPA's L and shares.
 3. python exp_toy2d.py --lambdas 0 5 10 30     At which weight of REPA's alignment does L rise by a quarter?
 """
 # /// script
@@ -38,7 +38,7 @@ from tqdm import tqdm
 @dataclass
 class Config:
     preset: Literal["laptop", "gpu", "paper"] = "laptop"  # where the defaults of all other fields come from
-    nets: int = 4  # independent repetitions of every model: the intervals are over them
+    nets: int = 4  # K, independent repetitions of every model: the intervals are over them
     width: int = 512  # hidden units of the 2-layer MLPs of P1 and P3
     steps: int = 2000  # training iterations of every MLP
     short: int = 600  # those of P3's baseline: then its loss is P3's
@@ -46,12 +46,12 @@ class Config:
     bandwidth: float = 0.5  # h of the kernel exp(-|a - b|^2 / 2 h^2); of .5, 1 and 2 the one that fits best
     lambdas: tuple[float, ...] = (0.0, 0.3, 1.0, 5.0)  # REPA's weights of the alignment; the first is the baseline
     seed: int = 0  # of the weights, the noise and the samples
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # mps lacks the kernels' float64
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # mps lacks P2's float64
     redraw: bool = False  # draw the figures again from results.json, and measure nothing
     out: str = ""  # folder of the results; default out/exp_toy2d/<preset>
 
 
-# differs from the paper: it states no sizes, so that "paper" can only mean more of everything
+# differs from the paper: it states no sizes, so that "paper" only means larger and longer. short: P3's L comes earlier
 PRESETS = {
     "laptop": Config(),
     "gpu": Config("gpu", nets=8, width=2048, steps=10_000, short=440),
@@ -115,7 +115,7 @@ class MLP(Module):
 
 
 def fit_mlp(cfg, x, kind="plain", lam=0.0):
-    """Train MLPs on the points x (N, d) -> x_theta. With weight lam, the probe learns cos theta of the clean point."""
+    """Train MLPs on the points x (N, d) -> x_theta. With weight lam, the probe learns E[cos theta of x | z_t]."""
     # differs from the paper: the target is v_* = (z - x_*)/t, the mean of Eq. (1)'s noisy eps - x, to come nearer to a
     # perfect fit; the alignment is a squared error. Networks predict v, so that x_theta = z - t v is exact at t = 0.
     torch.manual_seed(cfg.seed)
@@ -123,7 +123,7 @@ def fit_mlp(cfg, x, kind="plain", lam=0.0):
     t = x.new_empty(cfg.steps, cfg.nets, 128, 1).uniform_(1e-3, 1)
     z, w = add_noise(x, t)
     v = (z - w @ x) / t
-    angle = w @ polar(x)[:, 1:2]
+    angle = w @ polar(x)[:, 1:2]                             # E[cos theta | z_t]; in polar space meaningless, unused
     optimizer = torch.optim.Adam(net.parameters(), fused=True)
     for k in range(cfg.steps):
         v_theta, angle_theta = net(z[k], t[k])
@@ -164,7 +164,7 @@ def fit_all(cfg):
     """Yield (name, x_theta, x) of all models, one after the other: P1 to P3, then REPA."""
     x64 = D.to(cfg.device)
     x = x64.float()
-    # C4 is about models of one loss: P2's second ridge and P3's fewer steps are chosen for that.
+    # C4 is about models of one loss: P2's second ridge, which is larger, and P3's fewer steps are chosen for that.
     yield "P1 baseline: MLP", fit_mlp(cfg, x), x
     yield "P1 PAT: MLP in polar space", fit_mlp(cfg, polar(x)), polar(x)
     yield "P2 baseline: kernel on (x, y)", fit_krr(cfg, x64, torch.clone, 1e-6), x64
@@ -221,7 +221,7 @@ def compare(id, baseline, pat):
     note = ""
     # Of evenly spread points 1.2 / (1.2 + .2) are good. Losses that differ by less than a quarter are called equal.
     if ttest_1samp(baseline["share"], 0).confidence_interval().high > 6 / 7:
-        verdict, note = "other regime", "its baseline makes no more bad samples than evenly spread points"
+        verdict, note = "other regime", "its baseline may make no more bad samples than evenly spread points"
     elif id != "P1" and not 0.75 < ratio < 1.25:
         verdict, note = "other regime", f"the losses are not equal: PAT's is {ratio:.2f} times the baseline's"
     elif low > 0:
@@ -264,7 +264,7 @@ def main(cfg):
     for name in ("width", "steps", "short", "lr", "bandwidth"):
         if not getattr(cfg, name) > 0:
             raise ValueError(f"{name} must be positive, not {getattr(cfg, name)}")
-    if min(cfg.nets, len(cfg.lambdas)) < 2:
+    if min(cfg.nets, len(set(cfg.lambdas))) < 2:
         raise ValueError("nets and lambdas: two or more are needed")
     torch.set_num_threads(1)                                 # a second thread costs small networks more than it brings
     path = Path(cfg.out or f"out/exp_toy2d/{cfg.preset}") / "results.json"

@@ -117,6 +117,6 @@ def run_script(script, *argv):
 def test_experiments(kind, name, tmp_path):
     if kind == "mps" and name in ("exp_toy2d", "exp_gaussian"):
         pytest.skip("it computes in float64")
-    argv = [a for a in TINY[name](tmp_path) if "--device" not in a]
+    argv = [a for a in TINY[name](tmp_path) if "--device" not in a] + ["--seeds=1"] * (name == "exp_shells")
     run_script(f"{name}.py", *argv, f"--device={kind}", f"--out={tmp_path / 'out'}")
     assert (tmp_path / "out" / "results.json").exists()

@@ -76,6 +76,8 @@ def test_a_figure_is_drawn_from_its_json_alone(tiny, tmp_path):
 
 def test_run_twice_it_is_the_same(tiny, tmp_path):
     script, _, out = tiny
+    if script == "exp_freedom":
+        pytest.skip("it trains anew on two processes, below")
     argv = [*TINY[script](tmp_path), "--device=cpu"]
     done = run(script, *argv, f"--out={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr[-3000:]

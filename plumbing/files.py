@@ -11,6 +11,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from model import build_model
+from plumbing.weights import load_sit_weights, load_state
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -80,19 +81,9 @@ def save_checkpoint(path, state):
         torch.save(state, f)
 
 
-def load_state(module, state, path):
-    """Load a state dict into a module. Raise ValueError that names a key that does not fit."""
-    try:
-        module.load_state_dict(state)
-    except Exception as error:
-        raise ValueError(f"{path} does not fit the model: {str(error).splitlines()[-1].strip()}") from None
-
-
 def checkpoint_path(run):
     """Return the file of weights that `run` names: a run's folder, or a file."""
-    path = Path(run)
-    if path.is_dir():
-        path = path / "ckpt.pt"
+    path = Path(run, "ckpt.pt") if Path(run).is_dir() else Path(run)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: train one with python train.py, and name its folder")
     return path
@@ -114,8 +105,6 @@ def load_run(run, device="cpu", ema=True, data=None):
         model = build_model(**checkpoint["model_args"])
         load_state(model, checkpoint[name], path)
     else:
-        # here, since plumbing/weights.py imports this file
-        from plumbing.weights import load_sit_weights
         model = load_sit_weights(checkpoint, path, ema)
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise ValueError(f"{path} holds weights that are not finite")

@@ -7,7 +7,6 @@ import functools
 import glob
 import hashlib
 import json
-import math
 import shutil
 import zipfile
 from pathlib import Path
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from plumbing.cli import check_at_least, wait_for_all
 from plumbing.files import checkpoint_path, write_whole
-from plumbing.weights import checksum, decode, load_vae, optional_import
+from plumbing.weights import checksum, load_vae, optional_import
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -54,19 +53,15 @@ def to_uint8(x):
 
 def save_grid(x, path, columns=10):
     """Write images (B, C, H, W) in [-1, 1] as one PNG, row by row. Of latents, it shows the first three channels."""
-    # Small images get pixels that one can see.
     x = x[:, :3] if x.shape[1] > 2 else x[:, :1].expand(-1, 3, -1, -1)
-    x = F.interpolate(x, scale_factor=max(1, 64 // x.shape[2]))
-    rows = math.ceil(len(x) / columns)
-    images = F.pad(to_uint8(x), (0, 0, 0, 0, 0, 0, 0, rows * columns - len(x)))
-    images = images.unflatten(0, (rows, columns))            # (rows, columns, H, W, 3)
+    # Small images get pixels that one can see.
+    images = to_uint8(F.interpolate(x, scale_factor=max(1, 64 // x.shape[2])))
+    images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(x) % columns))
+    images = images.unflatten(0, (-1, columns))              # (rows, columns, H, W, 3)
     canvas = images.transpose(1, 2).flatten(2, 3).flatten(0, 1)
     with write_whole(path) as f:
         Image.fromarray(canvas.numpy()).save(f, "PNG")
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Many samples in one .npz, and their Frechet distance
 
 def write_npz(path, draw, labels, batch, made, rank=0, world=1):
     """Draw images 0 .. len(labels) - 1 and write them to the .npz `path`. The same call goes on after a kill.
@@ -140,8 +135,7 @@ def statistics(source, batch=64):
     features = inception()
     if Path(source).is_dir():
         paths = find_images(source)
-        pieces = [paths[start:start + batch] for start in range(0, len(paths), batch)]
-        return gaussian(features(np.stack([read_rgb(path) for path in piece])) for piece in pieces)
+        return gaussian(features(np.stack([*map(read_rgb, paths[k:k + batch])])) for k in range(0, len(paths), batch))
     moments = read_npz(source, "mu", "sigma")
     if len(moments) == 2:
         return moments["mu"].astype(np.float64), moments["sigma"].astype(np.float64)
@@ -177,7 +171,8 @@ def save_samples(cfg, sample, model, device, rank, world):
 
     def draw(index):
         x = sample(index, labels[index].to(device))
-        return decode(vae, x) if vae else x
+        # a few at a time, since a decoder's activations are large
+        return torch.cat([vae.decode(part / vae.config.scaling_factor).sample for part in x.split(16)]) if vae else x
 
     if path.suffix == ".png":
         save_grid(torch.cat([draw(index) for index in torch.arange(cfg.n).split(cfg.batch)]), path)

@@ -18,13 +18,8 @@ BLUE, ORANGE, GREY, GREEN = "#0072B2", "#D55E00", "#777777", "#009E73"
 
 def bootstrap_interval(values, statistic=np.median, n=400, seed=0):
     """Return (low, high) of statistic(values) by the percentile bootstrap over the first axis of values (N, ...)."""
-    values = np.asarray(values)
-
-    def of_rows(rows):
-        return statistic(values[rows])
-
-    result = scipy.stats.bootstrap((np.arange(len(values)),), of_rows, vectorized=False, method="percentile",
-                                   n_resamples=n, rng=np.random.default_rng(seed))
+    result = scipy.stats.bootstrap((np.arange(len(values)),), lambda rows: statistic(values[rows]), vectorized=False,
+                                   method="percentile", n_resamples=n, rng=np.random.default_rng(seed))
     return tuple(map(float, result.confidence_interval))
 
 
@@ -42,20 +37,17 @@ def pair_interval(values):
     return student_interval((2 * (S - 1) * values - S * values.mean()) / (S - 2))
 
 
-def wilson_interval(values):
-    """Return (low, high) of the fraction of values (n,) that are true, by Wilson. It has a width even if all are."""
-    return tuple(scipy.stats.binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson"))
-
-
 def over_seeds(samples, statistic=np.median):
     """Return the mean of statistic(sample) over samples [(n, ...), ...], one a seed, and the range of all intervals.
 
-    The interval of a fraction, the mean of samples that are true or false, is Wilson's.
+    The interval of a fraction, the mean of what is true or false, is Wilson's, which has a width even if all are true.
     """
     intervals = []
     for sample in samples:
-        is_fraction = statistic is np.mean and np.asarray(sample).dtype == bool
-        intervals.append(wilson_interval(sample) if is_fraction else bootstrap_interval(sample, statistic))
+        if statistic is np.mean and sample.dtype == bool:
+            intervals.append(scipy.stats.binomtest(int(sample.sum()), len(sample)).proportion_ci(method="wilson"))
+        else:
+            intervals.append(bootstrap_interval(sample, statistic))
     lows, highs = zip(*intervals, strict=True)
     return float(np.mean([statistic(sample) for sample in samples])), (min(lows), max(highs))
 
@@ -102,15 +94,6 @@ def finding(id, text, ours, ci95):
     return dict(id=id, text=text, paper="", ours=float(ours), ci95=[float(c) for c in ci95], verdict="finding", note="")
 
 
-def print_rows(rows):
-    """Print claims and findings as a table."""
-    print(f"\n{'':76s} {'paper':>12s} {'ours':>9s} {'95% interval':>18s}  verdict")
-    for row in rows:
-        interval = "[{:.3g}, {:.3g}]".format(*row["ci95"])
-        note = f" ({row['note']})" if row["note"] else ""
-        print(f"{row['text']:76s} {row['paper']:>12s} {row['ours']:9.3g} {interval:>18s}  {row['verdict']}{note}")
-
-
 def results_folder(script, cfg):
     """Return out/<script>/<preset>, or --out."""
     return Path(cfg.out) if cfg.out else ROOT / "out" / script / cfg.preset
@@ -142,7 +125,11 @@ def run_experiment(script, cfg, measure, plot):
     results = read_json(path)
     plot(results, folder)
     print(path, *sorted(folder.glob("*.png")), sep="\n")
-    print_rows(results["claims"])
+    print(f"\n{'':76s} {'paper':>12s} {'ours':>9s} {'95% interval':>18s}  verdict")
+    for row in results["claims"]:
+        interval = "[{:.3g}, {:.3g}]".format(*row["ci95"])
+        note = f" ({row['note']})" if row["note"] else ""
+        print(f"{row['text']:76s} {row['paper']:>12s} {row['ours']:9.3g} {interval:>18s}  {row['verdict']}{note}")
 
 
 def new_figure(height, columns=1, rows=1, **options):

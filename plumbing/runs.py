@@ -17,8 +17,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from model import build_model
-from plumbing.cli import check_at_least, count_flops, count_processes, device_name, setup_processes
-from plumbing.files import ROOT, load_run, load_state, read_weights, save_checkpoint, write_whole
+from plumbing.cli import check_at_least, count_flops, device_name, setup_processes
+from plumbing.files import ROOT, load_run, read_weights, save_checkpoint, write_whole
+from plumbing.weights import load_state
 
 # dense bfloat16 FLOP/s as NVIDIA states them; the first name that fits counts
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}
@@ -151,17 +152,13 @@ class RunLog:
         now = time.time()
         speed = (step - self.last_step) * self.cfg.batch / max(now - self.last_time, 1e-9)
         self.last_step, self.last_time = step, now
-        values |= dict(images_per_second=speed, tflops=speed * self.flops / 1e12)
-        if self.peak:
-            values["mfu"] = speed * self.flops / self.peak
+        mfu = speed * self.flops / self.peak if self.peak else None
+        values |= dict(images_per_second=speed, tflops=speed * self.flops / 1e12, mfu=mfu)
         record = dict(step=step) | {name: value for name, value in values.items() if value is not None}
         print("  ".join(f"{name} {value:.4g}" for name, value in record.items()), flush=True)
         with open(self.path, "a") as f:
             f.write(json.dumps(record) + "\n")
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Many small networks
 
 def cached(folder, key, compute):
     """Return the dict of numbers and arrays that compute() returns, as tensors; from a file, if it is there already.
@@ -179,15 +176,13 @@ def cached(folder, key, compute):
 
 def start_worker():
     """Give a worker one thread, so that results do not depend on how many there are, and end it with its parent."""
+    def follow_parent():
+        # where the parent was killed, a worker would wait for its next job for ever
+        multiprocessing.parent_process().join()
+        os._exit(1)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=follow_parent, daemon=True).start()
-
-
-def follow_parent():
-    # where the parent was killed, a worker would wait for its next job for ever
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def run_jobs(f, jobs, workers):
@@ -196,20 +191,16 @@ def run_jobs(f, jobs, workers):
     Under torchrun every process takes its share and gets all results: f returns them on the CPU. What f keeps on the
     disk (see `cached`) outlasts an interrupt. For workers > 1, f is a module's function or a functools.partial of one.
     """
-    jobs = list(jobs)
-    rank, world = count_processes()
+    rank, world, _ = setup_processes(torch.device("cpu"))
+    if world == 1 and workers != 1:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
+            results = tqdm(pool.map(f, jobs), total=len(jobs), disable=None, leave=False)
+            return dict(zip(jobs, results, strict=True))
+    mine = {job: f(job) for job in tqdm(jobs[rank::world], disable=rank > 0 or None, leave=False)}
+    parts = [mine] * world
     if world > 1:
-        setup_processes(torch.device("cpu"))
-        parts = [None] * world
-        share = tqdm(jobs[rank::world], disable=None if rank == 0 else True, leave=False)
-        dist.all_gather_object(parts, {job: f(job) for job in share})
-        found = {job: result for part in parts for job, result in part.items()}
-        return {job: found[job] for job in jobs}
-    if workers == 1:
-        return {job: f(job) for job in tqdm(jobs, disable=None, leave=False)}
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
-        results = tqdm(pool.map(f, jobs), total=len(jobs), disable=None, leave=False)
-        return dict(zip(jobs, results, strict=True))
+        dist.all_gather_object(parts, mine)
+    return {job: parts[i % world][job] for i, job in enumerate(jobs)}
 
 
 def run_grid(f, settings, seeds, workers, folder, key):

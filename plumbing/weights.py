@@ -13,25 +13,20 @@ import re
 import torch
 
 from model import SIT_SIZES, SiT, sinusoid
-from plumbing.files import load_state
-
-OFFICIAL = ("S", "B", "L", "XL")
 
 
-def unwrap(checkpoint, ema=True):
-    """Return (state dict, training arguments) of a checkpoint: a bare state dict, or {"ema", "model", "args", ...}."""
-    names = ("ema", "model") if ema else ("model", "ema")
-    state = next((checkpoint[name] for name in names if name in checkpoint), checkpoint)
-    # DistributedDataParallel and torch.compile put these before every name, in either order
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}
-    args = checkpoint.get("args") or {}
-    return state, vars(args) if isinstance(args, argparse.Namespace) else args
+def load_state(module, state, path):
+    """Load a state dict into a module. Raise ValueError that names a key that does not fit."""
+    try:
+        module.load_state_dict(state)
+    except Exception as error:
+        raise ValueError(f"{path} does not fit the model: {str(error).splitlines()[-1].strip()}") from None
 
 
 def build_sit(state, path):
     """Return a SiT with these weights, less what only training uses. Raise ValueError if no official SiT has them."""
     state = {name: value for name, value in state.items() if not name.startswith("projectors.")}
-    heads = {SIT_SIZES[name][:2]: SIT_SIZES[name][2] for name in OFFICIAL}
+    heads = {SIT_SIZES[name][:2]: SIT_SIZES[name][2] for name in ("S", "B", "L", "XL")}
     try:
         width, channels, patch, _ = state["x_embedder.proj.weight"].shape
         depth = sum(name.endswith(".attn.qkv.weight") for name in state)
@@ -68,7 +63,13 @@ def load_sit_weights(checkpoint, path, ema=True):
 
     Raise ValueError if the weights are no official SiT's, or if their arguments name another path or prediction.
     """
-    state, args = unwrap(checkpoint, ema)
+    # a bare state dict, or {"ema", "model", "args", ...}
+    names = ("ema", "model") if ema else ("model", "ema")
+    state = next((checkpoint[name] for name in names if name in checkpoint), checkpoint)
+    # DistributedDataParallel and torch.compile put these before every name, in either order
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}
+    args = checkpoint.get("args") or {}
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
     target = str(args.get("path_type", "linear")).lower(), args.get("prediction", "v")
     if target not in (("linear", "v"), ("linear", "velocity")):
         raise ValueError(f"{path}: its args say path {target[0]} and prediction {target[1]}, expected linear and v")
@@ -77,10 +78,6 @@ def load_sit_weights(checkpoint, path, ema=True):
     if not is_repa:
         reverse_time_and_sign(model)
     return model
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Networks of optional packages
 
 
 def optional_import(module, name, option):
@@ -110,13 +107,6 @@ def pretrained(kind, name):
 def load_vae(name):
     """Return the autoencoder of a latent model, diffusers' AutoencoderKL, from a folder or by its name on the hub."""
     return pretrained(optional_import("diffusers", "AutoencoderKL", "--vae"), name)
-
-
-@torch.no_grad()
-def decode(vae, z):
-    """Return the images (B, 3, H, W) of latents (B, C, h, w)."""
-    # a few at a time, since a decoder's activations are large
-    return torch.cat([vae.decode(part / vae.config.scaling_factor).sample for part in z.split(16)])
 
 
 def checksum(module):

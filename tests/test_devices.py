@@ -1,15 +1,13 @@
 """Everything on a device that is not there, see elsewhere.py: nothing mixes places, uses float64 on a Mac's GPU, or
 comes out otherwise than on the CPU."""
 import dataclasses
-import runpy
-import sys
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from elsewhere import elsewhere
-from test_experiments import ROOT, TINY
+from test_experiments import TINY, run_script
 
 import train
 from empirical_score import EmpiricalScore
@@ -102,15 +100,6 @@ def test_data_that_do_not_fit_a_gpu():
         assert asked_here == [step for step, _, _ in on_gpu] == list(range(2, 9))
         with mock.patch.object(torch.cuda, "mem_get_info", lambda device: (1000, 80 * 10**9)):
             assert read() == on_gpu and len(asked_here) == 7
-
-
-def run_script(script, *argv):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script, *map(str, argv)])
-        try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        except SystemExit as error:
-            assert not error.code, error.code
 
 
 @pytest.mark.parametrize("name", sorted(TINY))

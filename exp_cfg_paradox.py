@@ -4,7 +4,7 @@ Guidance adds (w - 1)(s_theta^c - s_theta^0), the gap between the scores with a 
 works because that gap is large. Yet both scores were trained towards *empirical* ones, whose x_* is a softmax average
 of images. Next to a training image, that image has all the weight, with a label and without: there the gap is 0.
 
-    python exp_cfg_paradox.py           # a minute on 2 CPU cores, after the default model is trained twice (7 minutes)
+    python exp_cfg_paradox.py           # 2 minutes on 2 CPU cores, after the default model is trained twice (6 minutes)
 
 What you should see. Left, as in the paper: the median empirical gap on noisy training points is 0 until t of about .7,
 and the learned gap on sampling trajectories is not. Above .8 all gaps are alike, and 0 at t = 1. The paper concludes

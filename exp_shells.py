@@ -5,7 +5,7 @@ shell (Prop. 3.2). Equation (4) asks how far any z is from the nearest such shel
 
     r_i = |z_t - (1 - t) x_i| / (t sqrt d),        r_* = the r_i closest to 1 over all training points i
 
-    python exp_shells.py               # 4 minutes on 2 CPU cores, after the default model is trained twice (7 minutes)
+    python exp_shells.py               # 4 minutes on 2 CPU cores, after the default model is trained twice (6 minutes)
 
 What you should see. fig1b.png: r_* stays at 1 for training points and climbs along trajectories; half of these are
 outside a little below the t where the shells of class 3 come apart, and half of new real images, noised, a little below

@@ -223,6 +223,8 @@ def test_a_data_set_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
             raise OSError("no space left")
         replace(source, target)
     for module, name, fails in ((np, "save", fails_at_the_second), (os, "replace", fails_at_the_last)):
+        (tmp_path / ".d.new").mkdir()
+        folder.rename(tmp_path / ".d.new" / "old")           # as a kill leaves it
         with monkeypatch.context() as m:
             m.setattr(module, name, fails)
             with pytest.raises(OSError, match="no space left"):

@@ -9,8 +9,8 @@ shell (Prop. 3.2). Equation (4) asks how far any z is from the nearest such shel
 
 What you should see. fig1b.png: r_* stays at 1 for training points and climbs along trajectories; half of these are
 outside a little below the t where the shells of class 3 come apart, and half of new real images, noised, a little below
-that. fig4.png: training images are noised to t and sampled back. Half return from t up to .73, by the exact score from
-.8, close to the best of any rule. fig1b_dimensions.png: the more dimensions, the earlier sampling leaves.
+that. fig4.png: training images are noised to t and sampled back. Half return from t up to .73, by the exact score up
+to .8, close to the best of any rule. fig1b_dimensions.png: the more dimensions, the earlier sampling leaves.
 
 Exercises; the answers are in the table that is printed last.
 1. python exp_shells.py --overlap-class 1 --out out/one      Do all classes come apart at the same t? See "come apart".

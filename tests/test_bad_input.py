@@ -34,7 +34,6 @@ from plumbing import stand_ins, weights
 from plumbing.data import load_data
 from plumbing.files import load_run
 
-# ---- what is called --------------------------------------------------------------------------------------------------
 
 def the_score(folder, ask):
     """Ask the empirical score of 600 points, with 24 queries."""
@@ -108,9 +107,6 @@ def measured(folder, write_weights, **arrays):
 
 def the_call(folder, call):
     return partial(call, folder)
-
-
-# ---- mistakes --------------------------------------------------------------------------------------------------------
 
 CLASSES = np.arange(12) % 3
 MNIST_X, MNIST_Y, _, TEST_Y = mnist_files()[0]

@@ -171,6 +171,10 @@ def test_the_download(box, monkeypatch):
     monkeypatch.setitem(prepare.DOWNLOADS, "mnist", ((box / "web").as_uri() + "/", sums))
     run("mnist")
     assert_written(box / "data/mnist", arrays)
+    shutil.rmtree(box / "data")
+    sums[f"{X}.gz"] = "0" * 64
+    with pytest.raises(ValueError, match="invalid hash .* pass --source"):
+        run("mnist")
 
 
 def test_the_command(tmp_path):
